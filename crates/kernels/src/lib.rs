@@ -1,0 +1,15 @@
+//! KV-cache formats and attention over them, as plain functions over slices.
+//!
+//! The only crate of the workspace with `unsafe` and CPU features. It knows no model, no request and no cache
+//! policy. Shape letters: `H` query heads, `G` KV heads, `T` tokens, `D` head_dim; `[T, D]` is row-major.
+
+pub mod isa;
+pub mod oracle;
+pub mod pool;
+pub mod state;
+
+mod simd;
+
+pub use isa::Isa;
+pub use pool::Pool;
+pub use state::AttnState;

@@ -1,0 +1,93 @@
+//! The small vector language in which every kernel is written once.
+//!
+//! A kernel is a struct of its arguments that implements [`Kernel`]; [`dispatch`] runs it with the vectors of
+//! an [`Isa`]. Everything below a kernel is `#[inline(always)]`, so that it is compiled inside the one function
+//! per instruction set that carries the `#[target_feature]`.
+
+use crate::isa::{Isa, Kind};
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+/// Vectors of `LANES` f32. A value of the type is the proof that the CPU can run its methods, except for
+/// those that read or write memory, which are unsafe because of the pointer alone.
+pub(crate) trait Simd: Copy {
+    /// f32 elements in a vector.
+    const LANES: usize;
+    /// Vectors that a kernel keeps in flight for each of four rows without running out of registers.
+    const TILE: usize;
+    type V: Copy;
+
+    fn splat(self, x: f32) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Round to the nearest integer, ties to even.
+    fn round(self, a: Self::V) -> Self::V;
+    /// `2^n` for integral `n` in -126..=127.
+    fn exp2i(self, n: Self::V) -> Self::V;
+    fn sum_lanes(self, a: Self::V) -> f32;
+    fn max_lanes(self, a: Self::V) -> f32;
+
+    /// # Safety
+    /// `p` is valid for reading `LANES` f32.
+    unsafe fn load(self, p: *const f32) -> Self::V;
+    /// # Safety
+    /// `p` is valid for writing `LANES` f32.
+    unsafe fn store(self, p: *mut f32, a: Self::V);
+    /// # Safety
+    /// `p` is valid for reading `LANES` f16.
+    unsafe fn load_f16(self, p: *const half::f16) -> Self::V;
+    /// Lane `i` gets the next f16 of `p` if bit `i` of `mask` is set, else 0: `p[0]` goes to the lowest set
+    /// lane, and so on. Bits from `LANES` up are ignored.
+    /// # Safety
+    /// `p` is valid for reading `LANES` f16, however few bits are set.
+    unsafe fn expand_f16(self, p: *const half::f16, mask: u32) -> Self::V;
+    /// Asks for the cache line at `p` ahead of its use; any address will do.
+    fn prefetch(self, p: *const u8);
+
+    /// `e^x` for `x <= 0`, relative error under 3e-7; below -87 it gives about 1e-38, not 0.
+    /// Cody-Waite reduction by ln 2 and the degree-5 polynomial of Cephes `expf`.
+    #[inline(always)]
+    fn exp(self, x: Self::V) -> Self::V {
+        let x = self.max(x, self.splat(-87.0));
+        let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
+        let r = self.fma(n, self.splat(-0.693_359_4), x);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let y = self.add(self.fma(p, self.mul(r, r), r), self.splat(1.0));
+        self.mul(y, self.exp2i(n))
+    }
+}
+
+/// A computation that is written once and compiled for every instruction set.
+pub(crate) trait Kernel {
+    type Output;
+    /// Must be `#[inline(always)]`, like all that it calls.
+    fn run<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// Runs `kernel` with the vectors of `isa`.
+#[inline]
+pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa.0 {
+        Kind::Scalar => kernel.run(scalar::Scalar),
+        // SAFETY: an `Isa` of this kind exists only where the CPU has the features (`Isa::available`).
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => unsafe { avx2::run(kernel) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => unsafe { avx512::run(kernel) },
+        #[cfg(not(target_arch = "x86_64"))]
+        Kind::Avx2 | Kind::Avx512 => unreachable!("no such Isa can be made on this architecture"),
+    }
+}

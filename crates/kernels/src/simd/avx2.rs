@@ -1,0 +1,137 @@
+//! AVX2, FMA and F16C: eight f32 lanes.
+
+use super::{Kernel, Simd};
+use half::f16;
+use std::arch::x86_64::*;
+
+/// Made only inside [`run`].
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+/// # Safety
+/// The CPU has AVX2, FMA, F16C, BMI and POPCNT (every CPU with the first three has the others).
+#[target_feature(enable = "avx2,fma,f16c,popcnt,bmi1,bmi2")]
+pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Avx2(()))
+}
+
+/// `EXPAND[m][lane]` = how many bits of `m` are set below `lane`, where `lane` itself is set; else 0x80: the
+/// sign bit marks a lane that stays empty.
+static EXPAND: [[u8; 8]; 256] = {
+    let mut table = [[0x80; 8]; 256];
+    let mut m = 0;
+    while m < 256 {
+        let (mut lane, mut next) = (0, 0);
+        while lane < 8 {
+            if m >> lane & 1 == 1 {
+                table[m][lane] = next;
+                next += 1;
+            }
+            lane += 1;
+        }
+        m += 1;
+    }
+    table
+};
+
+// SAFETY of every block below: an `Avx2` is made only where the features are present (`run`), and pointers are
+// the caller's promise, given by the trait.
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    const TILE: usize = 2;
+    type V = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    fn exp2i(self, n: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(bits))
+        }
+    }
+    #[inline(always)]
+    fn sum_lanes(self, a: __m256) -> f32 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    fn max_lanes(self, a: __m256) -> f32 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, a: __m256) {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_storeu_ps(p, a) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn expand_f16(self, p: *const f16, mask: u32) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let values = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+            let index = _mm256_cvtepi8_epi32(_mm_loadl_epi64(EXPAND[(mask & 255) as usize].as_ptr().cast()));
+            let spread = _mm256_permutevar8x32_ps(values, index);
+            // The sign of an empty lane's index clears it.
+            let empty = _mm256_srai_epi32::<31>(index);
+            _mm256_andnot_ps(_mm256_castsi256_ps(empty), spread)
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        // SAFETY: a prefetch never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}

@@ -1,0 +1,91 @@
+//! Portable vectors: eight lanes in an array, which compilers turn into whatever the target has.
+
+use super::Simd;
+use half::f16;
+
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+#[inline(always)]
+fn map2(a: [f32; 8], b: [f32; 8], f: impl Fn(f32, f32) -> f32) -> [f32; 8] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Scalar {
+    const LANES: usize = 8;
+    const TILE: usize = 1;
+    type V = [f32; 8];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 8] {
+        [x; 8]
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, |x, y| x + y)
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, |x, y| x - y)
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, |x, y| x * y)
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, f32::max)
+    }
+    // Not `mul_add`: without a fused instruction that is a slow library call.
+    #[inline(always)]
+    fn fma(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn round(self, a: [f32; 8]) -> [f32; 8] {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn exp2i(self, n: [f32; 8]) -> [f32; 8] {
+        n.map(|n| f32::from_bits(((n as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn sum_lanes(self, a: [f32; 8]) -> f32 {
+        a.iter().sum()
+    }
+    #[inline(always)]
+    fn max_lanes(self, a: [f32; 8]) -> f32 {
+        a.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> [f32; 8] {
+        // SAFETY: the caller promises 8 readable f32.
+        unsafe { p.cast::<[f32; 8]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, a: [f32; 8]) {
+        // SAFETY: the caller promises 8 writable f32.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(a) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const f16) -> [f32; 8] {
+        // SAFETY: the caller promises 8 readable f16.
+        unsafe { p.cast::<[f16; 8]>().read_unaligned() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn expand_f16(self, p: *const f16, mask: u32) -> [f32; 8] {
+        // SAFETY: the caller promises 8 readable f16.
+        let values = unsafe { p.cast::<[f16; 8]>().read_unaligned() };
+        let mut next = 0;
+        let mut out = [0.0; 8];
+        for (lane, x) in out.iter_mut().enumerate() {
+            if mask >> lane & 1 == 1 {
+                *x = values[next].to_f32();
+                next += 1;
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+}

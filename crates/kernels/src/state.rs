@@ -1,0 +1,95 @@
+//! What is left to remember of the keys attended to so far?
+//!
+//! The **attention state** of one query: running maximum of its scores, sum of their exponentials relative to
+//! that maximum, and the values weighted by them. Every KV format folds its keys into the same state, so formats
+//! never know each other, and any split of the tokens in any order gives the same answer (to rounding).
+//! Scores are natural-log: weights are `e^(score - max)`.
+//! Source: online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867; the merge as in FlashInfer (Ye et al.
+//! 2025, arXiv 2501.01005, s. 2.2).
+
+/// Attention states of `R` query rows over values of `D` channels.
+#[derive(Clone, Debug)]
+pub struct AttnState {
+    /// `[R]`, the largest score folded in; `-inf` while empty.
+    pub(crate) max: Vec<f32>,
+    /// `[R]`, sum of `e^(score - max)`; 0 while empty.
+    pub(crate) sum: Vec<f32>,
+    /// `[R, D]`, sum of `e^(score - max) * value`.
+    pub(crate) acc: Vec<f32>,
+    channels: usize,
+}
+
+impl AttnState {
+    /// Empty states for `rows` queries and values of `channels` elements.
+    pub fn new(rows: usize, channels: usize) -> AttnState {
+        assert!(rows > 0 && channels > 0, "a state of {rows} rows and {channels} channels holds nothing");
+        AttnState {
+            max: vec![f32::NEG_INFINITY; rows],
+            sum: vec![0.0; rows],
+            acc: vec![0.0; rows * channels],
+            channels,
+        }
+    }
+
+    /// Query rows, `R`.
+    pub fn rows(&self) -> usize {
+        self.max.len()
+    }
+
+    /// Value channels, `D`.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Forgets everything, for reuse of the allocation.
+    pub fn clear(&mut self) {
+        self.max.fill(f32::NEG_INFINITY);
+        self.sum.fill(0.0);
+        self.acc.fill(0.0);
+    }
+
+    /// Folds `other` in: associative, commutative to rounding, and an empty state on either side is neutral.
+    /// Both have the same rows and channels.
+    pub fn merge(&mut self, other: &AttnState) {
+        assert_eq!(
+            (self.rows(), self.channels),
+            (other.rows(), other.channels),
+            "states of different shapes"
+        );
+        for r in 0..self.rows() {
+            if other.max[r] == f32::NEG_INFINITY {
+                continue;
+            }
+            let max = self.max[r].max(other.max[r]);
+            let (a, b) = ((self.max[r] - max).exp(), (other.max[r] - max).exp());
+            let mine = &mut self.acc[r * self.channels..][..self.channels];
+            for (x, y) in mine.iter_mut().zip(&other.acc[r * self.channels..]) {
+                *x = *x * a + y * b;
+            }
+            self.sum[r] = self.sum[r] * a + other.sum[r] * b;
+            self.max[r] = max;
+        }
+    }
+
+    /// Replaces each row's accumulator `[C]` by `turn(acc)` `[channels]`: how a segment's rotation is undone
+    /// before its state meets others. Linear maps commute with the weighted sum, so the state stays exact.
+    pub fn turned(&self, channels: usize, turn: impl Fn(&[f32], &mut [f32])) -> AttnState {
+        let mut out = AttnState::new(self.rows(), channels);
+        out.max.copy_from_slice(&self.max);
+        out.sum.copy_from_slice(&self.sum);
+        for (from, to) in self.acc.chunks_exact(self.channels).zip(out.acc.chunks_exact_mut(channels)) {
+            turn(from, to);
+        }
+        out
+    }
+
+    /// Writes the attention output, `acc / sum`, to `out` `[R, D]`; rows that attended to nothing give 0.
+    pub fn finish(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.acc.len(), "output of the wrong length");
+        let rows = out.chunks_exact_mut(self.channels).zip(self.acc.chunks_exact(self.channels));
+        for ((to, from), &sum) in rows.zip(&self.sum) {
+            let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
+            to.iter_mut().zip(from).for_each(|(x, y)| *x = y * inverse);
+        }
+    }
+}

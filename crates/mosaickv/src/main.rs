@@ -1,0 +1,2 @@
+//! MosaicKV
+fn main() {}
