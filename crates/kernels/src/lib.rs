@@ -3,10 +3,12 @@
 //! The only crate of the workspace with `unsafe` and CPU features. It knows no model, no request and no cache
 //! policy. Shape letters: `H` query heads, `G` KV heads, `T` tokens, `D` head_dim; `[T, D]` is row-major.
 
+pub mod exact;
 pub mod isa;
 pub mod oracle;
 pub mod pool;
 pub mod state;
+pub mod stream;
 
 mod simd;
 

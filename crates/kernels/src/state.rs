@@ -7,6 +7,8 @@
 //! Source: online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867; the merge as in FlashInfer (Ye et al.
 //! 2025, arXiv 2501.01005, s. 2.2).
 
+use crate::simd::Simd;
+
 /// Attention states of `R` query rows over values of `D` channels.
 #[derive(Clone, Debug)]
 pub struct AttnState {
@@ -92,4 +94,31 @@ impl AttnState {
             to.iter_mut().zip(from).for_each(|(x, y)| *x = y * inverse);
         }
     }
+}
+
+/// The online-softmax step of one row over a batch of scores (a multiple of 16, padded with `-inf`, at least one
+/// above it): turns them into weights relative to the new maximum, and returns the factor by which what was
+/// accumulated under the old maximum must be multiplied.
+#[inline(always)]
+pub(crate) fn fold_scores<S: Simd>(s: S, scores: &mut [f32], max: &mut f32, sum: &mut f32) -> f32 {
+    assert!(scores.len().is_multiple_of(16) && !scores.is_empty(), "a batch of {} scores", scores.len());
+    let (batches, p) = (scores.len() / S::LANES, scores.as_mut_ptr());
+    let mut top = s.splat(f32::NEG_INFINITY);
+    for i in 0..batches {
+        // SAFETY: i < len / LANES.
+        top = s.max(top, unsafe { s.load(p.add(i * S::LANES)) });
+    }
+    let new = max.max(s.max_lanes(top));
+    let (shift, mut total) = (s.splat(new), s.splat(0.0));
+    for i in 0..batches {
+        // SAFETY: i < len / LANES.
+        let weight = s.exp(s.sub(unsafe { s.load(p.add(i * S::LANES)) }, shift));
+        total = s.add(total, weight);
+        // SAFETY: i < len / LANES.
+        unsafe { s.store(p.add(i * S::LANES), weight) };
+    }
+    let rescale = (*max - new).exp();
+    *sum = *sum * rescale + s.sum_lanes(total);
+    *max = new;
+    rescale
 }
