@@ -1,8 +1,8 @@
 //! Attention over keys and values kept as f16, the format that every other one is measured against.
 //!
-//! A page stores its keys channel by channel (`[D, 64]`) and its values token by token (`[64, D]`), so that both
-//! halves of attention are the same dense loop: one load of 64 scores' or D outputs' worth of numbers, shared by
-//! up to four query rows, and no sum across lanes anywhere. Decode (rows = the query heads of one KV head) and
+//! A page stores its keys in tiles of 16 tokens, channel by channel (`[4, D, 16]`), and its values token by token
+//! (`[64, D]`), so that both halves of attention are the same dense loop: one load of scores' or outputs' worth
+//! of numbers, shared by up to four query rows, read front to back, and no sum across lanes anywhere. Decode (rows = the query heads of one KV head) and
 //! prefill (rows = those heads for a block of tokens) run the same code.
 //!
 //! Blocked attention as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, s. 3.1).
@@ -15,15 +15,33 @@ use half::f16;
 /// Tokens in a page.
 pub const PAGE_TOKENS: usize = 64;
 
+/// Tokens in a tile of keys.
+const TILE_TOKENS: usize = 16;
+
 /// head_dim must be a multiple of this, the widest vector.
 pub const HEAD_DIM_STEP: usize = 16;
 
 /// Up to 64 tokens of one layer and KV head, as f16.
 #[derive(Clone, Debug)]
 pub struct ExactPage {
-    /// Keys `[D, 64]`, then values `[64, D]`; what no token has filled is 0.
-    data: Box<[f16]>,
+    /// Keys `[4, D, 16]`, then values `[64, D]`; what no token has filled is 0.
+    data: Box<[Line]>,
     tokens: usize,
+}
+
+/// A cache line of numbers: no vector load of a page straddles two.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([f16; 32]);
+
+fn numbers(lines: &[Line]) -> &[f16] {
+    // SAFETY: a `Line` is 32 f16 without padding, so a slice of lines is one of 32 times as many f16.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 32) }
+}
+
+fn numbers_mut(lines: &mut [Line]) -> &mut [f16] {
+    // SAFETY: as for `numbers`; every bit pattern is an f16.
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 32) }
 }
 
 impl ExactPage {
@@ -33,7 +51,8 @@ impl ExactPage {
             head_dim > 0 && head_dim.is_multiple_of(HEAD_DIM_STEP),
             "head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}"
         );
-        ExactPage { data: vec![f16::ZERO; 2 * head_dim * PAGE_TOKENS].into_boxed_slice(), tokens: 0 }
+        let lines = 2 * head_dim * PAGE_TOKENS / 32;
+        ExactPage { data: vec![Line([f16::ZERO; 32]); lines].into_boxed_slice(), tokens: 0 }
     }
 
     /// Tokens held, at most 64.
@@ -43,7 +62,7 @@ impl ExactPage {
 
     /// Elements of a key and of a value.
     pub fn head_dim(&self) -> usize {
-        self.data.len() / (2 * PAGE_TOKENS)
+        self.data.len() * 32 / (2 * PAGE_TOKENS)
     }
 
     /// Whether no further token fits.
@@ -67,9 +86,11 @@ impl ExactPage {
         let d = self.head_dim();
         assert!(!self.is_full(), "push into a full page");
         assert_eq!((key.len(), value.len()), (d, d), "key and value must have {d} elements");
-        let (keys, values) = self.data.split_at_mut(d * PAGE_TOKENS);
-        for (column, &x) in keys.chunks_exact_mut(PAGE_TOKENS).zip(key) {
-            column[self.tokens] = to_f16(x);
+        let (keys, values) = numbers_mut(&mut self.data).split_at_mut(d * PAGE_TOKENS);
+        let (tile, lane) = (self.tokens / TILE_TOKENS, self.tokens % TILE_TOKENS);
+        let tile = &mut keys[tile * d * TILE_TOKENS..];
+        for (column, &x) in tile.chunks_exact_mut(TILE_TOKENS).zip(key) {
+            column[lane] = to_f16(x);
         }
         for (to, &x) in values[self.tokens * d..].iter_mut().zip(value) {
             *to = to_f16(x);
@@ -81,28 +102,29 @@ impl ExactPage {
     pub fn drop_front(&mut self, count: usize) {
         assert!(count <= self.tokens, "cannot drop {count} of {} tokens", self.tokens);
         let d = self.head_dim();
-        let (keys, values) = self.data.split_at_mut(d * PAGE_TOKENS);
-        for column in keys.chunks_exact_mut(PAGE_TOKENS) {
-            column.copy_within(count.., 0);
-            column[PAGE_TOKENS - count..].fill(f16::ZERO);
+        let mut rest = ExactPage::new(d);
+        let (mut key, mut value) = (vec![0.0; d], vec![0.0; d]);
+        for token in count..self.tokens {
+            self.key(token, &mut key);
+            self.value(token, &mut value);
+            rest.push(&key, &value);
         }
-        values.copy_within(count * d.., 0);
-        values[(PAGE_TOKENS - count) * d..].fill(f16::ZERO);
-        self.tokens -= count;
+        *self = rest;
     }
 
     /// Writes the key of `token` as f32 to `out` `[D]`.
     pub fn key(&self, token: usize, out: &mut [f32]) {
         assert!(token < self.tokens, "token {token} of a page of {}", self.tokens);
-        let columns = self.data.chunks_exact(PAGE_TOKENS);
-        out.iter_mut().zip(columns).for_each(|(x, column)| *x = column[token].to_f32());
+        let tile = &numbers(&self.data)[token / TILE_TOKENS * self.head_dim() * TILE_TOKENS..];
+        let columns = tile.chunks_exact(TILE_TOKENS);
+        out.iter_mut().zip(columns).for_each(|(x, column)| *x = column[token % TILE_TOKENS].to_f32());
     }
 
     /// Writes the value of `token` as f32 to `out` `[D]`.
     pub fn value(&self, token: usize, out: &mut [f32]) {
         assert!(token < self.tokens, "token {token} of a page of {}", self.tokens);
         let d = self.head_dim();
-        let row = &self.data[d * (PAGE_TOKENS + token)..][..d];
+        let row = &numbers(&self.data)[d * (PAGE_TOKENS + token)..][..d];
         out.iter_mut().zip(row).for_each(|(x, v)| *x = v.to_f32());
     }
 }
@@ -180,7 +202,7 @@ impl Kernel for Attend<'_> {
 #[inline(always)]
 fn fold_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, row: usize) {
     let (d, tokens) = (a.page.head_dim(), a.page.tokens);
-    let (keys, values) = a.page.data.split_at(d * PAGE_TOKENS);
+    let (keys, values) = numbers(&a.page.data).split_at(d * PAGE_TOKENS);
     // Later rows see no less than earlier ones.
     let seen = a.visible.to_row(row + R - 1, tokens);
     if seen == 0 {
@@ -232,12 +254,18 @@ fn score_tile<S: Simd, const R: usize, const N: usize>(
 ) {
     let d = queries.len() / R;
     assert!(keys.len() >= d * PAGE_TOKENS && at + N * S::LANES <= PAGE_TOKENS);
+    // Where each vector's tokens start in its tile; LANES divides TILE_TOKENS.
+    let mut starts = [0; N];
+    for (n, start) in starts.iter_mut().enumerate() {
+        let t = at + n * S::LANES;
+        *start = t / TILE_TOKENS * d * TILE_TOKENS + t % TILE_TOKENS;
+    }
     let mut sums = [[s.splat(0.0); N]; R];
     for c in 0..d {
         let mut k = [s.splat(0.0); N];
         for (n, k) in k.iter_mut().enumerate() {
-            // SAFETY: c < d and at + N * LANES <= PAGE_TOKENS, asserted above.
-            *k = unsafe { s.load_f16(keys.as_ptr().add(c * PAGE_TOKENS + at + n * S::LANES)) };
+            // SAFETY: c < d and at + N * LANES <= PAGE_TOKENS, asserted above, so inside the tile.
+            *k = unsafe { s.load_f16(keys.as_ptr().add(starts[n] + c * TILE_TOKENS)) };
         }
         for r in 0..R {
             // SAFETY: r < R and c < d, and queries has R * d elements.
