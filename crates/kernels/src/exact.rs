@@ -24,8 +24,9 @@ pub const HEAD_DIM_STEP: usize = 16;
 /// Up to 64 tokens of one layer and KV head, as f16.
 #[derive(Clone, Debug)]
 pub struct ExactPage {
-    /// Keys `[4, D, 16]`, then values `[64, D]`; what no token has filled is 0.
+    /// Keys `[capacity / 16, D, 16]`, then values `[capacity, D]`; what no token has filled is 0.
     data: Box<[Line]>,
+    head_dim: usize,
     tokens: usize,
 }
 
@@ -45,29 +46,45 @@ fn numbers_mut(lines: &mut [Line]) -> &mut [f16] {
 }
 
 impl ExactPage {
-    /// An empty page for keys and values of `head_dim` elements, a positive multiple of 16.
-    pub fn new(head_dim: usize) -> ExactPage {
+    /// An empty page for at most `capacity` tokens (16, 32, 48 or 64), with keys and values of `head_dim`
+    /// elements, a positive multiple of 16.
+    pub fn new(head_dim: usize, capacity: usize) -> ExactPage {
         assert!(
             head_dim > 0 && head_dim.is_multiple_of(HEAD_DIM_STEP),
             "head_dim {head_dim} is not a positive multiple of {HEAD_DIM_STEP}"
         );
-        let lines = 2 * head_dim * PAGE_TOKENS / 32;
-        ExactPage { data: vec![Line([f16::ZERO; 32]); lines].into_boxed_slice(), tokens: 0 }
+        assert!(
+            (1..=PAGE_TOKENS).contains(&capacity) && capacity.is_multiple_of(TILE_TOKENS),
+            "a page of {capacity} tokens, wanted {TILE_TOKENS} to {PAGE_TOKENS} by {TILE_TOKENS}"
+        );
+        let lines = 2 * head_dim * capacity / 32;
+        ExactPage { data: vec![Line([f16::ZERO; 32]); lines].into_boxed_slice(), head_dim, tokens: 0 }
     }
 
-    /// Tokens held, at most 64.
+    /// Tokens held.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.data.len() * 32 / (2 * self.head_dim)
+    }
+
     /// Elements of a key and of a value.
     pub fn head_dim(&self) -> usize {
-        self.data.len() * 32 / (2 * PAGE_TOKENS)
+        self.head_dim
     }
 
     /// Whether no further token fits.
     pub fn is_full(&self) -> bool {
-        self.tokens == PAGE_TOKENS
+        self.tokens == self.capacity()
+    }
+
+    /// `(keys, values)`
+    fn halves(&self) -> (&[f16], &[f16]) {
+        let numbers = numbers(&self.data);
+        numbers.split_at(numbers.len() / 2)
     }
 
     /// Bytes allocated, whatever the number of tokens.
@@ -86,7 +103,8 @@ impl ExactPage {
         let d = self.head_dim();
         assert!(!self.is_full(), "push into a full page");
         assert_eq!((key.len(), value.len()), (d, d), "key and value must have {d} elements");
-        let (keys, values) = numbers_mut(&mut self.data).split_at_mut(d * PAGE_TOKENS);
+        let numbers = numbers_mut(&mut self.data);
+        let (keys, values) = numbers.split_at_mut(numbers.len() / 2);
         let (tile, lane) = (self.tokens / TILE_TOKENS, self.tokens % TILE_TOKENS);
         let tile = &mut keys[tile * d * TILE_TOKENS..];
         for (column, &x) in tile.chunks_exact_mut(TILE_TOKENS).zip(key) {
@@ -102,7 +120,7 @@ impl ExactPage {
     pub fn drop_front(&mut self, count: usize) {
         assert!(count <= self.tokens, "cannot drop {count} of {} tokens", self.tokens);
         let d = self.head_dim();
-        let mut rest = ExactPage::new(d);
+        let mut rest = ExactPage::new(d, self.capacity());
         let (mut key, mut value) = (vec![0.0; d], vec![0.0; d]);
         for token in count..self.tokens {
             self.key(token, &mut key);
@@ -115,7 +133,7 @@ impl ExactPage {
     /// Writes the key of `token` as f32 to `out` `[D]`.
     pub fn key(&self, token: usize, out: &mut [f32]) {
         assert!(token < self.tokens, "token {token} of a page of {}", self.tokens);
-        let tile = &numbers(&self.data)[token / TILE_TOKENS * self.head_dim() * TILE_TOKENS..];
+        let tile = &self.halves().0[token / TILE_TOKENS * self.head_dim() * TILE_TOKENS..];
         let columns = tile.chunks_exact(TILE_TOKENS);
         out.iter_mut().zip(columns).for_each(|(x, column)| *x = column[token % TILE_TOKENS].to_f32());
     }
@@ -124,7 +142,7 @@ impl ExactPage {
     pub fn value(&self, token: usize, out: &mut [f32]) {
         assert!(token < self.tokens, "token {token} of a page of {}", self.tokens);
         let d = self.head_dim();
-        let row = &numbers(&self.data)[d * (PAGE_TOKENS + token)..][..d];
+        let row = &self.halves().1[token * d..][..d];
         out.iter_mut().zip(row).for_each(|(x, v)| *x = v.to_f32());
     }
 }
@@ -202,7 +220,7 @@ impl Kernel for Attend<'_> {
 #[inline(always)]
 fn fold_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, row: usize) {
     let (d, tokens) = (a.page.head_dim(), a.page.tokens);
-    let (keys, values) = numbers(&a.page.data).split_at(d * PAGE_TOKENS);
+    let (keys, values) = a.page.halves();
     // Later rows see no less than earlier ones.
     let seen = a.visible.to_row(row + R - 1, tokens);
     if seen == 0 {
@@ -233,14 +251,19 @@ fn scores<S: Simd, const R: usize>(
     seen: usize,
     scores: &mut [[f32; PAGE_TOKENS]; R],
 ) {
+    let capacity = keys.len() * R / queries.len();
     let mut at = 0;
-    while at < seen {
+    while at < seen && at + S::TILE * S::LANES <= capacity {
         match S::TILE {
             1 => score_tile::<S, R, 1>(s, queries, keys, at, scores),
             2 => score_tile::<S, R, 2>(s, queries, keys, at, scores),
             _ => score_tile::<S, R, 4>(s, queries, keys, at, scores),
         }
         at += S::TILE * S::LANES;
+    }
+    while at < seen {
+        score_tile::<S, R, 1>(s, queries, keys, at, scores);
+        at += S::LANES;
     }
 }
 
@@ -253,7 +276,8 @@ fn score_tile<S: Simd, const R: usize, const N: usize>(
     scores: &mut [[f32; PAGE_TOKENS]; R],
 ) {
     let d = queries.len() / R;
-    assert!(keys.len() >= d * PAGE_TOKENS && at + N * S::LANES <= PAGE_TOKENS);
+    let end = at + N * S::LANES;
+    assert!(end <= PAGE_TOKENS && keys.len() >= d * end.next_multiple_of(TILE_TOKENS));
     // Where each vector's tokens start in its tile; LANES divides TILE_TOKENS.
     let mut starts = [0; N];
     for (n, start) in starts.iter_mut().enumerate() {
@@ -264,7 +288,7 @@ fn score_tile<S: Simd, const R: usize, const N: usize>(
     for c in 0..d {
         let mut k = [s.splat(0.0); N];
         for (n, k) in k.iter_mut().enumerate() {
-            // SAFETY: c < d and at + N * LANES <= PAGE_TOKENS, asserted above, so inside the tile.
+            // SAFETY: c < d, and the keys reach to the end of the last vector's tile, asserted above.
             *k = unsafe { s.load_f16(keys.as_ptr().add(starts[n] + c * TILE_TOKENS)) };
         }
         for r in 0..R {
@@ -368,7 +392,7 @@ mod tests {
     }
 
     fn filled(d: usize, tokens: usize, seed: u64) -> ExactPage {
-        let mut page = ExactPage::new(d);
+        let mut page = ExactPage::new(d, tokens.max(1).next_multiple_of(TILE_TOKENS));
         for t in 0..tokens {
             let at = seed + 2 * t as u64;
             page.push(&noise(at, d), &noise(at + 1, d));
@@ -464,12 +488,12 @@ mod tests {
             assert_eq!(before, after);
         }
         page.push(&noise(1, 16), &noise(2, 16));
-        assert_eq!(page.tokens(), 29);
+        assert_eq!((page.tokens(), page.capacity()), (29, 64));
     }
 
     #[test]
     fn large_numbers_saturate() {
-        let mut page = ExactPage::new(16);
+        let mut page = ExactPage::new(16, 16);
         page.push(&[1e9; 16], &[-1e9; 16]);
         let mut row = [0.0; 16];
         page.key(0, &mut row);

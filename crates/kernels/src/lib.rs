@@ -7,6 +7,7 @@ pub mod exact;
 pub mod isa;
 pub mod oracle;
 pub mod pool;
+pub mod rotate;
 pub mod state;
 pub mod stream;
 

@@ -1,0 +1,159 @@
+//! How do a query and an output enter and leave a segment's rotated channels?
+//!
+//! A rotation is kept as f16 rows `[N, W]`; a vector of `N` elements becomes one of `W`, the weighted sum of the
+//! rows. The key rotation `[D, C]` turns queries, the transposed value rotation `[C, D]` turns outputs back, and
+//! nothing in the cache is ever rotated at decode.
+
+use crate::isa::Isa;
+use crate::simd::{Kernel, Simd, dispatch};
+use gemm::{Parallelism, gemm};
+use half::f16;
+
+/// `out[r] = sum over n of vectors[r][n] * rows[n]`: `vectors` `[R, N]`, `rows` `[N, W]`, `out` `[R, W]`, with
+/// `W` a multiple of 16.
+pub fn rotate(isa: Isa, vectors: &[f32], rows: &[f16], out: &mut [f32], width: usize) {
+    let (count, n) = (out.len() / width, rows.len() / width);
+    assert!(width.is_multiple_of(16), "rotation to {width} channels, wanted a multiple of 16");
+    assert_eq!((out.len(), rows.len()), (count * width, n * width), "not rows of {width}");
+    assert_eq!(vectors.len(), count * n, "vectors are not {count} rows of {n}");
+    dispatch(isa, Rotate { vectors, rows, out, width });
+}
+
+struct Rotate<'a> {
+    vectors: &'a [f32],
+    rows: &'a [f16],
+    out: &'a mut [f32],
+    width: usize,
+}
+
+impl Kernel for Rotate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let n = self.rows.len() / self.width;
+        for (vector, out) in self.vectors.chunks_exact(n).zip(self.out.chunks_exact_mut(self.width)) {
+            let mut at = 0;
+            while at < self.width {
+                let mut sum = s.splat(0.0);
+                for (i, &x) in vector.iter().enumerate() {
+                    // SAFETY: LANES divides 16, which divides the width, so a load stays inside row i.
+                    let row = unsafe { s.load_f16(self.rows.as_ptr().add(i * self.width + at)) };
+                    sum = s.fma(row, s.splat(x), sum);
+                }
+                // SAFETY: as above.
+                unsafe { s.store(out.as_mut_ptr().add(at), sum) };
+                at += S::LANES;
+            }
+        }
+    }
+}
+
+/// The Gram matrix `x^T x` `[D, D]` of `x` `[T, D]`.
+pub fn gram(x: &[f32], d: usize) -> Vec<f32> {
+    let t = x.len() / d;
+    assert_eq!(x.len(), t * d, "not rows of {d}");
+    product(Strided { data: x, rows: d, cols: t, row: 1, col: d }, Strided::rows(x, d))
+}
+
+/// `a b` `[T, C]` of `a` `[T, D]` and `b` `[D, C]`.
+pub fn multiply(a: &[f32], b: &[f32], d: usize) -> Vec<f32> {
+    assert!(a.len().is_multiple_of(d) && b.len().is_multiple_of(d), "not matrices over {d}");
+    product(Strided::rows(a, d), Strided::rows(b, b.len() / d))
+}
+
+#[derive(Clone, Copy)]
+struct Strided<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row: usize,
+    col: usize,
+}
+
+impl<'a> Strided<'a> {
+    fn rows(data: &'a [f32], cols: usize) -> Strided<'a> {
+        Strided { data, rows: data.len() / cols, cols, row: cols, col: 1 }
+    }
+}
+
+fn product(a: Strided, b: Strided) -> Vec<f32> {
+    let mut out = vec![0.0; a.rows * b.cols];
+    if a.cols == 0 || out.is_empty() {
+        return out;
+    }
+    assert_eq!(a.cols, b.rows, "inner sizes differ");
+    for m in [a, b] {
+        assert!((m.rows - 1) * m.row + (m.cols - 1) * m.col < m.data.len());
+    }
+    // SAFETY: the last element of each matrix is inside its slice (asserted above for the sources, by its
+    // making for `out`), and `out` overlaps neither.
+    unsafe {
+        gemm(
+            a.rows,
+            b.cols,
+            a.cols,
+            out.as_mut_ptr(),
+            1,
+            b.cols as isize,
+            false,
+            a.data.as_ptr(),
+            a.col as isize,
+            a.row as isize,
+            b.data.as_ptr(),
+            b.col as isize,
+            b.row as isize,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(rows: usize, cols: usize, seed: f32) -> Vec<f32> {
+        (0..rows * cols).map(|i| (i as f32 * 0.731 + seed).sin()).collect()
+    }
+
+    fn naive(a: &[f32], b: &[f32], d: usize) -> Vec<f64> {
+        let c = b.len() / d;
+        let dot = |i: usize| (0..d).map(|k| f64::from(a[i / c * d + k]) * f64::from(b[k * c + i % c])).sum();
+        (0..a.len() / d * c).map(dot).collect()
+    }
+
+    fn close(got: &[f32], want: &[f64]) {
+        assert_eq!(got.len(), want.len());
+        for (g, w) in got.iter().zip(want) {
+            assert!((f64::from(*g) - w).abs() < 1e-4, "got {g}, want {w}");
+        }
+    }
+
+    #[test]
+    fn products_agree_with_the_formula() {
+        let (a, b) = (matrix(37, 24, 0.0), matrix(24, 19, 1.0));
+        close(&multiply(&a, &b, 24), &naive(&a, &b, 24));
+        let transposed: Vec<f32> = (0..37 * 24).map(|i| a[i % 37 * 24 + i / 37]).collect();
+        close(&gram(&a, 24), &naive(&transposed, &a, 37));
+    }
+
+    #[test]
+    fn rotation_agrees_with_the_formula_on_every_isa() {
+        for &isa in Isa::available() {
+            for (n, width) in [(64, 48), (48, 64), (128, 96), (16, 16)] {
+                let (vectors, rows) = (matrix(3, n, 0.3), matrix(n, width, 0.7));
+                let half: Vec<f16> = rows.iter().map(|&x| f16::from_f32(x)).collect();
+                let rows: Vec<f32> = half.iter().map(|x| x.to_f32()).collect();
+                let mut out = vec![0.0; 3 * width];
+                rotate(isa, &vectors, &half, &mut out, width);
+                close(&out, &naive(&vectors, &rows, n));
+            }
+        }
+    }
+}
