@@ -5,6 +5,7 @@
 
 pub mod exact;
 pub mod isa;
+pub mod matrix;
 pub mod oracle;
 pub mod pool;
 pub mod rotate;
