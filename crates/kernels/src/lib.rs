@@ -5,7 +5,9 @@
 
 pub mod isa;
 pub mod oracle;
+pub mod packed;
 pub mod pool;
+pub mod select;
 pub mod state;
 
 mod simd;
