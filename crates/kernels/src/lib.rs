@@ -7,8 +7,10 @@ pub mod exact;
 pub mod isa;
 pub mod matrix;
 pub mod oracle;
+pub mod packed;
 pub mod pool;
 pub mod rotate;
+pub mod select;
 pub mod state;
 pub mod stream;
 

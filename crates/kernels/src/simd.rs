@@ -36,6 +36,11 @@ pub(crate) trait Simd: Copy {
     fn exp2i(self, n: Self::V) -> Self::V;
     fn sum_lanes(self, a: Self::V) -> f32;
     fn max_lanes(self, a: Self::V) -> f32;
+    /// `sum_lanes` of each, cheaper together.
+    #[inline(always)]
+    fn sum_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {
+        a.map(|a| self.sum_lanes(a))
+    }
 
     /// # Safety
     /// `p` is valid for reading `LANES` f32.

@@ -104,6 +104,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn sum_lanes4(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+            let x = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xee>(ab, cd));
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            std::mem::transmute::<__m128, [f32; 4]>(x)
+        }
+    }
+    #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m256 {
         // SAFETY: see the head of this impl.
         unsafe { _mm256_loadu_ps(p) }

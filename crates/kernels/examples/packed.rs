@@ -1,0 +1,119 @@
+//! How fast are the packed kernels? Nanoseconds a token and bytes a second, per instruction set, one thread.
+//!
+//! `cargo run --release -p mosaickv-kernels --example packed [tokens]`, 131072 tokens by default. The first page
+//! of every run is compared with f64 attention before a time is printed.
+
+use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, attend_page, score_blocks};
+use mosaickv_kernels::{AttnState, Isa, oracle, select};
+use std::time::Instant;
+
+fn main() {
+    let tokens: usize = std::env::args().nth(1).map_or(131_072, |a| a.parse().expect("a number of tokens"));
+    stream(tokens);
+    for (head_dim, rows, group) in [(128, 4, 1), (128, 4, 4), (128, 1, 1), (64, 3, 1), (64, 3, 2)] {
+        let shape = PackedShape::with_rate(head_dim, 0.75, group).expect("a shape of the paper");
+        let c = shape.channels();
+        println!("D={head_dim} R={rows} C={c} r={} g={group} block=8, {tokens} tokens", shape.kept());
+        let start = Instant::now();
+        let pages: Vec<PackedPage> = (0..tokens / 64)
+            .map(|i| PackedPage::encode(shape, 8, &noise(2 * i, 64 * c), &noise(2 * i + 1, 64 * c)))
+            .collect();
+        let bytes: usize = pages.iter().map(PackedPage::bytes).sum();
+        let exact = (tokens * 4 * head_dim) as f64;
+        let seconds = start.elapsed().as_secs_f64();
+        println!(
+            "  encode, noise included: {:.0} ns a token; ratio {:.2}",
+            seconds * 1e9 / tokens as f64,
+            exact / bytes as f64
+        );
+        let queries = noise(usize::MAX / 2, rows * c);
+        for &isa in Isa::available() {
+            check(isa, &queries, &pages[0]);
+            run(isa, &queries, &pages, tokens);
+        }
+    }
+}
+
+fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
+    let (c, blocks) = (pages[0].shape().channels(), pages[0].blocks());
+    let rows = queries.len() / c;
+    let mut scores = vec![0.0; rows * blocks * pages.len()];
+    let seconds = best(|| {
+        for (page, scores) in pages.iter().zip(scores.chunks_exact_mut(rows * blocks)) {
+            score_blocks(isa, queries, page, scores);
+        }
+    });
+    report(isa, "score_blocks", seconds, tokens, pages.iter().map(PackedPage::bytes_of_block_keys).sum());
+    let first: Vec<f32> = scores.chunks_exact(rows * blocks).flat_map(|s| s[..blocks].to_vec()).collect();
+    let mut chosen = Vec::new();
+    let seconds = best(|| chosen = select::top_k(&first, first.len() / 10));
+    report(isa, "top_k of 10 %", seconds, tokens, 4 * first.len());
+    let mut state = AttnState::new(rows, c);
+    let seconds = best(|| {
+        state.clear();
+        pages.iter().for_each(|page| attend_page(isa, queries, page, &mut state));
+    });
+    let block = pages[0].bytes_of_block();
+    report(isa, "attend_page", seconds, tokens, block * blocks * pages.len());
+    let mut masks = vec![0u32; pages.len()];
+    chosen.iter().for_each(|&b| masks[b as usize / blocks] |= 1 << (b as usize % blocks));
+    let selected: Vec<(&PackedPage, u32)> = pages.iter().zip(masks).filter(|&(_, m)| m != 0).collect();
+    let seconds = best(|| {
+        state.clear();
+        for (i, &(page, mask)) in selected.iter().enumerate() {
+            if let Some(&(next, mask)) = selected.get(i + 2) {
+                next.prefetch(isa, mask);
+            }
+            attend_blocks(isa, queries, page, mask, &mut state);
+        }
+    });
+    report(isa, "attend_blocks, 10 %", seconds, chosen.len() * 8, block * chosen.len());
+}
+
+/// The bandwidth of this machine, to compare with: a sum over as many bytes as 128 channels of exact f16.
+fn stream(tokens: usize) {
+    let words = vec![1u64; tokens * 64];
+    let mut sum = 0u64;
+    let seconds = best(|| sum = std::hint::black_box(&words).iter().fold(0, |a, &b| a ^ b));
+    println!("stream: {:.1} GB/s (sum {sum})", words.len() as f64 * 8e-9 / seconds);
+}
+
+fn best(mut body: impl FnMut()) -> f64 {
+    let mut best = f64::INFINITY;
+    for _ in 0..7 {
+        let start = Instant::now();
+        body();
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn report(isa: Isa, what: &str, seconds: f64, tokens: usize, bytes: usize) {
+    let (ns, rate) = (seconds * 1e9 / tokens as f64, bytes as f64 * 1e-9 / seconds);
+    println!("  {:7} {what:20} {ns:7.2} ns a token {rate:6.2} GB/s", isa.name());
+}
+
+fn check(isa: Isa, queries: &[f32], page: &PackedPage) {
+    let c = page.shape().channels();
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let mut state = AttnState::new(queries.len() / c, c);
+    attend_page(isa, queries, page, &mut state);
+    let mut out = vec![0.0; queries.len()];
+    state.finish(&mut out);
+    for (q, out) in queries.chunks_exact(c).zip(out.chunks_exact(c)) {
+        let want = oracle::attend(&wide(q), &wide(&page.decode_keys()), &wide(&page.decode_values()), 1.0);
+        let worst = out.iter().zip(&want).fold(0.0f64, |m, (&x, y)| m.max((f64::from(x) - y).abs()));
+        assert!(worst < 1e-5, "{}: off by {worst}, no time is worth printing", isa.name());
+    }
+}
+
+fn noise(seed: usize, n: usize) -> Vec<f32> {
+    let mut x = (seed as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
