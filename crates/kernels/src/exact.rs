@@ -11,6 +11,7 @@ use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::{AttnState, fold_scores};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// Tokens in a page.
 pub const PAGE_TOKENS: usize = 64;
@@ -103,15 +104,20 @@ impl ExactPage {
         let d = self.head_dim();
         assert!(!self.is_full(), "push into a full page");
         assert_eq!((key.len(), value.len()), (d, d), "key and value must have {d} elements");
+        let token = self.tokens;
         let numbers = numbers_mut(&mut self.data);
         let (keys, values) = numbers.split_at_mut(numbers.len() / 2);
-        let (tile, lane) = (self.tokens / TILE_TOKENS, self.tokens % TILE_TOKENS);
-        let tile = &mut keys[tile * d * TILE_TOKENS..];
-        for (column, &x) in tile.chunks_exact_mut(TILE_TOKENS).zip(key) {
-            column[lane] = to_f16(x);
+        let tile = &mut keys[token / TILE_TOKENS * d * TILE_TOKENS..];
+        let mut half = [f16::ZERO; HEAD_DIM_STEP];
+        for (c, part) in key.chunks_exact(HEAD_DIM_STEP).enumerate() {
+            to_f16(part, &mut half);
+            let columns = tile[c * HEAD_DIM_STEP * TILE_TOKENS..].chunks_exact_mut(TILE_TOKENS);
+            columns.zip(half).for_each(|(column, x)| column[token % TILE_TOKENS] = x);
         }
-        for (to, &x) in values[self.tokens * d..].iter_mut().zip(value) {
-            *to = to_f16(x);
+        let row = values[token * d..].chunks_exact_mut(HEAD_DIM_STEP);
+        for (to, part) in row.zip(value.chunks_exact(HEAD_DIM_STEP)) {
+            to_f16(part, &mut half);
+            to.copy_from_slice(&half);
         }
         self.tokens += 1;
     }
@@ -147,8 +153,10 @@ impl ExactPage {
     }
 }
 
-fn to_f16(x: f32) -> f16 {
-    f16::from_f32(x.clamp(-65504.0, 65504.0))
+fn to_f16(from: &[f32], to: &mut [f16; HEAD_DIM_STEP]) {
+    let mut clamped = [0.0; HEAD_DIM_STEP];
+    clamped.iter_mut().zip(from).for_each(|(c, x)| *c = x.clamp(-65504.0, 65504.0));
+    to.convert_from_f32_slice(&clamped);
 }
 
 /// How many tokens of a page each query row may see.

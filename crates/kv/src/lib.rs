@@ -1,1 +1,333 @@
-//! To come.
+//! What does a sequence remember, in which bytes, and what does attention over it give?
+//!
+//! A [`KvCache`] holds the keys and values of one sequence. Per layer and KV head they live one way:
+//! `update buffer -> sealed page -> compressed segment`. While a prompt is read, tokens gather in exact pages;
+//! [`KvCache::end_prompt`] compresses a layer's pages when its last prompt token is in; later tokens pass through
+//! the update buffer. The cache knows no model, no request and no clock.
+//!
+//! Sealed pages are immutable and shared: cloning a cache copies only update buffers.
+
+#![deny(unsafe_code)]
+
+mod exact;
+mod oracle;
+mod packed;
+mod rotation;
+
+use exact::ExactHead;
+use mosaickv_kernels::packed::{PackedError, PackedShape};
+use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
+use packed::PackedHead;
+
+pub use packed::{PackedStrategy, SINKS};
+
+/// Shape of a model's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// `L`
+    pub layers: usize,
+    /// `H`, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// `G`
+    pub kv_heads: usize,
+    /// `D`, a multiple of 16.
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// Query heads that share a KV head.
+    pub fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Bytes of `tokens` tokens as plain f16 keys and values: what every ratio is relative to.
+    pub fn exact_bytes(self, tokens: usize) -> usize {
+        tokens * self.layers * self.kv_heads * self.head_dim * 2 * 2
+    }
+
+    /// Scalars that `tokens` tokens have in all layers and heads.
+    pub fn scalars(self, tokens: usize) -> usize {
+        tokens * self.layers * self.kv_heads * self.head_dim * 2
+    }
+}
+
+/// How keys and values are stored once they leave the update buffer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum KvFormat {
+    /// f16, all of it.
+    Exact,
+    /// The paper's two-dimensional compression, with one static strategy.
+    Packed(PackedStrategy),
+}
+
+/// Why a cache can't be made or go on.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum KvError {
+    /// The shape is none that the kernels take.
+    #[error(
+        "unsupported attention shape: {heads} query heads, {kv_heads} KV heads, head_dim {head_dim}; wanted \
+         query heads a multiple of KV heads, and a head_dim that is a positive multiple of {HEAD_DIM_STEP}"
+    )]
+    Shape {
+        /// `H`
+        heads: usize,
+        /// `G`
+        kv_heads: usize,
+        /// `D`
+        head_dim: usize,
+    },
+    /// The strategy can't be had for this shape.
+    #[error("strategy: {0}")]
+    Strategy(#[from] PackedError),
+    /// A key or value is NaN or infinite; nothing was stored.
+    #[error(
+        "layer {layer} computed keys or values that are not finite; the model's weights are damaged, or its \
+         activations exceed f32"
+    )]
+    NotFinite {
+        /// Which layer.
+        layer: usize,
+    },
+    /// [`KvCache::check`] found a broken invariant: a bug of ours.
+    #[error("cache integrity, layer {layer}, KV head {head}: {what}")]
+    Integrity {
+        /// Which layer.
+        layer: usize,
+        /// Which KV head.
+        head: usize,
+        /// The invariant and the numbers.
+        what: String,
+    },
+}
+
+/// Bytes allocated for a cache, by what they hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvBytes {
+    /// Exact pages: all of `exact`, sinks and update buffer of the others.
+    pub exact: usize,
+    /// Packed pages: elements, bitmaps, block keys, padding, headers.
+    pub packed: usize,
+    /// Rotations of keys and values.
+    pub rotations: usize,
+    /// Lists of pages and other bookkeeping.
+    pub lists: usize,
+}
+
+impl KvBytes {
+    /// All of them.
+    pub fn total(self) -> usize {
+        self.exact + self.packed + self.rotations + self.lists
+    }
+}
+
+/// Keys and values of one sequence, in all layers.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    shape: KvShape,
+    format: KvFormat,
+    layers: Vec<Layer>,
+    isa: Isa,
+    bytes_read: u64,
+    /// Partial attention states, kept for their allocations.
+    states: Vec<AttnState>,
+}
+
+#[derive(Clone, Debug)]
+enum Layer {
+    Exact(Vec<ExactHead>),
+    Packed(Vec<PackedHead>),
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(shape: KvShape, format: KvFormat) -> Result<KvCache, KvError> {
+        let KvShape { layers, heads, kv_heads, head_dim } = shape;
+        let divides = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+        if !divides || head_dim == 0 || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
+            return Err(KvError::Shape { heads, kv_heads, head_dim });
+        }
+        if let KvFormat::Packed(strategy) = format {
+            strategy.shape(head_dim)?;
+        }
+        let layer = || Layer::Exact((0..kv_heads).map(|_| ExactHead::new(head_dim)).collect());
+        Ok(KvCache {
+            shape,
+            format,
+            layers: (0..layers).map(|_| layer()).collect(),
+            isa: Isa::current(),
+            bytes_read: 0,
+            states: Vec::new(),
+        })
+    }
+
+    /// The same cache with other kernels: for tests and benchmarks.
+    pub fn with_isa(mut self, isa: Isa) -> KvCache {
+        self.isa = isa;
+        self
+    }
+
+    /// The shape it was made for.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// The format it compresses into.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Tokens held. Between the layers of one forward pass the first layers are ahead; this is the last one's.
+    pub fn tokens(&self) -> usize {
+        self.layers.last().map_or(0, Layer::tokens)
+    }
+
+    /// Adds `T` tokens to a layer: `keys` and `values` `[T, G, D]`, keys after RoPE. Either all are stored or, on
+    /// an error, none. After the layer's [`end_prompt`](KvCache::end_prompt) a compressing cache takes one token
+    /// at a time.
+    pub fn append(
+        &mut self,
+        pool: &Pool,
+        layer: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), KvError> {
+        let row = self.shape.kv_heads * self.shape.head_dim;
+        let tokens = keys.len() / row;
+        assert_eq!((keys.len(), values.len()), (tokens * row, tokens * row), "keys, values not rows of {row}");
+        if !keys.iter().chain(values).all(|x| x.is_finite()) {
+            return Err(KvError::NotFinite { layer });
+        }
+        let d = self.shape.head_dim;
+        match &mut self.layers[layer] {
+            Layer::Exact(heads) if tokens == 1 => {
+                heads.iter_mut().enumerate().for_each(|(g, head)| head.append(keys, values, (g * d, row)));
+            }
+            Layer::Exact(heads) => pool.for_each(heads, |g, head| head.append(keys, values, (g * d, row))),
+            Layer::Packed(heads) => {
+                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
+                let due = heads[0].is_full();
+                let append = |g: usize, head: &mut PackedHead| {
+                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
+                };
+                if due {
+                    pool.for_each(heads, append);
+                } else {
+                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages.
+    pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
+        let KvFormat::Packed(strategy) = self.format else { return };
+        let Layer::Exact(exact) = &mut self.layers[layer] else { return };
+        let mut heads: Vec<_> = exact.drain(..).map(|head| (Some(head), None)).collect();
+        pool.for_each(&mut heads, |_, (exact, packed)| {
+            *packed = exact.take().map(|head| PackedHead::compress(&head, strategy));
+        });
+        self.layers[layer] = Layer::Packed(heads.into_iter().filter_map(|(_, packed)| packed).collect());
+    }
+
+    /// Causal attention of `queries` `[T, H, D]`, after RoPE and not yet scaled, which belong to the newest `T`
+    /// tokens of the layer. Writes `out` `[T, H, D]`. A compressed layer takes one token at a time.
+    /// The result does not depend on the number of threads.
+    pub fn attend(&mut self, pool: &Pool, layer: usize, queries: &[f32], out: &mut [f32]) {
+        let row = self.shape.heads * self.shape.head_dim;
+        let tokens = queries.len() / row;
+        assert_eq!(queries.len(), tokens * row, "queries are not rows of {row}");
+        assert_eq!(out.len(), queries.len(), "output of the wrong length");
+        assert!(tokens <= self.layers[layer].tokens(), "{tokens} queries for fewer tokens in the cache");
+        let scale = (self.shape.head_dim as f32).sqrt().recip();
+        let step = Step { shape: self.shape, isa: self.isa, pool, states: &mut self.states, scale };
+        self.bytes_read += match &self.layers[layer] {
+            Layer::Exact(heads) if tokens > 1 => exact::prefill(step, heads, queries, out),
+            Layer::Exact(heads) => exact::decode(step, heads, queries, out),
+            Layer::Packed(heads) => {
+                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
+                packed::decode(step, heads, queries, out)
+            }
+        };
+    }
+
+    /// Bytes that attention has read from this cache since it was made: keys, values, bitmaps, block keys and
+    /// rotations. In prefill each page counts once for each block of 16 queries.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read
+    }
+
+    /// Bytes allocated. A page shared with a clone counts in both.
+    pub fn bytes(&self) -> KvBytes {
+        let mut bytes = KvBytes {
+            lists: size_of::<KvCache>() + self.layers.capacity() * size_of::<Layer>(),
+            ..KvBytes::default()
+        };
+        for layer in &self.layers {
+            match layer {
+                Layer::Exact(heads) => {
+                    bytes.lists += heads.capacity() * size_of::<ExactHead>();
+                    heads.iter().for_each(|head| head.count(&mut bytes));
+                }
+                Layer::Packed(heads) => {
+                    bytes.lists += heads.capacity() * size_of::<PackedHead>();
+                    heads.iter().for_each(|head| head.count(&mut bytes));
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Checks every invariant that can be checked without the original keys and values.
+    pub fn check(&self) -> Result<(), KvError> {
+        let tokens = self.tokens();
+        for (l, layer) in self.layers.iter().enumerate() {
+            for g in 0..self.shape.kv_heads {
+                let (held, inside) = match layer {
+                    Layer::Exact(heads) => (heads[g].tokens(), heads[g].check()),
+                    Layer::Packed(heads) => (heads[g].tokens(), heads[g].check()),
+                };
+                let error = |what| KvError::Integrity { layer: l, head: g, what };
+                inside.map_err(error)?;
+                if held != tokens {
+                    return Err(error(format!("holds {held} tokens, the last layer {tokens}")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Layer {
+    fn tokens(&self) -> usize {
+        match self {
+            Layer::Exact(heads) => heads[0].tokens(),
+            Layer::Packed(heads) => heads[0].tokens(),
+        }
+    }
+}
+
+impl PackedStrategy {
+    /// The shape of vectors that the strategy gives at this head_dim.
+    pub fn shape(self, head_dim: usize) -> Result<PackedShape, PackedError> {
+        PackedShape::with_rate(head_dim, self.kept, self.group)
+    }
+}
+
+/// What one call of `attend` works with.
+struct Step<'a> {
+    shape: KvShape,
+    isa: Isa,
+    pool: &'a Pool,
+    states: &'a mut Vec<AttnState>,
+    scale: f32,
+}
+
+/// `count` empty states, reusing those that are there.
+fn cleared(states: &mut Vec<AttnState>, count: usize, rows: usize, channels: usize) -> &mut [AttnState] {
+    states.retain(|s| s.rows() == rows && s.channels() == channels);
+    states.truncate(count);
+    states.iter_mut().for_each(AttnState::clear);
+    states.resize_with(count, || AttnState::new(rows, channels));
+    states
+}

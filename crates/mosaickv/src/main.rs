@@ -1,2 +1,159 @@
-//! MosaicKV
-fn main() {}
+//! MosaicKV: long-context LLMs on a KV cache compressed in tokens and channels at once.
+
+#![deny(unsafe_code)]
+
+mod answer;
+mod bench;
+mod bill;
+mod demo;
+mod fetch;
+mod kv_option;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use kv_option::KvOption;
+use mosaickv_kernels::Pool;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "mosaickv", version, about, long_about = None)]
+#[command(after_help = "Examples:\n  \
+    mosaickv demo\n  \
+    mosaickv run --model smollm2-135m --file report.txt --kv packed \"What was decided?\"\n  \
+    mosaickv bench attention --context 4096,32768 --kv exact,packed")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer a question, about a document if one is given, and print what the cache saved and cost
+    Run(RunArgs),
+    /// Fetch the small model, read a long document, answer with the exact and the compressed cache
+    Demo(demo::DemoArgs),
+    /// Measure speed beside what the machine can do
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    mosaickv run --model smollm2-135m \"Name three rivers.\"\n  \
+    mosaickv run --model ./model.gguf --file book.txt --kv packed \"Who is the captain?\"\n  \
+    mosaickv run --model Qwen/Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
+struct RunArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A text to ask about; it is put before the question
+    #[arg(long, value_name = "DOC")]
+    file: Option<PathBuf>,
+    /// How keys and values are kept: exact, packed, or packed:kept=0.25,group=1,block=8,selected=0.1
+    #[arg(long, default_value = "exact", env = "MOSAICKV_KV")]
+    kv: KvOption,
+    /// Longest answer, in tokens
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: u32,
+    /// Print one JSON object (answer and bill) instead of text
+    #[arg(long)]
+    json: bool,
+    question: String,
+}
+
+/// Which model, and how many threads to run it on.
+#[derive(Args, Clone)]
+struct ModelArgs {
+    /// A GGUF file, a safetensors folder, a hub repository (owner/name[:file]), or smollm2-135m
+    #[arg(long, env = "MOSAICKV_MODEL")]
+    model: String,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
+
+#[derive(Args, Clone)]
+struct ThreadArgs {
+    /// Threads to compute on [default: all cores]
+    #[arg(long, env = "MOSAICKV_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+impl ThreadArgs {
+    fn pool(&self) -> Pool {
+        let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Pool::new(self.threads.map_or_else(cores, usize::from))
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).without_time().init();
+    let done = match Cli::parse().command {
+        Command::Run(args) => run(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Bench(command) => bench::bench(&command),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has seen enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn run(args: &RunArgs) -> Result<()> {
+    if args.question.trim().is_empty() {
+        bail!("the question is empty; write it as the last argument, in quotes");
+    }
+    let document = args.file.as_deref().map(read_document).transpose()?;
+    let pool = args.model.threads.pool();
+    let (model, text) = answer::load(&args.model.model)?;
+    let asked = answer::Asked {
+        document: document.as_deref(),
+        question: &args.question,
+        format: args.kv.format(),
+        max_tokens: args.max_tokens as usize,
+    };
+    let json = args.json;
+    let mut out = io::stdout().lock();
+    let answer = answer::answer(&model, &text, &pool, &asked, &mut |piece| {
+        if !json {
+            out.write_all(piece.as_bytes())?;
+            out.flush()?;
+        }
+        Ok(())
+    })?;
+    if json {
+        serde_json::to_writer_pretty(&mut out, &answer)?;
+        writeln!(out)?;
+    } else {
+        writeln!(out, "\n\n{}", answer.bill)?;
+    }
+    Ok(())
+}
+
+/// The text of a file that was given to be asked about.
+fn read_document(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the document {}", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!(
+            "the document {} is not UTF-8 text (first wrong byte at {at}); convert it, for example with iconv",
+            path.display()
+        )
+    })?;
+    if text.trim().is_empty() {
+        bail!("the document {} is empty; give a file with text in it", path.display());
+    }
+    Ok(text)
+}

@@ -1,0 +1,132 @@
+//! A KV head whose tokens are all exact: the `exact` format, and every prompt until it is compressed.
+
+use crate::{KvBytes, Step, cleared};
+use mosaickv_kernels::AttnState;
+use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend};
+use std::sync::Arc;
+
+/// Pages that one task of a decode step folds (512 tokens). Fixed, so that the order of additions, and with it
+/// the result, does not depend on the number of threads.
+const PAGES_PER_TASK: usize = 8;
+
+/// Query positions that one task of prefill takes.
+const QUERIES_PER_TASK: usize = 16;
+
+/// Bytes that an `Arc` adds to what it holds: its two counts.
+pub(crate) const ARC_BYTES: usize = 2 * size_of::<usize>();
+
+#[derive(Clone, Debug)]
+pub(crate) struct ExactHead {
+    sealed: Vec<Arc<ExactPage>>,
+    /// The update buffer: the page that is being filled, never full.
+    open: ExactPage,
+}
+
+impl ExactHead {
+    pub(crate) fn new(head_dim: usize) -> ExactHead {
+        ExactHead { sealed: Vec::new(), open: ExactPage::new(head_dim, PAGE_TOKENS) }
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.sealed.len() * PAGE_TOKENS + self.open.tokens()
+    }
+
+    /// Appends the elements from `offset` of each row of `keys` and `values`.
+    pub(crate) fn append(&mut self, keys: &[f32], values: &[f32], (offset, row): (usize, usize)) {
+        let d = self.open.head_dim();
+        for (key, value) in keys.chunks_exact(row).zip(values.chunks_exact(row)) {
+            self.open.push(&key[offset..][..d], &value[offset..][..d]);
+            if self.open.is_full() {
+                let full = std::mem::replace(&mut self.open, ExactPage::new(d, PAGE_TOKENS));
+                self.sealed.push(Arc::new(full));
+            }
+        }
+    }
+
+    /// All pages in order, the update buffer last.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = &ExactPage> {
+        self.sealed.iter().map(|page| &**page).chain([&self.open])
+    }
+
+    fn page(&self, i: usize) -> &ExactPage {
+        self.sealed.get(i).map_or(&self.open, |page| page)
+    }
+
+    /// Pages, the update buffer included.
+    fn page_count(&self) -> usize {
+        self.sealed.len() + 1
+    }
+
+    pub(crate) fn count(&self, bytes: &mut KvBytes) {
+        // The open page's header is inside this head, which the list of heads counts.
+        bytes.exact += self.pages().map(ExactPage::bytes).sum::<usize>() - size_of::<ExactPage>();
+        bytes.lists += self.sealed.capacity() * size_of::<Arc<ExactPage>>() + self.sealed.len() * ARC_BYTES;
+    }
+
+    pub(crate) fn check(&self) -> Result<(), String> {
+        match self.sealed.iter().position(|page| !page.is_full()) {
+            Some(i) => Err(format!("sealed page {i} holds {} tokens", self.sealed[i].tokens())),
+            None if self.open.is_full() => Err("the update buffer is full and was not sealed".into()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// One token: `queries` `[H, D]`. Tasks are runs of pages of one KV head; their states are merged in order.
+pub(crate) fn decode(step: Step, heads: &[ExactHead], queries: &[f32], out: &mut [f32]) -> u64 {
+    let (group, d) = (step.shape.group(), step.shape.head_dim);
+    let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
+    let pages = heads[0].page_count();
+    let runs = pages.div_ceil(PAGES_PER_TASK);
+    let states = cleared(step.states, heads.len() * runs, group, d);
+    step.pool.for_each(states, |task, state| {
+        let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);
+        for i in first..pages.min(first + PAGES_PER_TASK) {
+            attend(step.isa, &scaled[g * group * d..][..group * d], heads[g].page(i), Visible::All, state);
+        }
+    });
+    for (states, out) in states.chunks_exact_mut(runs).zip(out.chunks_exact_mut(group * d)) {
+        let (first, rest) = states.split_first_mut().expect("a head has at least its open page");
+        rest.iter().for_each(|state| first.merge(state));
+        first.finish(out);
+    }
+    heads.iter().flat_map(ExactHead::pages).map(|page| page.bytes_read() as u64).sum()
+}
+
+/// Many tokens: `queries` `[T, H, D]`. A task takes a block of positions in every head and never holds more
+/// scores than one page has.
+pub(crate) fn prefill(step: Step, heads: &[ExactHead], queries: &[f32], out: &mut [f32]) -> u64 {
+    let (group, d, row) = (step.shape.group(), step.shape.head_dim, step.shape.heads * step.shape.head_dim);
+    let tokens = queries.len() / row;
+    let start = heads[0].tokens() - tokens;
+    let mut blocks: Vec<_> = out.chunks_mut(QUERIES_PER_TASK * row).enumerate().collect();
+    // The last positions see the most: begin with them, and the small tasks fill the gaps at the end.
+    blocks.reverse();
+    step.pool.for_each(&mut blocks, |_, (block, out)| {
+        let first = *block * QUERIES_PER_TASK;
+        let count = out.len() / row;
+        let pages = (start + first + count).div_ceil(PAGE_TOKENS);
+        let mut local = vec![0.0; count * group * d];
+        let mut state = AttnState::new(count * group, d);
+        for (g, head) in heads.iter().enumerate() {
+            let span = |t: usize| t * row + g * group * d..t * row + (g + 1) * group * d;
+            for (t, to) in local.chunks_exact_mut(group * d).enumerate() {
+                let from = &queries[span(first + t)];
+                to.iter_mut().zip(from).for_each(|(x, q)| *x = q * step.scale);
+            }
+            state.clear();
+            for i in 0..pages {
+                let seen = (start + first + 1) as isize - (i * PAGE_TOKENS) as isize;
+                let visible = Visible::Causal { rows_per_token: group, first: seen };
+                attend(step.isa, &local, head.page(i), visible, &mut state);
+            }
+            state.finish(&mut local);
+            for (t, from) in local.chunks_exact(group * d).enumerate() {
+                out[span(t)].copy_from_slice(from);
+            }
+        }
+    });
+    let page_bytes = heads[0].page(0).head_dim() * PAGE_TOKENS * 2 * 2;
+    let read = |block: usize| (start + (block + 1) * QUERIES_PER_TASK).min(start + tokens).div_ceil(PAGE_TOKENS);
+    (0..tokens.div_ceil(QUERIES_PER_TASK)).map(|b| (read(b) * page_bytes * heads.len()) as u64).sum()
+}

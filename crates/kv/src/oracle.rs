@@ -1,0 +1,91 @@
+//! What should attention over this cache give? Every format's definition in f64, slowly, for tests and benchmarks.
+//!
+//! It reads what the cache stores (rounded, packed), so a difference from [`KvCache::attend`] is the kernels'.
+//! Nobody optimizes this file.
+
+use crate::exact::ExactHead;
+use crate::packed::PackedHead;
+use crate::{KvCache, Layer};
+use mosaickv_kernels::oracle;
+
+impl KvCache {
+    /// What [`attend`](KvCache::attend) should give for the newest token: `queries` `[H, D]`, output `[H, D]`, of
+    /// which only the rows of the KV heads in `heads` are worked out; the others are 0.
+    pub fn oracle(&self, layer: usize, queries: &[f32], heads: std::ops::Range<usize>) -> Vec<f64> {
+        let (group, d) = (self.shape.group(), self.shape.head_dim);
+        let scale = (d as f64).sqrt().recip();
+        let mut out = vec![0.0; queries.len()];
+        for g in heads {
+            let span = g * group * d..(g + 1) * group * d;
+            let queries: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q) * scale).collect();
+            let (keys, values) = match &self.layers[layer] {
+                Layer::Exact(heads) => exact_rows(&heads[g]),
+                Layer::Packed(heads) => heads[g].oracle_rows(&queries),
+            };
+            for (query, out) in queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d)) {
+                out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
+            }
+        }
+        out
+    }
+}
+
+fn exact_rows(head: &ExactHead) -> (Vec<f64>, Vec<f64>) {
+    let pages: Vec<_> = head.pages().collect();
+    let (keys, values) = crate::packed::rows(&pages);
+    (keys.into_iter().map(f64::from).collect(), values.into_iter().map(f64::from).collect())
+}
+
+impl PackedHead {
+    /// Keys and values `[T, D]`, back in the model's channels, of the tokens that the scaled queries `[R, D]`
+    /// attend to.
+    fn oracle_rows(&self, queries: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let d = self.buffer.head_dim();
+        let (keys, values) = crate::packed::rows(&[&self.sinks, &self.buffer]);
+        let mut keys: Vec<f64> = keys.into_iter().map(f64::from).collect();
+        let mut values: Vec<f64> = values.into_iter().map(f64::from).collect();
+        let Some(segment) = &self.segment else { return (keys, values) };
+        // Both [D, C]: a packed row times the transpose is back in the model's channels.
+        let (to_keys, to_values) = (segment.rotation.key_matrix(), segment.rotation.value_matrix(d));
+        let restore = |rows: Vec<f32>, matrix: &[f32]| -> Vec<f64> {
+            let c = self.shape.channels();
+            let dot = |row: &[f32], i: usize| {
+                row.iter().zip(&matrix[i * c..]).map(|(&x, &m)| f64::from(x) * f64::from(m)).sum::<f64>()
+            };
+            rows.chunks_exact(c).flat_map(|row| (0..d).map(move |i| dot(row, i))).collect()
+        };
+        let block_keys: Vec<f64> =
+            segment.pages.iter().flat_map(|page| restore(page.decode_block_keys(), &to_keys)).collect();
+        for block in self.oracle_selection(queries, &block_keys) {
+            let page = segment.starts.partition_point(|&start| start as usize <= block) - 1;
+            let (page, block) = (&segment.pages[page], block - segment.starts[page] as usize);
+            let span = |row: usize| block * page.block() * row..(block + 1) * page.block() * row;
+            let c = self.shape.channels();
+            keys.extend(restore(page.decode_keys()[span(c)].to_vec(), &to_keys));
+            values.extend(restore(page.decode_values()[span(c)].to_vec(), &to_values));
+        }
+        (keys, values)
+    }
+
+    /// The best share of the blocks, by each block's largest log-probability among the block keys over the
+    /// queries.
+    fn oracle_selection(&self, queries: &[f64], block_keys: &[f64]) -> Vec<usize> {
+        let d = self.buffer.head_dim();
+        let blocks = block_keys.len() / d;
+        let mut best = vec![f64::NEG_INFINITY; blocks];
+        for query in queries.chunks_exact(d) {
+            let scores: Vec<f64> = block_keys
+                .chunks_exact(d)
+                .map(|key| query.iter().zip(key).map(|(q, k)| q * k).sum())
+                .collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+            best.iter_mut().zip(&scores).for_each(|(b, s)| *b = b.max(s - total));
+        }
+        let mut order: Vec<usize> = (0..blocks).collect();
+        order.sort_by(|&a, &b| best[b].total_cmp(&best[a]).then(a.cmp(&b)));
+        order.truncate((self.strategy.selected * blocks as f32).ceil() as usize);
+        order.sort_unstable();
+        order
+    }
+}

@@ -1,0 +1,296 @@
+//! A KV head in the paper's packed format: sinks, a segment of packed pages, and the update buffer.
+//!
+//! Per head, in order of tokens: the first [`SINKS`] stay exact; then come packed pages; the newest 32 to 63 wait
+//! in the update buffer, and each time it is full its oldest 32 are packed at once (paper, s. 5). All pages share
+//! one rotation, learnt from the tokens that were there when the first page was packed: the prompt.
+//! Every token stays addressable; a step *selects* token blocks, and always attends to sinks and buffer.
+
+use crate::exact::{ARC_BYTES, ExactHead};
+use crate::rotation::Rotation;
+use crate::{KvBytes, Step, cleared};
+use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
+use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, score_blocks};
+use mosaickv_kernels::rotate::{multiply, rotate};
+use mosaickv_kernels::select::top_k;
+use mosaickv_kernels::{AttnState, Isa};
+use std::sync::Arc;
+
+/// First tokens of a sequence, always exact and always attended to.
+pub const SINKS: usize = 4;
+
+/// Tokens that leave the update buffer at once, and that it keeps at least when they do.
+const FLUSH: usize = 32;
+
+/// Packed pages that one task of a decode step attends to; fixed, so that results do not depend on threads.
+const PAGES_PER_TASK: usize = 16;
+
+/// One static strategy for all segments (paper, s. 4, its defaults).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PackedStrategy {
+    /// Share of each vector's elements that are kept, in (0, 0.75]: the bottom quarter of the channels is
+    /// truncated.
+    pub kept: f32,
+    /// Neighbouring channels that are kept or dropped together: 1, 2 or 4.
+    pub group: usize,
+    /// Tokens of a token block: 4, 8 or 16.
+    pub block: usize,
+    /// Share of the packed tokens that a decode step attends to, in (0, 1].
+    pub selected: f32,
+}
+
+impl Default for PackedStrategy {
+    fn default() -> PackedStrategy {
+        PackedStrategy { kept: 0.25, group: 1, block: 8, selected: 0.10 }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PackedHead {
+    pub(crate) strategy: PackedStrategy,
+    pub(crate) shape: PackedShape,
+    pub(crate) sinks: ExactPage,
+    pub(crate) segment: Option<Arc<Segment>>,
+    /// The update buffer.
+    pub(crate) buffer: ExactPage,
+}
+
+/// Packed pages with one rotation.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) rotation: Arc<Rotation>,
+    pub(crate) pages: Vec<Arc<PackedPage>>,
+    /// `starts[i]` = token blocks before page `i`; one more entry than pages.
+    pub(crate) starts: Vec<u32>,
+}
+
+impl Segment {
+    fn blocks(&self) -> usize {
+        self.starts[self.pages.len()] as usize
+    }
+
+    fn tokens(&self) -> usize {
+        self.pages.iter().map(|page| page.tokens()).sum()
+    }
+
+    fn push(&mut self, page: PackedPage) {
+        self.starts.push((self.blocks() + page.blocks()) as u32);
+        self.pages.push(Arc::new(page));
+    }
+}
+
+impl PackedHead {
+    /// Compresses what an exact head holds.
+    pub(crate) fn compress(exact: &ExactHead, strategy: PackedStrategy) -> PackedHead {
+        let pages: Vec<_> = exact.pages().collect();
+        let d = pages[0].head_dim();
+        let shape = strategy.shape(d).expect("checked when the cache was made");
+        let (keys, values) = rows(&pages);
+        let mut head = PackedHead {
+            strategy,
+            shape,
+            sinks: ExactPage::new(d, 16),
+            segment: None,
+            buffer: ExactPage::new(d, PAGE_TOKENS),
+        };
+        let tokens = keys.len() / d;
+        let sinks = tokens.min(SINKS);
+        let packed = (tokens - sinks).saturating_sub(FLUSH) / FLUSH * FLUSH;
+        if packed > 0 {
+            let rotation = Rotation::learn(&keys, &values, d, shape.channels());
+            let span = sinks * d..(sinks + packed) * d;
+            head.pack(Arc::new(rotation), &keys[span.clone()], &values[span]);
+        }
+        for t in 0..tokens {
+            let to = if t < sinks { &mut head.sinks } else { &mut head.buffer };
+            if t < sinks || t >= sinks + packed {
+                to.push(&keys[t * d..][..d], &values[t * d..][..d]);
+            }
+        }
+        head
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        self.sinks.tokens() + self.segment.as_ref().map_or(0, |s| s.tokens()) + self.buffer.tokens()
+    }
+
+    /// Whether the next token must first send the oldest of the buffer to a packed page.
+    pub(crate) fn is_full(&self) -> bool {
+        self.buffer.is_full()
+    }
+
+    /// Adds a token, its key `[D]` and value `[D]`.
+    pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
+        if self.tokens() < SINKS {
+            return self.sinks.push(key, value);
+        }
+        if self.buffer.is_full() {
+            self.flush();
+        }
+        self.buffer.push(key, value);
+    }
+
+    fn flush(&mut self) {
+        let d = self.buffer.head_dim();
+        let (keys, values) = rows(&[&self.buffer]);
+        let rotation = match &self.segment {
+            Some(segment) => Arc::clone(&segment.rotation),
+            None => Arc::new(Rotation::learn(&keys, &values, d, self.shape.channels())),
+        };
+        self.pack(rotation, &keys[..FLUSH * d], &values[..FLUSH * d]);
+        self.buffer.drop_front(FLUSH);
+    }
+
+    /// Rotates keys and values `[T, D]` and adds them to the segment as packed pages.
+    fn pack(&mut self, rotation: Arc<Rotation>, keys: &[f32], values: &[f32]) {
+        let (d, page) = (self.buffer.head_dim(), PAGE_TOKENS * self.shape.channels());
+        let keys = multiply(keys, &rotation.key_matrix(), d);
+        let values = multiply(values, &rotation.value_matrix(d), d);
+        let segment = self
+            .segment
+            .get_or_insert_with(|| Arc::new(Segment { rotation, pages: Vec::new(), starts: vec![0] }));
+        // Copies the lists (not the pages) if a clone of the cache shares them.
+        let segment = Arc::make_mut(segment);
+        for (keys, values) in keys.chunks(page).zip(values.chunks(page)) {
+            segment.push(PackedPage::encode(self.shape, self.strategy.block, keys, values));
+        }
+    }
+
+    pub(crate) fn count(&self, bytes: &mut KvBytes) {
+        // The two exact pages' headers are inside this head, which the list of heads counts.
+        bytes.exact += self.sinks.bytes() + self.buffer.bytes() - 2 * size_of::<ExactPage>();
+        let Some(segment) = &self.segment else { return };
+        bytes.rotations += segment.rotation.bytes() + ARC_BYTES;
+        bytes.packed += segment.pages.iter().map(|page| page.bytes()).sum::<usize>();
+        bytes.lists += size_of::<Segment>() + ARC_BYTES + segment.pages.len() * ARC_BYTES;
+        bytes.lists += segment.pages.capacity() * size_of::<Arc<PackedPage>>();
+        bytes.lists += segment.starts.capacity() * size_of::<u32>();
+    }
+
+    pub(crate) fn check(&self) -> Result<(), String> {
+        if self.sinks.tokens() < SINKS && (self.segment.is_some() || self.buffer.tokens() > 0) {
+            return Err(format!("{} sinks before later tokens", self.sinks.tokens()));
+        }
+        let Some(segment) = &self.segment else { return Ok(()) };
+        if segment.starts.len() != segment.pages.len() + 1 {
+            return Err(format!("{} starts for {} pages", segment.starts.len(), segment.pages.len()));
+        }
+        for (i, (page, starts)) in segment.pages.iter().zip(segment.starts.windows(2)).enumerate() {
+            if page.shape() != self.shape || page.block() != self.strategy.block {
+                return Err(format!("page {i} has another strategy than its segment"));
+            }
+            if (starts[1] - starts[0]) as usize != page.blocks() || page.tokens() % FLUSH != 0 {
+                return Err(format!("page {i}: {} tokens, {} blocks", page.tokens(), page.blocks()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Stage 2: rotates the head's queries `[R, D]` and picks the token blocks to attend to.
+    fn select(&self, isa: Isa, queries: &[f32], rows: usize) -> Selection {
+        let Some(segment) = &self.segment else { return Selection::default() };
+        let channels = self.shape.channels();
+        let mut rotated = vec![0.0; rows * channels];
+        rotate(isa, queries, &segment.rotation.keys, &mut rotated, channels);
+        let blocks = segment.blocks();
+        let (mut scores, mut of_page) = (vec![0.0; rows * blocks], vec![]);
+        for (page, &start) in segment.pages.iter().zip(&segment.starts) {
+            of_page.resize(rows * page.blocks(), 0.0);
+            score_blocks(isa, &rotated, page, &mut of_page);
+            for (r, of_row) in of_page.chunks_exact(page.blocks()).enumerate() {
+                scores[r * blocks + start as usize..][..of_row.len()].copy_from_slice(of_row);
+            }
+        }
+        let count = (self.strategy.selected * blocks as f32).ceil() as usize;
+        Selection { queries: rotated, blocks: top_k(&importance(&scores, blocks), count) }
+    }
+}
+
+/// What stage 2 chose for one KV head.
+#[derive(Default)]
+struct Selection {
+    /// `[R, C]`, rotated.
+    queries: Vec<f32>,
+    /// Token blocks of the segment, ascending.
+    blocks: Vec<u32>,
+}
+
+impl Selection {
+    /// The chosen ones of the blocks `start..end`, as a mask relative to `start`.
+    fn mask(&self, start: u32, end: u32) -> u32 {
+        let from = self.blocks.partition_point(|&b| b < start);
+        self.blocks[from..].iter().take_while(|&&b| b < end).fold(0, |mask, b| mask | 1 << (b - start))
+    }
+}
+
+/// The queries of a GQA group share what is read: a block counts as much as it does for the query that wants it
+/// most, in log-probability among the block keys. `scores` `[R, B]`.
+fn importance(scores: &[f32], blocks: usize) -> Vec<f32> {
+    let mut out = vec![f32::NEG_INFINITY; blocks];
+    for row in scores.chunks_exact(blocks) {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let total = max + row.iter().map(|s| (s - max).exp()).sum::<f32>().ln();
+        out.iter_mut().zip(row).for_each(|(o, s)| *o = o.max(s - total));
+    }
+    out
+}
+
+/// One token: `queries` `[H, D]`. Selection is one task a head; attention over the selected blocks is a task for
+/// each run of pages; partial states are merged in order, and leave the segment's rotation before they meet the
+/// exact tokens.
+pub(crate) fn decode(step: Step, heads: &[PackedHead], queries: &[f32], out: &mut [f32]) -> u64 {
+    let (group, d, isa) = (step.shape.group(), step.shape.head_dim, step.isa);
+    let mut selections: Vec<Selection> = heads.iter().map(|_| Selection::default()).collect();
+    let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
+    let of_head = |g: usize| &scaled[g * group * d..][..group * d];
+    step.pool.for_each(&mut selections, |g, selection| {
+        *selection = heads[g].select(isa, of_head(g), group);
+    });
+    let channels = heads[0].shape.channels();
+    let runs = heads[0].segment.as_ref().map_or(0, |s| s.pages.len()).div_ceil(PAGES_PER_TASK);
+    let partial = cleared(step.states, heads.len() * runs, group, channels);
+    step.pool.for_each(partial, |task, state| {
+        let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);
+        let segment = heads[g].segment.as_ref().expect("heads of a layer have segments together");
+        let pages = segment.pages.iter().zip(segment.starts.windows(2));
+        for (page, starts) in pages.skip(first).take(PAGES_PER_TASK) {
+            let mask = selections[g].mask(starts[0], starts[1]);
+            attend_blocks(isa, &selections[g].queries, page, mask, state);
+        }
+    });
+    for (g, (head, out)) in heads.iter().zip(out.chunks_exact_mut(group * d)).enumerate() {
+        let mut state = AttnState::new(group, d);
+        for page in [&head.sinks, &head.buffer] {
+            exact::attend(isa, of_head(g), page, Visible::All, &mut state);
+        }
+        if let (Some(segment), Some((first, rest))) =
+            (&head.segment, partial[g * runs..][..runs].split_first_mut())
+        {
+            rest.iter().for_each(|state| first.merge(state));
+            state.merge(&first.turned(d, |acc, out| rotate(isa, acc, &segment.rotation.outputs, out, d)));
+        }
+        state.finish(out);
+    }
+    heads.iter().zip(&selections).map(|(head, selection)| bytes_read(head, selection) as u64).sum()
+}
+
+fn bytes_read(head: &PackedHead, selection: &Selection) -> usize {
+    let exact = head.sinks.bytes_read() + head.buffer.bytes_read();
+    let Some(segment) = &head.segment else { return exact };
+    let block_keys: usize = segment.pages.iter().map(|page| page.bytes_of_block_keys()).sum();
+    exact + segment.rotation.bytes() + block_keys + selection.blocks.len() * segment.pages[0].bytes_of_block()
+}
+
+/// Keys and values `[T, D]` of the pages.
+pub(crate) fn rows(pages: &[&ExactPage]) -> (Vec<f32>, Vec<f32>) {
+    let d = pages[0].head_dim();
+    let tokens: usize = pages.iter().map(|page| page.tokens()).sum();
+    let (mut keys, mut values) = (vec![0.0; tokens * d], vec![0.0; tokens * d]);
+    let places = pages.iter().flat_map(|page| (0..page.tokens()).map(move |t| (page, t)));
+    for ((page, t), (key, value)) in
+        places.zip(keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d)))
+    {
+        page.key(t, key);
+        page.value(t, value);
+    }
+    (keys, values)
+}

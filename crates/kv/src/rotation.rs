@@ -1,0 +1,85 @@
+//! In which channels do few numbers say most? The eigenvectors of K^T K and of V^T V (paper, s. 4).
+
+use faer::{Mat, Side};
+use half::f16;
+use mosaickv_kernels::rotate::gram;
+
+/// The rotations of one segment, f16, truncated to its `C` leading channels.
+#[derive(Clone, Debug)]
+pub(crate) struct Rotation {
+    /// `[D, C]`: a key or query times this is in the segment's key channels.
+    pub(crate) keys: Box<[f16]>,
+    /// `[C, D]`: an output in the segment's value channels times this is an output of the model.
+    pub(crate) outputs: Box<[f16]>,
+}
+
+impl Rotation {
+    /// Learns from keys and values `[T, D]`, all finite.
+    pub(crate) fn learn(keys: &[f32], values: &[f32], d: usize, channels: usize) -> Rotation {
+        let transposed = leading_eigenvectors(values, d, channels);
+        Rotation { keys: transpose(&leading_eigenvectors(keys, d, channels), d), outputs: transposed }
+    }
+
+    /// `[D, C]` in f32: what keys are multiplied by.
+    pub(crate) fn key_matrix(&self) -> Vec<f32> {
+        self.keys.iter().map(|x| x.to_f32()).collect()
+    }
+
+    /// `[D, C]` in f32: what values are multiplied by.
+    pub(crate) fn value_matrix(&self, d: usize) -> Vec<f32> {
+        transpose(&self.outputs, self.outputs.len() / d).iter().map(|x| x.to_f32()).collect()
+    }
+
+    /// Bytes allocated.
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Rotation>() + size_of_val(&*self.keys) + size_of_val(&*self.outputs)
+    }
+}
+
+/// `[C, D]`: the unit eigenvectors of `x^T x` with the largest eigenvalues, largest first.
+fn leading_eigenvectors(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
+    let gram = gram(x, d);
+    let matrix = Mat::from_fn(d, d, |i, j| f64::from(gram[i * d + j]));
+    let eigen = matrix.self_adjoint_eigen(Side::Lower).expect("finite symmetric matrices have eigenvectors");
+    // Eigenvalues come in rising order.
+    let vectors = eigen.U();
+    (0..channels * d).map(|i| f16::from_f64(vectors[(i % d, d - 1 - i / d)])).collect()
+}
+
+/// `[N, M]` of `x` `[M, N]`, where a column has `n` of them.
+fn transpose(x: &[f16], n: usize) -> Box<[f16]> {
+    let m = x.len() / n;
+    (0..x.len()).map(|i| x[i % m * n + i / m]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_directions_of_the_data_in_order() {
+        // Variance 100 along (1, 1)/sqrt 2 of the first two channels, 1 along (1, -1)/sqrt 2, next to none else.
+        let d = 16;
+        let mut x = vec![0.0; 200 * d];
+        for (t, row) in x.chunks_exact_mut(d).enumerate() {
+            let (big, small) = (10.0 * (t as f32 * 0.7).sin(), (t as f32 * 1.3).cos());
+            row[0] = big + small;
+            row[1] = big - small;
+            row[2] = 0.01 * (t as f32).sin();
+        }
+        let rotation = Rotation::learn(&x, &x, d, d);
+        let first: Vec<f32> = (0..d).map(|i| rotation.keys[i * d].to_f32()).collect();
+        assert!((first[0].abs() - 0.7071).abs() < 1e-3 && (first[0] - first[1]).abs() < 1e-3, "{first:?}");
+        let second: Vec<f32> = (0..d).map(|i| rotation.keys[i * d + 1].to_f32()).collect();
+        assert!((second[0] + second[1]).abs() < 1e-3, "{second:?}");
+        // Orthonormal, and the value matrix is the transpose of the output matrix.
+        let keys = rotation.key_matrix();
+        for a in 0..d {
+            for b in 0..d {
+                let dot: f32 = (0..d).map(|i| keys[i * d + a] * keys[i * d + b]).sum();
+                assert!((dot - f32::from(a == b)).abs() < 2e-3, "columns {a}, {b}: {dot}");
+            }
+        }
+        assert_eq!(rotation.value_matrix(d), keys);
+    }
+}

@@ -1,0 +1,285 @@
+//! How do tokens become logits? One straight forward pass for the whole Llama family.
+//!
+//! A chunk of tokens goes through the layers one after the other, all its tokens together, so that only one
+//! layer of a prompt is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
+//! cache's business.
+
+use crate::rope::Rotation;
+use crate::weights::{Layer, Model};
+use mosaickv_kernels::matrix::{Matrix, multiply_each};
+use mosaickv_kernels::{Isa, Pool};
+use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
+use std::time::{Duration, Instant};
+
+/// Tokens of a prompt that go through the layers together; bounds the activations' memory.
+const CHUNK_TOKENS: usize = 8192;
+
+/// Tokens that go through a feed-forward layer, or through the output matrix, together.
+const BLOCK_TOKENS: usize = 512;
+
+/// One sequence of tokens: a model, the threads to run it on, and what it remembers.
+pub struct Sequence<'a> {
+    model: &'a Model,
+    pool: &'a Pool,
+    isa: Isa,
+    cache: KvCache,
+    attention: Duration,
+}
+
+/// Why a forward pass was refused. Nothing was remembered of the tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    /// The sequence would be longer than the model can attend to.
+    #[error(
+        "{tokens} tokens are more than the model's context of {context}; shorten the document or the answer, or \
+         use a model with a longer context"
+    )]
+    Context {
+        /// Tokens of the whole sequence.
+        tokens: usize,
+        /// What the model takes.
+        context: usize,
+    },
+    /// A token id that the model does not know.
+    #[error("token id {id} is outside the model's vocabulary of {vocab}")]
+    Token {
+        /// The id.
+        id: u32,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
+    /// The cache refused.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+}
+
+impl Model {
+    /// What the KV cache needs to know.
+    pub fn kv_shape(&self) -> KvShape {
+        let config = &self.config;
+        KvShape {
+            layers: config.layers,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// Tokens that a sequence may have. A sliding window is not cut out of attention, so it is a limit too.
+    pub fn context(&self) -> usize {
+        self.config.sliding_window.map_or(self.config.context, |window| window.min(self.config.context))
+    }
+}
+
+impl<'a> Sequence<'a> {
+    /// An empty sequence.
+    pub fn new(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Result<Sequence<'a>, KvError> {
+        let cache = KvCache::new(model.kv_shape(), format)?;
+        Ok(Sequence { model, pool, isa: Isa::current(), cache, attention: Duration::ZERO })
+    }
+
+    /// What it remembers.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// Time spent in the cache so far: storing keys and values, compressing, and attention.
+    pub fn attention_time(&self) -> Duration {
+        self.attention
+    }
+
+    /// Reads a whole prompt, compresses it layer by layer as the format says, and returns the logits `[vocab]`
+    /// that follow its last token. `progress` is called with layers done and layers in all.
+    pub fn prefill(
+        &mut self,
+        prompt: &[u32],
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Vec<f32>, ForwardError> {
+        assert!(!prompt.is_empty(), "a prompt needs at least one token");
+        self.check(prompt)?;
+        let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
+        let layers = self.model.layers.len();
+        let mut last = Vec::new();
+        for (i, chunk) in prompt.chunks(CHUNK_TOKENS).enumerate() {
+            let report = &mut |layer| progress(i * layers + layer, chunks * layers);
+            last = self.layers(chunk, i + 1 == chunks, report)?;
+        }
+        let hidden = self.model.config.hidden;
+        Ok(self.logits(&last[last.len() - hidden..]))
+    }
+
+    /// Reads one more token and returns the logits `[vocab]` that follow it.
+    pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
+        self.check(&[token])?;
+        let hidden = self.layers(&[token], false, &mut |_| ())?;
+        Ok(self.logits(&hidden))
+    }
+
+    /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
+    /// one of them. Compresses nothing.
+    pub fn score(
+        &mut self,
+        tokens: &[u32],
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<(), ForwardError> {
+        self.check(tokens)?;
+        let hidden = self.layers(tokens, false, &mut |_| ())?;
+        let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
+        for (b, block) in hidden.chunks(BLOCK_TOKENS * width).enumerate() {
+            for (i, logits) in self.logits(block).chunks_exact(vocab).enumerate() {
+                each(b * BLOCK_TOKENS + i, logits);
+            }
+        }
+        Ok(())
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<(), ForwardError> {
+        let (total, context) = (self.cache.tokens() + tokens.len(), self.model.context());
+        if total > context {
+            return Err(ForwardError::Context { tokens: total, context });
+        }
+        let vocab = self.model.config.vocab;
+        match tokens.iter().find(|&&id| id as usize >= vocab) {
+            Some(&id) => Err(ForwardError::Token { id, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// All layers: the residual stream `[T, hidden]` after the last one.
+    fn layers(
+        &mut self,
+        tokens: &[u32],
+        ends_prompt: bool,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<f32>, ForwardError> {
+        let model = self.model;
+        let hidden = model.config.hidden;
+        let start = self.cache.tokens();
+        let rotations: Vec<Rotation> = (start..start + tokens.len()).map(|p| model.rope.rotation(p)).collect();
+        let mut x = vec![0.0; tokens.len() * hidden];
+        for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
+            model.embed.row(token as usize, row);
+        }
+        for (l, layer) in model.layers.iter().enumerate() {
+            self.attention(l, layer, &rotations, &mut x)?;
+            if ends_prompt {
+                let start = Instant::now();
+                self.cache.end_prompt(self.pool, l);
+                self.attention += start.elapsed();
+            }
+            for block in x.chunks_mut(BLOCK_TOKENS * hidden) {
+                self.feed_forward(layer, block);
+            }
+            done(l + 1);
+        }
+        Ok(x)
+    }
+
+    /// `x += wo * attention(norm(x))`
+    fn attention(
+        &mut self,
+        l: usize,
+        layer: &Layer,
+        rotations: &[Rotation],
+        x: &mut [f32],
+    ) -> Result<(), ForwardError> {
+        let config = &self.model.config;
+        let (tokens, d) = (rotations.len(), config.head_dim);
+        let mut q = vec![0.0; tokens * config.heads * d];
+        let mut k = vec![0.0; tokens * config.kv_heads * d];
+        let mut v = k.clone();
+        let normed = self.norm(x, &layer.attn_norm);
+        multiply_each(
+            self.isa,
+            self.pool,
+            &normed,
+            &mut [(&layer.wq, &mut q), (&layer.wk, &mut k), (&layer.wv, &mut v)],
+        );
+        let (rope, eps) = (&self.model.rope, config.norm_eps);
+        let heads = [(&mut q, &layer.bq, &layer.q_norm), (&mut k, &layer.bk, &layer.k_norm)];
+        for (heads, bias, norm) in heads {
+            let row = heads.len() / tokens;
+            each_row(self.pool, heads, row, |t, heads| {
+                add_bias(heads, bias.as_deref());
+                if let Some(norm) = norm {
+                    heads.chunks_exact_mut(d).for_each(|head| rms_norm(head, norm, eps));
+                }
+                if layer.rope {
+                    rope.turn(&rotations[t], heads, d);
+                }
+            });
+        }
+        v.chunks_exact_mut(config.kv_heads * d).for_each(|row| add_bias(row, layer.bv.as_deref()));
+        let start = Instant::now();
+        self.cache.append(self.pool, l, &k, &v)?;
+        let mut out = vec![0.0; q.len()];
+        self.cache.attend(self.pool, l, &q, &mut out);
+        self.attention += start.elapsed();
+        self.add_product(&layer.wo, &out, x);
+        Ok(())
+    }
+
+    /// `x += down * (silu(gate * norm(x)) * (up * norm(x)))`
+    fn feed_forward(&self, layer: &Layer, x: &mut [f32]) {
+        let ffn = self.model.config.ffn;
+        let tokens = x.len() / self.model.config.hidden;
+        let normed = self.norm(x, &layer.ffn_norm);
+        let (mut gate, mut up) = (vec![0.0; tokens * ffn], vec![0.0; tokens * ffn]);
+        multiply_each(self.isa, self.pool, &normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
+        each_row(self.pool, &mut gate, ffn, |t, gate| {
+            for (g, u) in gate.iter_mut().zip(&up[t * ffn..]) {
+                *g = *g / (1.0 + (-*g).exp()) * u;
+            }
+        });
+        self.add_product(&layer.down, &gate, x);
+    }
+
+    /// `x += w * y`
+    fn add_product(&self, w: &Matrix, y: &[f32], x: &mut [f32]) {
+        let mut out = vec![0.0; x.len()];
+        w.multiply(self.isa, self.pool, y, &mut out);
+        x.iter_mut().zip(&out).for_each(|(x, y)| *x += y);
+    }
+
+    /// RMSNorm of every row of `x`.
+    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let mut out = x.to_vec();
+        let eps = self.model.config.norm_eps;
+        each_row(self.pool, &mut out, weight.len(), |_, row| rms_norm(row, weight, eps));
+        out
+    }
+
+    /// Logits `[T, vocab]` of the residual stream `[T, hidden]`.
+    fn logits(&self, hidden: &[f32]) -> Vec<f32> {
+        let normed = self.norm(hidden, &self.model.norm);
+        let head = self.model.head.as_ref().unwrap_or(&self.model.embed);
+        let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
+        head.multiply(self.isa, self.pool, &normed, &mut logits);
+        logits
+    }
+}
+
+/// Calls `body(t, row)` for each row, spread over the pool where there are enough to be worth a join.
+fn each_row(pool: &Pool, x: &mut [f32], row: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    const ROWS: usize = 16;
+    if x.len() <= ROWS * row {
+        x.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(t, row));
+    } else {
+        pool.for_each_chunk(x, ROWS * row, |i, rows| {
+            rows.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(i * ROWS + t, row));
+        });
+    }
+}
+
+fn add_bias(row: &mut [f32], bias: Option<&[f32]>) {
+    if let Some(bias) = bias {
+        row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+    }
+}
+
+/// `x / rms(x) * weight` (Zhang and Sennrich 2019, arXiv 1910.07467); the mean square in f64.
+fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    let square: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let inverse = (square / x.len() as f64 + f64::from(eps)).sqrt().recip() as f32;
+    x.iter_mut().zip(weight).for_each(|(x, w)| *x *= inverse * w);
+}

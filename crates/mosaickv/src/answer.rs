@@ -1,0 +1,136 @@
+//! One question, one answer: chat template, prefill, greedy decode, bill.
+
+use crate::bill::{Bill, DecodeTotals};
+use crate::fetch;
+use crate::kv_option::KvOption;
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::KvFormat;
+use mosaickv_model::{Decoder, Message, Model, Sequence, Specials, Text};
+use serde::Serialize;
+use std::time::Instant;
+
+/// What to answer, and how.
+pub struct Asked<'a> {
+    /// A text to put before the question.
+    pub document: Option<&'a str>,
+    pub question: &'a str,
+    pub format: KvFormat,
+    /// Longest answer, in tokens.
+    pub max_tokens: usize,
+}
+
+/// An answer and its bill.
+#[derive(Debug, Serialize)]
+pub struct Answer {
+    pub answer: String,
+    /// `stop` or `length`.
+    pub finish_reason: &'static str,
+    #[serde(flatten)]
+    pub bill: Bill,
+}
+
+/// Fetches the model if it must be, and reads it, with a progress bar.
+pub fn load(name: &str) -> Result<(Model, Text)> {
+    let path = fetch::resolve(name)?;
+    let bar = bar("loading", "pieces");
+    let loaded = Model::load(&path, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    loaded.with_context(|| format!("cannot load the model {}", path.display()))
+}
+
+/// Answers greedily; `each` gets the text as it comes.
+pub fn answer(
+    model: &Model,
+    text: &Text,
+    pool: &Pool,
+    asked: &Asked,
+    each: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Answer> {
+    let prompt = prompt(model, text, asked)?;
+    let start = Instant::now();
+    let mut sequence = Sequence::new(model, pool, asked.format)?;
+    let bar = bar("reading", "layers");
+    let logits = sequence.prefill(&prompt, &mut |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    let mut next = greedy(&logits?);
+    let ttft = start.elapsed();
+
+    let (attention, read, decode) =
+        (sequence.attention_time(), sequence.cache().bytes_read(), Instant::now());
+    let (mut decoder, mut answer, mut tokens) = (Decoder::new(), String::new(), 0);
+    let finish_reason = loop {
+        if text.eos().contains(&next) {
+            break "stop";
+        }
+        tokens += 1;
+        let piece = decoder.push(text, next)?;
+        each(&piece)?;
+        answer += &piece;
+        if tokens == asked.max_tokens {
+            break "length";
+        }
+        next = greedy(&sequence.step(next)?);
+    };
+    let piece = decoder.finish(text)?;
+    each(&piece)?;
+    answer += &piece;
+
+    let held = sequence.cache().tokens();
+    let totals = DecodeTotals {
+        steps: held - prompt.len(),
+        time: decode.elapsed(),
+        attention: sequence.attention_time() - attention,
+        kv_bytes_read: sequence.cache().bytes_read() - read,
+    };
+    let kv = KvOption::from(asked.format).to_string();
+    let mut bill = Bill::new(kv, (model.kv_shape(), held), sequence.cache().bytes());
+    (bill.prompt_tokens, bill.output_tokens, bill.ttft_s) = (prompt.len(), tokens, ttft.as_secs_f64());
+    bill.add_decode(&totals);
+    Ok(Answer { answer, finish_reason, bill })
+}
+
+/// The prompt's tokens, refused if they and the answer exceed the model's context.
+fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
+    let content = match asked.document {
+        Some(document) => format!("{}\n\n{}", document.trim_end(), asked.question),
+        None => asked.question.to_owned(),
+    };
+    let prompt = text.chat(&[Message { role: "user".into(), content }])?;
+    let tokens = text.encode(&prompt, Specials::Written)?;
+    let context = model.context();
+    if tokens.len() + asked.max_tokens > context {
+        bail!(
+            "the prompt has {} tokens and the answer may have {}, but the model's maximum context length is \
+             {context} tokens; shorten the document, lower --max-tokens, or use a model with a longer context",
+            tokens.len(),
+            asked.max_tokens
+        );
+    }
+    Ok(tokens)
+}
+
+/// The most probable token; the first of equals.
+pub fn greedy(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+/// A progress bar on stderr; hidden where that is no terminal.
+pub fn bar(what: &'static str, unit: &str) -> ProgressBar {
+    let style = format!("{{msg}} [{{bar:30}}] {{pos}}/{{len}} {unit}, {{elapsed}} (about {{eta}} left)");
+    let bar = ProgressBar::new(0).with_message(what);
+    bar.with_style(ProgressStyle::with_template(&style).expect("a valid template").progress_chars("=> "))
+}

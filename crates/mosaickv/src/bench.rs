@@ -1,0 +1,63 @@
+//! Benchmarks: commands that print what they measured, beside what the machine can do.
+
+mod attention;
+mod decode;
+
+use anyhow::Result;
+use clap::Subcommand;
+use mosaickv_kernels::stream::Stream;
+use mosaickv_kernels::{Isa, Pool};
+use serde::Serialize;
+
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Decode attention on synthetic keys and values, checked against the oracle before it is timed
+    Attention(attention::AttentionArgs),
+    /// Prefill and time between tokens of a real model at several depths
+    Decode(decode::DecodeArgs),
+}
+
+pub fn bench(command: &BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Attention(args) => attention::attention(args),
+        BenchCommand::Decode(args) => decode::decode(args),
+    }
+}
+
+/// What was measured of the machine in the same run.
+#[derive(Debug, Serialize)]
+struct Machine {
+    /// Memory read by all threads, median of the run, 10^9 bytes a second.
+    stream_gb_s: f64,
+    threads: usize,
+    isa: &'static str,
+}
+
+impl Machine {
+    fn new(pool: &Pool, mut stream: Vec<f64>) -> Machine {
+        Machine { stream_gb_s: median(&mut stream) / 1e9, threads: pool.threads(), isa: Isa::current().name() }
+    }
+}
+
+/// Stream bandwidth readings, to be interleaved with what they are compared to.
+struct StreamMeter<'a> {
+    stream: Stream,
+    pool: &'a Pool,
+    readings: Vec<f64>,
+}
+
+impl<'a> StreamMeter<'a> {
+    fn new(pool: &'a Pool) -> StreamMeter<'a> {
+        StreamMeter { stream: Stream::default(), pool, readings: Vec::new() }
+    }
+
+    fn read(&mut self) {
+        self.readings.push(self.stream.read(Isa::current(), self.pool));
+    }
+}
+
+/// The middle of some numbers, at least one; sorts them.
+fn median(x: &mut [f64]) -> f64 {
+    x.sort_by(f64::total_cmp);
+    x[x.len() / 2]
+}

@@ -1,0 +1,282 @@
+//! Decode attention of every format on synthetic keys and values.
+//!
+//! A cache of as many layers as exceed every CPU cache is attended to layer by layer, as a decode step does, so
+//! bytes come from memory. The memory stream and the formats are timed in turn (A B A B); medians are reported.
+
+use super::{Machine, StreamMeter, median};
+use crate::ThreadArgs;
+use crate::kv_option::{KvList, KvOption};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{KvCache, KvShape};
+use serde::Serialize;
+use std::time::Instant;
+
+/// Exact bytes that a timed round reads at least: many times a last-level cache.
+const ROUND_BYTES: usize = 512 << 20;
+
+/// Tokens made and stored at a time.
+const FILL_TOKENS: usize = 4096;
+
+/// Largest difference from the oracle, relative to its largest output, at which a time is still printed.
+const ERROR_BOUND: f64 = 1e-4;
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    mosaickv bench attention --heads 32 --kv-heads 8 --head-dim 128 --context 4096,32768,131072 --json\n  \
+    mosaickv bench attention --heads 9 --kv-heads 3 --head-dim 64 --kv exact,packed:selected=0.05")]
+pub struct AttentionArgs {
+    /// Query heads
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    heads: u16,
+    /// KV heads
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    kv_heads: u16,
+    /// Elements of a head, a multiple of 16
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(16..=512))]
+    head_dim: u16,
+    /// Tokens in the cache, one or several
+    #[arg(long, value_delimiter = ',', default_values_t = [4096, 32768, 131_072])]
+    context: Vec<usize>,
+    /// KV formats, one or several, as for run
+    #[arg(long, default_value = "exact,packed")]
+    kv: KvList,
+    /// Timed rounds of each format
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    threads: ThreadArgs,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    kv: String,
+    context: usize,
+    batch: usize,
+    /// One layer's attention for one token.
+    time_us: f64,
+    /// Of keys, values and what selects them, in that time.
+    bytes_read: u64,
+    gb_s: f64,
+    /// `gb_s` to the machine's stream bandwidth in the same rounds.
+    bandwidth_share: f64,
+    /// Time of `exact` to this one's.
+    ratio_to_exact: Option<f64>,
+    /// Largest difference from the f64 oracle, relative to the oracle's largest output.
+    max_error: f64,
+    /// Allocated bytes of one layer's cache.
+    bytes_stored: usize,
+}
+
+pub fn attention(args: &AttentionArgs) -> Result<()> {
+    let pool = args.threads.pool();
+    let mut stream = StreamMeter::new(&pool);
+    let mut rows = vec![];
+    for &context in &args.context {
+        ensure!(context > 0, "--context 0: a cache needs at least one token");
+        rows.extend(measure(args, context, &pool, &mut stream)?);
+    }
+    let report = Report { machine: Machine::new(&pool, stream.readings), rows };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+/// All formats at one context.
+fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut StreamMeter) -> Result<Vec<Row>> {
+    let (heads, kv_heads) = (usize::from(args.heads), usize::from(args.kv_heads));
+    let one = KvShape { layers: 1, heads, kv_heads, head_dim: usize::from(args.head_dim) };
+    let shape = KvShape { layers: ROUND_BYTES.div_ceil(one.exact_bytes(context)).min(256), ..one };
+    let formats = &args.kv.0;
+    let mut caches = filled(shape, formats, context, pool)?;
+    let queries = Synthetic::new(7).rows(1, heads, shape.head_dim);
+    let mut errors = vec![];
+    for (kv, cache) in formats.iter().zip(&mut caches) {
+        let error = max_error(cache, &queries, pool);
+        if error.is_nan() || error > ERROR_BOUND {
+            bail!("{kv} at {context} tokens is off the oracle by {error:.1e}, over the bound of {ERROR_BOUND:.0e}: no time is printed");
+        }
+        errors.push(error);
+    }
+    let mut times = vec![vec![]; caches.len()];
+    let before = stream.readings.len();
+    for _ in 0..args.rounds {
+        stream.read();
+        for (cache, times) in caches.iter_mut().zip(&mut times) {
+            times.push(round(cache, &queries, pool));
+        }
+    }
+    let bandwidth = median(&mut stream.readings[before..].to_vec());
+    let mut rows = vec![];
+    for (i, (kv, cache)) in formats.iter().zip(&mut caches).enumerate() {
+        let seconds = median(&mut times[i]);
+        let bytes_read = read_by_one(cache, &queries, pool);
+        rows.push(Row {
+            kv: kv.to_string(),
+            context,
+            batch: 1,
+            time_us: seconds * 1e6,
+            bytes_read,
+            gb_s: bytes_read as f64 / seconds / 1e9,
+            bandwidth_share: bytes_read as f64 / seconds / bandwidth,
+            ratio_to_exact: None,
+            max_error: errors[i],
+            bytes_stored: cache.bytes().total() / shape.layers,
+        });
+    }
+    let exact = rows.iter().find(|row| row.kv == "exact").map(|row| row.time_us);
+    rows.iter_mut().for_each(|row| row.ratio_to_exact = exact.map(|exact| exact / row.time_us));
+    Ok(rows)
+}
+
+/// A cache of each format; every layer holds the same tokens, in memory of its own.
+fn filled(shape: KvShape, formats: &[KvOption], context: usize, pool: &Pool) -> Result<Vec<KvCache>> {
+    let bar = ProgressBar::new((formats.len() * shape.layers) as u64).with_style(
+        ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template"),
+    );
+    let mut caches = vec![];
+    for kv in formats {
+        bar.set_message(format!("filling {context} tokens, {}", kv.name()));
+        let mut cache = KvCache::new(shape, kv.format()).with_context(|| format!("--kv {kv}"))?;
+        for layer in 0..shape.layers {
+            let (mut keys, mut values) = (Synthetic::new(1), Synthetic::new(2));
+            for at in (0..context).step_by(FILL_TOKENS) {
+                let tokens = FILL_TOKENS.min(context - at);
+                let k = keys.rows(tokens, shape.kv_heads, shape.head_dim);
+                let v = values.rows(tokens, shape.kv_heads, shape.head_dim);
+                cache.append(pool, layer, &k, &v)?;
+            }
+            cache.end_prompt(pool, layer);
+            bar.inc(1);
+        }
+        cache.check()?;
+        caches.push(cache);
+    }
+    bar.finish_and_clear();
+    Ok(caches)
+}
+
+/// Seconds that one layer's attention takes, over all layers.
+fn round(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
+    let mut out = vec![0.0; queries.len()];
+    let layers = cache.shape().layers;
+    let start = Instant::now();
+    for layer in 0..layers {
+        cache.attend(pool, layer, queries, &mut out);
+    }
+    start.elapsed().as_secs_f64() / layers as f64
+}
+
+fn read_by_one(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> u64 {
+    let before = cache.bytes_read();
+    cache.attend(pool, 0, queries, &mut vec![0.0; queries.len()]);
+    cache.bytes_read() - before
+}
+
+/// Against the oracle in the first layer: all heads where that is quick, else the first and the last.
+fn max_error(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
+    let KvShape { heads, kv_heads, head_dim, .. } = cache.shape();
+    let mut out = vec![0.0; queries.len()];
+    cache.attend(pool, 0, queries, &mut out);
+    let quick = cache.tokens() * kv_heads <= 1 << 17;
+    let checked = if quick { vec![0..kv_heads] } else { vec![0..1, kv_heads - 1..kv_heads] };
+    let mut worst: f64 = 0.0;
+    for range in checked {
+        let per_head = heads / kv_heads * head_dim;
+        let span = range.start * per_head..range.end * per_head;
+        let want = &cache.oracle(0, queries, range)[span.clone()];
+        let largest = want.iter().fold(0.0f64, |m, w| m.max(w.abs()));
+        for (got, want) in out[span].iter().zip(want) {
+            worst = worst.max((f64::from(*got) - want).abs() / largest);
+        }
+    }
+    worst
+}
+
+/// Gaussian rows whose standard deviation decays over the channels like `3 / sqrt(1 + c)`, mixed by a reflection
+/// that differs from head to head: no channel is small before a rotation finds it.
+struct Synthetic {
+    state: u64,
+    seed: u64,
+}
+
+impl Synthetic {
+    fn new(seed: u64) -> Synthetic {
+        Synthetic { state: seed, seed }
+    }
+
+    /// splitmix64 (Steele, Lea and Flood 2014).
+    fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// The sum of four 16-bit uniforms, of variance 1: near enough to a Gaussian, and cheap.
+    fn gaussian(&mut self) -> f32 {
+        let bits = self.next();
+        let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xFFFF).sum();
+        (sum as f32 / 65536.0 - 2.0) * 3f32.sqrt()
+    }
+
+    /// `[T, heads, D]`
+    fn rows(&mut self, tokens: usize, heads: usize, d: usize) -> Vec<f32> {
+        let mirrors: Vec<Vec<f32>> = (0..heads).map(|h| mirror(self.seed, h, d)).collect();
+        let spread: Vec<f32> = (0..d).map(|c| 3.0 / (1.0 + c as f32).sqrt()).collect();
+        let mut out = vec![0.0; tokens * heads * d];
+        for row in out.chunks_exact_mut(heads * d) {
+            for (head, mirror) in row.chunks_exact_mut(d).zip(&mirrors) {
+                head.iter_mut().zip(&spread).for_each(|(x, s)| *x = self.gaussian() * s);
+                let along: f32 = 2.0 * head.iter().zip(mirror).map(|(x, m)| x * m).sum::<f32>();
+                head.iter_mut().zip(mirror).for_each(|(x, m)| *x -= along * m);
+            }
+        }
+        out
+    }
+}
+
+/// A unit vector to reflect head `h` by.
+fn mirror(seed: u64, h: usize, d: usize) -> Vec<f32> {
+    let mut random = Synthetic::new(seed ^ ((h as u64 + 1) << 32));
+    let x: Vec<f32> = (0..d).map(|_| random.gaussian()).collect();
+    let length = x.iter().map(|x| x * x).sum::<f32>().sqrt();
+    x.iter().map(|x| x / length).collect()
+}
+
+fn print(report: &Report) {
+    let Machine { stream_gb_s, threads, isa } = &report.machine;
+    println!("memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n");
+    println!(
+        "{:<28}{:>9}{:>12}{:>14}{:>9}{:>8}{:>10}{:>11}",
+        "kv", "context", "time us", "bytes read", "GB/s", "share", "x exact", "max error"
+    );
+    for row in &report.rows {
+        println!(
+            "{:<28}{:>9}{:>12.1}{:>14}{:>9.2}{:>7.0}%{:>10}{:>11.1e}",
+            row.kv,
+            row.context,
+            row.time_us,
+            row.bytes_read,
+            row.gb_s,
+            row.bandwidth_share * 100.0,
+            row.ratio_to_exact.map_or("-".into(), |r| format!("{r:.2}")),
+            row.max_error
+        );
+    }
+}

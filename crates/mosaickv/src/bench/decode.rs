@@ -1,0 +1,175 @@
+//! Prefill and time between tokens of a real model, at several depths of context.
+
+use super::{Machine, StreamMeter, median};
+use crate::ModelArgs;
+use crate::answer::{bar, greedy, load};
+use crate::bill::peak_rss;
+use crate::kv_option::{KvList, KvOption};
+use anyhow::{Result, ensure};
+use clap::Args;
+use mosaickv_kernels::Pool;
+use mosaickv_model::{Model, Sequence, Specials, Text};
+use serde::Serialize;
+use std::time::Instant;
+
+/// A text to repeat to any depth.
+const TEXT: &str = include_str!("../../demo/document.txt");
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  \
+    mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,packed --json")]
+pub struct DecodeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens in the cache when decoding ends; 0 measures next to nothing but the weights
+    #[arg(long, value_delimiter = ',', default_values_t = [512, 2048, 8192])]
+    depth: Vec<usize>,
+    /// KV formats, one or several, as for run
+    #[arg(long, default_value = "exact,packed")]
+    kv: KvList,
+    /// Decode steps of a round, the last of which ends at the depth
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    steps: u16,
+    /// Rounds of each format at each depth; the median is reported
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    machine: Machine,
+    rows: Vec<Row>,
+    peak_rss_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    kv: String,
+    depth: usize,
+    prompt_tokens: usize,
+    /// Tokens of the prompt to seconds until the first token is known.
+    prefill_tokens_per_s: f64,
+    ttft_s: f64,
+    tbt_ms: f64,
+    tokens_per_s: f64,
+    kv_bytes: usize,
+    kv_bytes_read_per_step: f64,
+    attention_share: f64,
+}
+
+pub fn decode(args: &DecodeArgs) -> Result<()> {
+    let pool = args.model.threads.pool();
+    let (model, text) = load(&args.model.model)?;
+    let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
+    ensure!(deepest <= context, "depth {deepest} is over the model's maximum context length of {context} tokens");
+    // At least one token must be there to begin with.
+    let tokens = tokens(&text, deepest.max(1))?;
+    let steps = usize::from(args.steps);
+    let mut stream = StreamMeter::new(&pool);
+    let progress = bar("measuring", "runs");
+    progress.set_length((args.depth.len() * args.kv.0.len() * usize::from(args.rounds)) as u64);
+    let mut rows = vec![];
+    for &depth in &args.depth {
+        let prompt = &tokens[..depth.saturating_sub(steps).max(1)];
+        let mut runs = vec![vec![]; args.kv.0.len()];
+        for _ in 0..args.rounds {
+            stream.read();
+            for (kv, runs) in args.kv.0.iter().zip(&mut runs) {
+                runs.push(run(&model, &pool, (*kv, steps), prompt)?);
+                progress.inc(1);
+            }
+        }
+        rows.extend(args.kv.0.iter().zip(&runs).map(|(kv, runs)| row(*kv, (depth, prompt.len()), runs)));
+    }
+    progress.finish_and_clear();
+    let machine = Machine::new(&pool, stream.readings);
+    let report = Report { model: model.config.name.clone(), machine, rows, peak_rss_bytes: peak_rss() };
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(())
+}
+
+#[derive(Clone)]
+struct Run {
+    ttft: f64,
+    tbt: f64,
+    attention_share: f64,
+    kv_bytes: usize,
+    kv_bytes_read: f64,
+}
+
+/// Reads the prompt and generates `steps` tokens after it.
+fn run(model: &Model, pool: &Pool, (kv, steps): (KvOption, usize), prompt: &[u32]) -> Result<Run> {
+    let mut sequence = Sequence::new(model, pool, kv.format())?;
+    let start = Instant::now();
+    let mut next = greedy(&sequence.prefill(prompt, &mut |_, _| ())?);
+    let ttft = start.elapsed().as_secs_f64();
+    let (attention, read, start) = (sequence.attention_time(), sequence.cache().bytes_read(), Instant::now());
+    for _ in 0..steps {
+        next = greedy(&sequence.step(next)?);
+    }
+    let time = start.elapsed().as_secs_f64();
+    Ok(Run {
+        ttft,
+        tbt: time / steps as f64,
+        attention_share: (sequence.attention_time() - attention).as_secs_f64() / time,
+        kv_bytes: sequence.cache().bytes().total(),
+        kv_bytes_read: (sequence.cache().bytes_read() - read) as f64 / steps as f64,
+    })
+}
+
+fn row(kv: KvOption, (depth, prompt): (usize, usize), runs: &[Run]) -> Row {
+    let middle = |of: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(of).collect::<Vec<_>>());
+    let (ttft, tbt) = (middle(&|r| r.ttft), middle(&|r| r.tbt));
+    Row {
+        kv: kv.to_string(),
+        depth,
+        prompt_tokens: prompt,
+        prefill_tokens_per_s: prompt as f64 / ttft,
+        ttft_s: ttft,
+        tbt_ms: tbt * 1e3,
+        tokens_per_s: 1.0 / tbt,
+        kv_bytes: runs[0].kv_bytes,
+        kv_bytes_read_per_step: middle(&|r| r.kv_bytes_read),
+        attention_share: middle(&|r| r.attention_share),
+    }
+}
+
+/// `count` tokens of real text, repeated as often as it takes.
+fn tokens(text: &Text, count: usize) -> Result<Vec<u32>> {
+    let once = text.encode(TEXT, Specials::Literal)?;
+    Ok(once.iter().copied().cycle().take(count).collect())
+}
+
+fn print(report: &Report) {
+    let Machine { stream_gb_s, threads, isa } = &report.machine;
+    println!("{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model);
+    println!(
+        "{:<28}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}",
+        "kv", "depth", "prefill tok/s", "TTFT s", "TBT ms", "tok/s", "KV MB", "read MB/step", "attention"
+    );
+    for row in &report.rows {
+        println!(
+            "{:<28}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%",
+            row.kv,
+            row.depth,
+            row.prefill_tokens_per_s,
+            row.ttft_s,
+            row.tbt_ms,
+            row.tokens_per_s,
+            row.kv_bytes as f64 / 1e6,
+            row.kv_bytes_read_per_step / 1e6,
+            row.attention_share * 100.0
+        );
+    }
+    if let Some(peak) = report.peak_rss_bytes {
+        println!("\nprocess: {:.0} MB at its peak, of which the stream's memory is 537", peak as f64 / 1e6);
+    }
+}

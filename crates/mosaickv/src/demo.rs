@@ -1,0 +1,76 @@
+//! The README's one command: a real model, a long real document, two questions, both caches.
+
+use crate::answer::{Answer, Asked, answer, load};
+use crate::bill::Bill;
+use crate::fetch::ALIAS;
+use crate::kv_option::KvOption;
+use crate::ThreadArgs;
+use anyhow::{Result, bail};
+use clap::Args;
+use std::io::{self, Write};
+
+/// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
+const DOCUMENT: &str = include_str!("../demo/document.txt");
+
+const QUESTIONS: [&str; 2] = ["To come", "To come"];
+
+#[derive(Args)]
+#[command(after_help = "Example:\n  mosaickv demo --threads 4")]
+pub struct DemoArgs {
+    /// A GGUF file, a safetensors folder, a hub repository (owner/name[:file]), or smollm2-135m
+    #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
+    model: String,
+    #[command(flatten)]
+    threads: ThreadArgs,
+    /// The compressed cache to show beside the exact one
+    #[arg(long, default_value = "packed", env = "MOSAICKV_KV")]
+    kv: KvOption,
+}
+
+pub fn demo(args: &DemoArgs) -> Result<()> {
+    if args.kv == KvOption::EXACT {
+        bail!("--kv exact would compare the exact cache with itself; leave it out, or give packed:...");
+    }
+    let pool = args.threads.pool();
+    let (model, text) = load(&args.model)?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "document: {} words. Every answer reads it anew.", DOCUMENT.split_whitespace().count())?;
+    for question in QUESTIONS {
+        writeln!(out, "\nQ: {question}")?;
+        let mut bills = vec![];
+        for kv in [KvOption::EXACT, args.kv] {
+            write!(out, "  {:<8}", kv.name())?;
+            out.flush()?;
+            let asked = Asked { document: Some(DOCUMENT), question, format: kv.format(), max_tokens: 48 };
+            let Answer { bill, .. } = answer(&model, &text, &pool, &asked, &mut |piece| {
+                out.write_all(piece.replace('\n', " ").as_bytes())?;
+                Ok(out.flush()?)
+            })?;
+            writeln!(out)?;
+            bills.push(bill);
+        }
+        write!(out, "\n{}", side_by_side(&bills[0], &bills[1]))?;
+    }
+    Ok(())
+}
+
+/// Two bills as a table.
+fn side_by_side(a: &Bill, b: &Bill) -> String {
+    let mb = |bytes: f64| format!("{:.2} MB", bytes / 1e6);
+    let maybe = |x: Option<f64>, show: &dyn Fn(f64) -> String| x.map_or("-".to_owned(), show);
+    let row = |name: &str, show: &dyn Fn(&Bill) -> String| format!("  {name:<28}{:>14}{:>14}\n", show(a), show(b));
+    [
+        row("", &|x| x.kv.split(':').next().unwrap_or_default().to_owned()),
+        row("prompt + output tokens", &|x| format!("{} + {}", x.prompt_tokens, x.output_tokens)),
+        row("time to first token", &|x| format!("{:.2} s", x.ttft_s)),
+        row("time between tokens", &|x| maybe(x.tbt_s, &|s| format!("{:.2} ms", s * 1e3))),
+        row("tokens/s", &|x| maybe(x.tokens_per_s, &|r| format!("{r:.1}"))),
+        row("KV bytes stored", &|x| mb(x.kv_bytes as f64)),
+        row("the same as exact f16", &|x| mb(x.kv_bytes_exact_f16 as f64)),
+        row("ratio", &|x| format!("{:.2}", x.ratio)),
+        row("bits a scalar", &|x| format!("{:.2}", x.bits_per_scalar)),
+        row("KV bytes read a step", &|x| maybe(x.kv_bytes_read_per_step, &mb)),
+        row("attention's share of a step", &|x| maybe(x.attention_share, &|s| format!("{:.0} %", s * 100.0))),
+    ]
+    .concat()
+}

@@ -1,0 +1,158 @@
+//! What may be written after `--kv`?
+
+use mosaickv_kernels::packed::PackedShape;
+use mosaickv_kv::{KvFormat, PackedStrategy};
+use std::fmt;
+use std::str::FromStr;
+
+/// A KV format with its parameters, as written on the command line.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KvOption(KvFormat);
+
+impl KvOption {
+    pub const EXACT: KvOption = KvOption(KvFormat::Exact);
+
+    /// The paper's defaults.
+    pub fn packed() -> KvOption {
+        KvOption(KvFormat::Packed(PackedStrategy::default()))
+    }
+
+    /// `exact` or `packed`, without parameters.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            KvFormat::Exact => "exact",
+            KvFormat::Packed(_) => "packed",
+        }
+    }
+
+    pub fn format(self) -> KvFormat {
+        self.0
+    }
+}
+
+impl From<KvFormat> for KvOption {
+    fn from(format: KvFormat) -> KvOption {
+        KvOption(format)
+    }
+}
+
+impl fmt::Display for KvOption {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self.0 {
+            KvFormat::Exact => write!(f, "exact"),
+            KvFormat::Packed(s) if s == PackedStrategy::default() => write!(f, "packed"),
+            KvFormat::Packed(s) => {
+                write!(f, "packed:kept={},group={},block={},selected={}", s.kept, s.group, s.block, s.selected)
+            }
+        }
+    }
+}
+
+impl FromStr for KvOption {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<KvOption, String> {
+        let (name, parameters) = text.split_once(':').unwrap_or((text, ""));
+        let parameters: Vec<&str> = parameters.split(',').filter(|p| !p.is_empty()).collect();
+        match name {
+            "exact" if parameters.is_empty() => Ok(KvOption::EXACT),
+            "exact" => Err("exact takes no parameters".into()),
+            "packed" => packed(&parameters),
+            _ => Err(format!("unknown KV format {name}; wanted exact or packed")),
+        }
+    }
+}
+
+/// Several formats, separated by commas; a piece like `group=2` goes on with the format before it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvList(pub Vec<KvOption>);
+
+impl fmt::Display for KvList {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(KvOption::to_string).collect();
+        f.write_str(&names.join(","))
+    }
+}
+
+impl FromStr for KvList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<KvList, String> {
+        let mut formats: Vec<String> = vec![];
+        for piece in text.split(',') {
+            match formats.last_mut() {
+                Some(last) if piece.contains('=') && !piece.contains(':') => *last += &format!(",{piece}"),
+                _ => formats.push(piece.to_owned()),
+            }
+        }
+        formats.iter().map(|format| format.parse()).collect::<Result<_, _>>().map(KvList)
+    }
+}
+
+fn packed(parameters: &[&str]) -> Result<KvOption, String> {
+    let mut strategy = PackedStrategy::default();
+    for parameter in parameters {
+        let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        match key {
+            "kept" => strategy.kept = number(key, value)?,
+            "group" => strategy.group = number(key, value)?,
+            "block" => strategy.block = number(key, value)?,
+            "selected" => strategy.selected = number(key, value)?,
+            _ => return Err(format!("unknown parameter {key}; packed has kept, group, block and selected")),
+        }
+    }
+    if !(strategy.selected > 0.0 && strategy.selected <= 1.0) {
+        return Err(format!("selected={} is not a share in (0, 1]", strategy.selected));
+    }
+    if ![4, 8, 16].contains(&strategy.block) {
+        return Err(format!("block={}; wanted 4, 8 or 16 tokens", strategy.block));
+    }
+    // What depends on head_dim is checked again with the model's; 64 tells what can never be.
+    PackedShape::with_rate(64, strategy.kept, strategy.group).map_err(|error| error.to_string())?;
+    Ok(KvOption(KvFormat::Packed(strategy)))
+}
+
+fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
+    value.parse().map_err(|_| format!("{key}={value} is not a number of the right kind"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_it_writes() {
+        for text in ["exact", "packed", "packed:kept=0.375,group=2,block=16,selected=0.5"] {
+            assert_eq!(text.parse::<KvOption>().unwrap().to_string(), text);
+        }
+        let partial: KvOption = "packed:group=4".parse().unwrap();
+        assert_eq!(partial.to_string(), "packed:kept=0.25,group=4,block=8,selected=0.1");
+    }
+
+    #[test]
+    fn a_list_keeps_each_format_whole() {
+        let text = "exact,packed:kept=0.375,group=2,block=8,selected=0.1,packed";
+        let list: KvList = text.parse().unwrap();
+        assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
+        assert!("exact,,packed".parse::<KvList>().is_err());
+    }
+
+    #[test]
+    fn refuses_what_cannot_be() {
+        for text in [
+            "",
+            "exakt",
+            "exact:kept=1",
+            "packed:kept",
+            "packed:kept=2",
+            "packed:kept=NaN",
+            "packed:group=3",
+            "packed:block=5",
+            "packed:selected=0",
+            "packed:selected=1.1",
+            "packed:colour=red",
+        ] {
+            assert!(text.parse::<KvOption>().is_err(), "{text} was taken");
+        }
+    }
+}
