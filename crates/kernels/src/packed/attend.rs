@@ -5,6 +5,9 @@
 //! queries of up to four rows; the bits' count says where the next chunk's elements start. Nothing is unpacked
 //! to memory. Keys: several tokens in flight, their sums across lanes taken four at a time. Values: accumulators
 //! of a few chunks stay in registers while the tokens pass by.
+//!
+//! Loops, not closures: what `array::from_fn` or `map` is given is compiled outside the function that has the
+//! CPU features, and hands its vectors over in memory (attention was 6 times slower).
 
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;
@@ -112,14 +115,10 @@ struct Score<'a> {
 impl Shaped for Score<'_> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const G: usize>(self, s: S) {
-        let blocks = self.page.blocks();
-        let mut scores = self.scores.chunks_exact_mut(blocks);
-        let mut scores: [&mut [f32]; R] = std::array::from_fn(|_| scores.next().expect("one slice a row"));
-        // SAFETY: `score_blocks` checked that the queries are R rows of C and that scores are R rows of blocks.
-        unsafe {
-            let keys = Packed::<G>::new(self.page, self.page.layout().block_keys());
-            keys.dot::<S, R>(s, self.queries, &mut scores);
-        }
+        let keys = self.page.layout().block_keys();
+        let out = Out { scores: self.scores, stride: keys.n };
+        // SAFETY: `score_blocks` checked that the queries are R rows of C; the rows are the page's own.
+        unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, keys.n, out) };
     }
 }
 
@@ -144,9 +143,9 @@ impl Shaped for Attend<'_> {
         for b in bits_of(self.selected) {
             let (keys, values) = layout.block(b);
             prefetch_rows(s, self.page, values);
-            let mut scores = weights.each_mut().map(|w| &mut w[tokens..tokens + block]);
+            let out = Out { scores: &mut weights.as_flattened_mut()[tokens..], stride: PAGE_TOKENS };
             // SAFETY: `attend_blocks` checked that the queries are R rows of C and that block `b` exists.
-            unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, &mut scores) };
+            unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, block, out) };
             tokens += block;
         }
         let old = softmax::<S, R>(s, &mut weights, tokens, self.max, self.sum);
@@ -195,16 +194,22 @@ impl Attend<'_> {
         let first = tile.chunk * S::LANES;
         debug_assert!(self.acc.len() == R * c && first + N * S::LANES <= c);
         let to = self.acc.as_mut_ptr();
-        // SAFETY: rows of C floats, and the tile ends within a row, by the caller's promise.
-        let mut acc: [[S::V; N]; R] = std::array::from_fn(|r| {
+        let mut acc = [[s.splat(0.0); N]; R];
+        for r in 0..R {
             let old = s.splat(tile.old[r]);
-            std::array::from_fn(|n| s.mul(unsafe { s.load(to.add(r * c + first + n * S::LANES)) }, old))
-        });
+            for n in 0..N {
+                // SAFETY: rows of C floats, and the tile ends within a row, by the caller's promise.
+                acc[r][n] = s.mul(unsafe { s.load(to.add(r * c + first + n * S::LANES)) }, old);
+            }
+        }
         let mut token = 0;
         for b in bits_of(self.selected) {
             let mut values = Packed::<G>::new(self.page, layout.block(b).1);
             for _ in 0..block {
-                let w: [S::V; R] = std::array::from_fn(|r| s.splat(tile.weights[r][token]));
+                let mut w = [s.splat(0.0); R];
+                for r in 0..R {
+                    w[r] = s.splat(tile.weights[r][token]);
+                }
                 let mut at = usize::from(tile.at[token]);
                 for n in 0..N {
                     // SAFETY: the chunk exists, and `at` counts the bits before it.
@@ -238,7 +243,8 @@ fn softmax<S: Simd, const R: usize>(
     max: &mut [f32],
     sum: &mut [f32],
 ) -> [f32; R] {
-    std::array::from_fn(|r| {
+    let mut olds = [1.0; R];
+    for r in 0..R {
         let row = &mut weights[r][..tokens.next_multiple_of(S::LANES)];
         let mut top = s.splat(max[r]);
         for x in row.chunks_exact(S::LANES) {
@@ -255,11 +261,13 @@ fn softmax<S: Simd, const R: usize>(
                 total = s.add(total, w);
             }
         }
-        let old = if max[r] == new { 1.0 } else { (max[r] - new).exp() };
-        sum[r] = sum[r] * old + s.sum_lanes(total);
+        if max[r] != new {
+            olds[r] = (max[r] - new).exp();
+        }
+        sum[r] = sum[r] * olds[r] + s.sum_lanes(total);
         max[r] = new;
-        old
-    })
+    }
+    olds
 }
 
 /// Packed vectors of a page, groups of `G`.
@@ -310,37 +318,36 @@ impl<const G: usize> Packed<G> {
         }
     }
 
-    /// `out[r][i]` = `queries[r]` . vector `i`, for as many vectors as each `out[r]` is long.
+    /// `out[r, i]` = `queries[r]` . vector `i`, for the first `n` vectors.
     ///
     /// # Safety
-    /// `queries` is `[R, C]`, the vectors exist, and every `out[r]` has the same length.
+    /// `queries` is `[R, C]` and the vectors exist.
     #[inline(always)]
-    unsafe fn dot<S: Simd, const R: usize>(mut self, s: S, queries: &[f32], out: &mut [&mut [f32]; R]) {
-        let n = out[0].len();
+    unsafe fn dot<S: Simd, const R: usize>(mut self, s: S, queries: &[f32], n: usize, mut out: Out) {
         let mut i = 0;
         // SAFETY: the caller's promise; `i + 4 <= n` or `i < n` as the loops say.
         unsafe {
             while i + 4 <= n {
                 if S::LANES == 16 || R == 1 {
-                    self.dot_some::<S, R, 4>(s, queries, out, i);
+                    self.dot_some::<S, R, 4>(s, queries, &mut out, i);
                 } else {
                     let mut rest = self;
                     rest.skip(2);
-                    self.dot_some::<S, R, 2>(s, queries, out, i);
-                    rest.dot_some::<S, R, 2>(s, queries, out, i + 2);
+                    self.dot_some::<S, R, 2>(s, queries, &mut out, i);
+                    rest.dot_some::<S, R, 2>(s, queries, &mut out, i + 2);
                 }
                 self.skip(4);
                 i += 4;
             }
             while i < n {
-                self.dot_some::<S, R, 1>(s, queries, out, i);
+                self.dot_some::<S, R, 1>(s, queries, &mut out, i);
                 self.skip(1);
                 i += 1;
             }
         }
     }
 
-    /// `out[r][first + i]` = `queries[r]` . vector `i`, for the first `N` vectors.
+    /// `out[r, first + i]` = `queries[r]` . vector `i`, for the first `N` vectors.
     ///
     /// # Safety
     /// As for [`Self::dot`].
@@ -349,16 +356,18 @@ impl<const G: usize> Packed<G> {
         self,
         s: S,
         queries: &[f32],
-        out: &mut [&mut [f32]; R],
+        out: &mut Out,
         first: usize,
     ) {
         let c = queries.len() / R;
         let mut acc = [[s.splat(0.0); R]; N];
-        let mut at = [0; N];
+        let (mut x, mut at) = ([s.splat(0.0); N], [0; N]);
         for chunk in 0..c / S::LANES {
-            // SAFETY: the vectors exist by the caller's promise, `chunk` is one of C / LANES, and `at` is what
-            // the chunks before it left.
-            let x: [S::V; N] = std::array::from_fn(|i| unsafe { self.chunk(s, i, chunk, &mut at[i]) });
+            for i in 0..N {
+                // SAFETY: the vectors exist by the caller's promise, `chunk` is one of C / LANES, and `at` is
+                // what the chunks before it left.
+                x[i] = unsafe { self.chunk(s, i, chunk, &mut at[i]) };
+            }
             for r in 0..R {
                 // SAFETY: `queries` has R rows of C floats.
                 let q = unsafe { s.load(queries.as_ptr().add(r * c + chunk * S::LANES)) };
@@ -368,15 +377,22 @@ impl<const G: usize> Packed<G> {
             }
         }
         for start in (0..N * R).step_by(4) {
-            let sums = s.sum_lanes4(std::array::from_fn(|j| {
-                let j = (start + j).min(N * R - 1);
-                acc[j / R][j % R]
-            }));
-            for (j, x) in (start..N * R).zip(sums) {
-                out[j % R][first + j / R] = x;
+            let mut four = [s.splat(0.0); 4];
+            for j in start..(start + 4).min(N * R) {
+                four[j - start] = acc[j / R][j % R];
+            }
+            let sums = s.sum_lanes4(four);
+            for j in start..(start + 4).min(N * R) {
+                out.scores[j % R * out.stride + first + j / R] = sums[j - start];
             }
         }
     }
+}
+
+/// Where scores go: row `r` starts at `r * stride`.
+struct Out<'a> {
+    scores: &'a mut [f32],
+    stride: usize,
 }
 
 /// The bits of chunk `chunk`, `LANES / G` of them, of the bitmap at `p`.
@@ -427,12 +443,20 @@ fn lanes<const G: usize>(bits: u32) -> u32 {
 
 /// Indices of the bits set, rising.
 #[inline(always)]
-fn bits_of(mut mask: u32) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = mask.trailing_zeros();
-        mask &= mask.wrapping_sub(1);
-        (bit < u32::BITS).then_some(bit as usize)
-    })
+fn bits_of(mask: u32) -> Bits {
+    Bits(mask)
+}
+
+struct Bits(u32);
+
+impl Iterator for Bits {
+    type Item = usize;
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let bit = self.0.trailing_zeros();
+        self.0 &= self.0.wrapping_sub(1);
+        if bit < u32::BITS { Some(bit as usize) } else { None }
+    }
 }
 
 struct Prefetch<'a> {
