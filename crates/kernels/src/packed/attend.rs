@@ -157,8 +157,8 @@ impl Shaped for Attend<'_> {
             // SAFETY: chunks `chunk..chunk + N` exist; `attend_blocks` checked that `acc` is R rows of C.
             chunk += unsafe {
                 match chunks - chunk {
-                    // Sixteen lanes: R * 6 accumulators of 32 registers. Eight: an even number of chunks.
-                    6.. if S::LANES == 16 => self.weigh::<S, R, G, 6>(s, &mut tile),
+                    // Sixteen lanes and 32 registers: 24 accumulators would spill. Eight lanes, 16 registers.
+                    6.. if S::LANES == 16 && R < 4 => self.weigh::<S, R, G, 6>(s, &mut tile),
                     3.. if S::LANES == 16 => self.weigh::<S, R, G, 3>(s, &mut tile),
                     2.. if S::LANES == 8 => self.weigh::<S, R, G, 2>(s, &mut tile),
                     _ => self.weigh::<S, R, G, 1>(s, &mut tile),
@@ -213,7 +213,7 @@ impl Attend<'_> {
                 let mut at = usize::from(tile.at[token]);
                 for n in 0..N {
                     // SAFETY: the chunk exists, and `at` counts the bits before it.
-                    let x = unsafe { values.chunk(s, 0, tile.chunk + n, &mut at) };
+                    let x = unsafe { values.chunk(s, values.bitmaps, tile.chunk + n, &mut at) };
                     for r in 0..R {
                         acc[r][n] = s.fma(w[r], x, acc[r][n]);
                     }
@@ -301,18 +301,18 @@ impl<const G: usize> Packed<G> {
         self.bitmaps = self.bitmaps.wrapping_add(n * self.strides.1);
     }
 
-    /// `LANES` channels of vector `i` from `chunk * LANES` on; `at` is the number of elements kept before them,
-    /// and is moved past them.
+    /// `LANES` channels from `chunk * LANES` on of the vector whose bitmap is at `bitmap`; `at` is where its
+    /// elements of the chunk start, and is moved past them.
     ///
     /// # Safety
     /// The vector and the chunk exist, and `at` is as said.
     #[inline(always)]
-    unsafe fn chunk<S: Simd>(self, s: S, i: usize, chunk: usize, at: &mut usize) -> S::V {
+    unsafe fn chunk<S: Simd>(self, s: S, bitmap: *const u8, chunk: usize, at: &mut usize) -> S::V {
         // SAFETY: bitmaps of existing vectors have bytes for every chunk. A page's bitmaps have exactly r bits
-        // set, so `at` is at most r, and LOAD_PADDING words follow the last vector.
+        // set, so `at` is at most the end of the vector, and LOAD_PADDING words follow the last one.
         unsafe {
-            let bits = bits_of_chunk::<S, G>(self.bitmaps.add(i * self.strides.1), chunk);
-            let x = s.expand_f16(self.elements.add(i * self.strides.0 + *at), lanes::<G>(bits));
+            let bits = bits_of_chunk::<S, G>(bitmap, chunk);
+            let x = s.expand_f16(self.elements.add(*at), lanes::<G>(bits));
             *at += G * bits.count_ones() as usize;
             x
         }
@@ -361,12 +361,16 @@ impl<const G: usize> Packed<G> {
     ) {
         let c = queries.len() / R;
         let mut acc = [[s.splat(0.0); R]; N];
-        let (mut x, mut at) = ([s.splat(0.0); N], [0; N]);
+        let (mut x, mut at, mut bitmaps) = ([s.splat(0.0); N], [0; N], [self.bitmaps; N]);
+        for i in 0..N {
+            at[i] = i * self.strides.0;
+            bitmaps[i] = self.bitmaps.wrapping_add(i * self.strides.1);
+        }
         for chunk in 0..c / S::LANES {
             for i in 0..N {
                 // SAFETY: the vectors exist by the caller's promise, `chunk` is one of C / LANES, and `at` is
                 // what the chunks before it left.
-                x[i] = unsafe { self.chunk(s, i, chunk, &mut at[i]) };
+                x[i] = unsafe { self.chunk(s, bitmaps[i], chunk, &mut at[i]) };
             }
             for r in 0..R {
                 // SAFETY: `queries` has R rows of C floats.
