@@ -6,8 +6,14 @@
 //! to memory. Keys: several tokens in flight, their sums across lanes taken four at a time. Values: accumulators
 //! of a few chunks stay in registers while the tokens pass by.
 //!
-//! Loops, not closures: what `array::from_fn` or `map` is given is compiled outside the function that has the
-//! CPU features, and hands its vectors over in memory (attention was 6 times slower).
+//! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
+//! has the CPU features and hand vectors over in memory: 4 times slower); 24 accumulators of values for four
+//! rows (they spill; two tiles of 12 are no slower with groups of 1 and a quarter faster with groups of 4);
+//! four tokens in flight on AVX2 (16 accumulators of 16 registers).
+#![expect(
+    clippy::needless_range_loop,
+    reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
+)]
 
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;

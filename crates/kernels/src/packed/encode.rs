@@ -193,14 +193,18 @@ fn energies<const G: usize>(vector: &[f32], energy: &mut [u32]) {
     }
 }
 
-/// The `n`-th largest of `x`, all below 2^31: its bits from the highest down, each set if at least `n` numbers
-/// reach what that makes. Thirty-one counts without a branch, four times faster here than a selection.
+/// A number that `n` of `x`, all below 2^31, reach and fewer exceed: its bits from the highest down, each set if
+/// at least `n` reach what that makes. Some fifteen counts without a branch, faster here than a selection.
 #[inline(always)]
 fn nth_largest(x: &[u32], n: u32) -> u32 {
     let mut found = 0;
     for bit in (0..31).rev() {
         let candidate = found | 1 << bit;
-        if count(x, |x| x >= candidate) >= n {
+        let reach = count(x, |x| x >= candidate);
+        if reach == n {
+            return candidate;
+        }
+        if reach > n {
             found = candidate;
         }
     }
