@@ -2,6 +2,19 @@
 //!
 //! `cargo run --release -p mosaickv-kernels --example packed [tokens]`, 131072 tokens by default. The first page
 //! of every run is compared with f64 attention before a time is printed.
+//!
+//! Measured on one of two shared cores of an AMD EPYC (Zen 4), others compiling beside it, `packed 16384`,
+//! 75 % of the elements dropped, token block 8, groups of 1, nanoseconds a token:
+//! ```text
+//!               D=128 R=4         D=64 R=3
+//!               avx512   avx2     avx512   avx2
+//! score_blocks    2.3     2.5       1.4     1.6
+//! attend_page    26.3    33.4      13.1    16.5
+//! attend, 10 %   33.6    42.9      18.6    23.0
+//! encode         1030              520
+//! ```
+//! Four rows are bound by the multiply-adds (36 of them more than one row, 11 ns more), one row by the spreading
+//! of elements over lanes.
 
 use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, attend_page, score_blocks};
 use mosaickv_kernels::{AttnState, Isa, oracle, select};
