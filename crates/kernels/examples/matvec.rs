@@ -3,7 +3,7 @@
 //! `cargo run --release -p mosaickv-kernels --example matvec -- [threads] [rounds]`; `MOSAICKV_ISA` picks the
 //! instruction set. Every matrix of the model exists, so that weights come from memory as they do in a model.
 
-use mosaickv_kernels::matrix::{BlockType, Matrix, multiply_each};
+use mosaickv_kernels::matrix::{BlockType, Matrix, Precision, multiply_each_in};
 use mosaickv_kernels::{Isa, Pool};
 use std::hint::black_box;
 use std::time::Instant;
@@ -69,7 +69,7 @@ fn stream(pool: &Pool) -> f64 {
 fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usize) {
     for &ty in types {
         let model = Model::new(shape, ty);
-        let seconds = best(4 * rounds, || model.forward(isa, pool, 1));
+        let seconds = best(4 * rounds, || model.forward(Precision::usual(1), isa, pool, 1));
         let bytes = model.bytes() as f64;
         println!(
             "{} {ty:?} decode: {:.2} ms, {:.1} MB, {:.1} GB/s",
@@ -83,15 +83,17 @@ fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usi
 
 fn prefill(isa: Isa, pool: &Pool, shape: &Shape, tokens: usize, rounds: usize) {
     let model = Model::new(shape, BlockType::Q4_1);
-    let seconds = best(rounds, || model.forward(isa, pool, tokens));
     let flop = 2.0 * tokens as f64 * model.layer_elements() as f64;
-    println!(
-        "{} Q4_1 layers, {tokens} tokens: {:.1} ms, {:.0} tok/s, {:.0} GFLOP/s",
-        shape.name,
-        seconds * 1e3,
-        tokens as f64 / seconds,
-        flop / seconds / 1e9
-    );
+    for precision in [Precision::EightBits, Precision::Full] {
+        let seconds = best(rounds, || model.forward(precision, isa, pool, tokens));
+        println!(
+            "{} Q4_1 layers, {tokens} tokens, {precision:?}: {:.1} ms, {:.0} tok/s, {:.0} GFLOP/s",
+            shape.name,
+            seconds * 1e3,
+            tokens as f64 / seconds,
+            flop / seconds / 1e9
+        );
+    }
 }
 
 fn best(rounds: usize, mut job: impl FnMut()) -> f64 {
@@ -136,7 +138,10 @@ impl Model {
     }
 
     /// All products of one step; the output matrix takes the last token only.
-    fn forward(&self, isa: Isa, pool: &Pool, tokens: usize) {
+    fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, tokens: usize) {
+        let multiply = |x: &[f32], parts: &mut [(&Matrix, &mut [f32])]| {
+            multiply_each_in(precision, isa, pool, x, parts);
+        };
         let (hidden, inner) = (self.layers[0].down.rows(), self.layers[0].down.cols());
         let x: Vec<f32> = (0..tokens * inner).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
         let widest = self.head.as_ref().map_or(0, Matrix::rows).max(tokens * inner);
@@ -146,15 +151,15 @@ impl Model {
             let [q, k, v] = &layer.qkv;
             let kv = tokens * k.rows();
             let mut parts = [(q, &mut a[..tokens * hidden]), (k, &mut b[..kv]), (v, &mut c[..kv])];
-            multiply_each(isa, pool, &x[..tokens * hidden], &mut parts);
-            layer.o.multiply(isa, pool, &x[..tokens * hidden], &mut a[..tokens * hidden]);
+            multiply(&x[..tokens * hidden], &mut parts);
+            multiply(&x[..tokens * hidden], &mut [(&layer.o, &mut a[..tokens * hidden])]);
             let [gate, up] = &layer.gate_up;
             let mut parts = [(gate, &mut a[..tokens * inner]), (up, &mut b[..tokens * inner])];
-            multiply_each(isa, pool, &x[..tokens * hidden], &mut parts);
-            layer.down.multiply(isa, pool, &x, &mut a[..tokens * hidden]);
+            multiply(&x[..tokens * hidden], &mut parts);
+            multiply(&x, &mut [(&layer.down, &mut a[..tokens * hidden])]);
         }
         if let Some(head) = &self.head {
-            head.multiply(isa, pool, &x[..hidden], &mut a[..head.rows()]);
+            multiply(&x[..hidden], &mut [(head, &mut a[..head.rows()])]);
         }
         black_box(&outs);
     }
