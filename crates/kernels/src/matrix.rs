@@ -26,8 +26,28 @@ mod tile;
 
 pub use blocks::BlockType;
 
-/// Up to this many tokens the activations of a packed matrix are quantized; more are multiplied in f32.
-pub const FEW_TOKENS: usize = 8;
+/// Up to this many tokens, [`Precision::usual`] quantizes the activations of quantized weights.
+pub const FEW_TOKENS: usize = 32;
+
+/// Up to this many tokens, weights of plain floats are multiplied token by token; more go through `gemm`.
+const FEW_DOTS: usize = 8;
+
+/// What the activations are when they meet quantized weights. (Plain weights always meet f32.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 8 bits with an f32 scale by spans of 32: each activation is off by at most a 254th of the largest of its
+    /// span. The fastest for any number of tokens, and a token's result does not depend on the others.
+    EightBits,
+    /// f32. Weights are expanded tile by tile, which only many tokens repay.
+    Full,
+}
+
+impl Precision {
+    /// What [`Matrix::multiply`] and [`multiply_each`] take for `tokens` tokens: 8 bits for few, f32 for many.
+    pub fn usual(tokens: usize) -> Precision {
+        if tokens <= FEW_TOKENS { Precision::EightBits } else { Precision::Full }
+    }
+}
 
 /// Why a tensor cannot become a [`Matrix`].
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -153,27 +173,59 @@ impl Matrix {
         }
     }
 
-    /// `out[T, rows] = x[T, cols] W^T`. Up to [`FEW_TOKENS`] tokens, quantized weights meet activations of 8 bits:
-    /// each is off by at most a 254th of the largest of its 32 neighbours. All else is f32.
+    /// `out[T, rows] = x[T, cols] W^T`, in the [`Precision::usual`] for `T` tokens.
     pub fn multiply(&self, isa: Isa, pool: &Pool, x: &[f32], out: &mut [f32]) {
         multiply_each(isa, pool, x, &mut [(self, out)]);
     }
 
-    /// Rows of a task: a multiple of 16, fixed by the matrix and the number of tokens.
-    fn task_rows(&self, tokens: usize) -> usize {
-        if tokens > FEW_TOKENS {
+    fn way(&self, precision: Precision, tokens: usize) -> Way {
+        match (&self.weights, precision) {
+            (Weights::Packed(_), Precision::EightBits) => Way::Fold,
+            (Weights::Plain(_), _) if tokens <= FEW_DOTS => Way::Dots,
+            (Weights::Packed(_), Precision::Full) | (Weights::Plain(_), _) => Way::Tiles,
+        }
+    }
+
+    /// Rows of a task: a multiple of 16, fixed by the matrix and the way.
+    fn task_rows(&self, way: Way) -> usize {
+        if way == Way::Tiles {
             return tile::TILE_ROWS;
         }
         // Small enough for 16 threads to share a matrix, large enough to outweigh the claim of a task.
         let bytes = (self.bytes() / 64).clamp(8 << 10, 256 << 10);
-        let panel = (self.bytes() / self.rows().div_ceil(ROWS)).max(1);
+        let panel = self.bytes().div_ceil(self.rows().div_ceil(ROWS));
         (bytes / panel).max(1) * ROWS
     }
 }
 
+/// How one matrix meets its activations.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Packed weights, 8-bit activations.
+    Fold,
+    /// Plain weights, row by row.
+    Dots,
+    /// f32 tiles through `gemm`.
+    Tiles,
+}
+
 /// Multiplies several matrices of the same `cols` with the same `x` `[T, cols]` in one job of the pool (queries,
-/// keys and values; gate and up): one join. Each output is `[T, rows]` of its matrix.
+/// keys and values; gate and up): one join. Each output is `[T, rows]` of its matrix. The precision is
+/// [`Precision::usual`].
 pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
+    if let Some((first, _)) = parts.first() {
+        multiply_each_in(Precision::usual(x.len() / first.cols()), isa, pool, x, parts);
+    }
+}
+
+/// [`multiply_each`] in a precision of the caller's choice.
+pub fn multiply_each_in(
+    precision: Precision,
+    isa: Isa,
+    pool: &Pool,
+    x: &[f32],
+    parts: &mut [(&Matrix, &mut [f32])],
+) {
     let Some((first, _)) = parts.first() else { return };
     let cols = first.cols();
     let tokens = x.len() / cols;
@@ -181,7 +233,6 @@ pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &m
     if tokens == 0 {
         return;
     }
-    let inputs = Inputs::new(isa, pool, x, parts);
     let mut tasks = 0;
     let parts: Vec<Part> = parts
         .iter_mut()
@@ -189,12 +240,19 @@ pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &m
             let rows = matrix.rows();
             assert_eq!(matrix.cols(), cols, "matrices that share activations have the same columns");
             assert_eq!(out.len(), tokens * rows, "an output of the wrong length");
-            let task_rows = matrix.task_rows(tokens);
-            let part = Part { matrix, out: Output::new(out, rows), first_task: tasks, task_rows };
+            let way = matrix.way(precision, tokens);
+            let task_rows = matrix.task_rows(way);
+            let part = Part { matrix, way, out: Output::new(out, rows), first_task: tasks, task_rows };
             tasks += rows.div_ceil(task_rows);
             part
         })
         .collect();
+    let wants = |way: Way| parts.iter().any(|part| part.way == way);
+    let inputs = Inputs {
+        exact: x,
+        spans: if wants(Way::Fold) { activations::quantize(isa, pool, x, cols) } else { Vec::new() },
+        padded: if wants(Way::Dots) { plain::pad(x, cols) } else { Vec::new() },
+    };
     pool.run(tasks, |task| {
         let part = parts.iter().rfind(|part| part.first_task <= task).expect("the first part starts at 0");
         part.run(isa, task, &inputs);
@@ -204,35 +262,20 @@ pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &m
 /// One matrix of a job.
 struct Part<'a> {
     matrix: &'a Matrix,
+    way: Way,
     out: Output<'a>,
     first_task: usize,
     task_rows: usize,
 }
 
-/// The activations in every form that the job's matrices need.
+/// The activations in every form that the job's matrices need; the others are empty.
 struct Inputs<'a> {
     /// `[T, cols]`
     exact: &'a [f32],
-    few: bool,
-    /// `[T, cols / 32]`; empty if no packed matrix meets few tokens.
+    /// `[T, cols / 32]`
     spans: Vec<Span>,
-    /// `[T, cols]` with columns filled up; empty if no plain matrix meets few tokens.
+    /// `[T, cols]` with columns filled up.
     padded: Vec<f32>,
-}
-
-impl<'a> Inputs<'a> {
-    fn new(isa: Isa, pool: &Pool, x: &'a [f32], parts: &[(&Matrix, &mut [f32])]) -> Inputs<'a> {
-        let cols = parts[0].0.cols();
-        let few = x.len() / cols <= FEW_TOKENS;
-        let packed = parts.iter().any(|(matrix, _)| matches!(matrix.weights, Weights::Packed(_)));
-        let plain = parts.iter().any(|(matrix, _)| matches!(matrix.weights, Weights::Plain(_)));
-        Inputs {
-            exact: x,
-            few,
-            spans: if few && packed { activations::quantize(isa, pool, x, cols) } else { Vec::new() },
-            padded: if few && plain { plain::pad(x, cols) } else { Vec::new() },
-        }
-    }
 }
 
 impl Part<'_> {
@@ -242,11 +285,13 @@ impl Part<'_> {
         let panels = rows.start / ROWS..rows.end.div_ceil(ROWS);
         // SAFETY: each task of the job has its own rows of this part's output.
         unsafe {
-            match (&self.matrix.weights, inputs.few) {
-                (Weights::Packed(w), true) => fold::multiply(isa, w, panels, &inputs.spans, &self.out),
-                (Weights::Packed(w), false) => tile::multiply_packed(isa, w, panels, inputs.exact, &self.out),
-                (Weights::Plain(w), true) => plain::multiply(isa, w, rows, &inputs.padded, &self.out),
-                (Weights::Plain(w), false) => tile::multiply_plain(w, rows, inputs.exact, &self.out),
+            match (&self.matrix.weights, self.way) {
+                (Weights::Packed(w), Way::Tiles) => {
+                    tile::multiply_packed(isa, w, panels, inputs.exact, &self.out);
+                }
+                (Weights::Packed(w), _) => fold::multiply(isa, w, panels, &inputs.spans, &self.out),
+                (Weights::Plain(w), Way::Tiles) => tile::multiply_plain(w, rows, inputs.exact, &self.out),
+                (Weights::Plain(w), _) => plain::multiply(isa, w, rows, &inputs.padded, &self.out),
             }
         }
     }

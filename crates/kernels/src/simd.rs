@@ -39,7 +39,7 @@ pub(crate) trait Simd: Copy {
     /// `sum_lanes` of each, cheaper together.
     #[inline(always)]
     fn sum_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {
-        a.map(|a| self.sum_lanes(a))
+        [self.sum_lanes(a[0]), self.sum_lanes(a[1]), self.sum_lanes(a[2]), self.sum_lanes(a[3])]
     }
 
     /// # Safety

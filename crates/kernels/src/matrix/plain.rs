@@ -10,8 +10,8 @@ use crate::simd::{Kernel, Simd, dispatch};
 use half::{bf16, f16};
 use std::ops::Range;
 
-/// Rows that share one reading of the activations.
-const TOGETHER: usize = 4;
+/// Independent sums of a dot product, to hide the latency of an FMA.
+const CHAINS: usize = 4;
 /// Rows are filled up to a multiple of this.
 const PAD: usize = 16;
 
@@ -153,44 +153,32 @@ impl<E: Element> Kernel for Multiply<'_, E> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut r = self.rows.start;
-        while r < self.rows.end {
-            let w = &self.w[r * self.stride..];
-            if r + TOGETHER <= self.rows.end {
-                for (t, x) in self.x.chunks_exact(self.stride).enumerate() {
-                    // SAFETY: the promise that `multiply` was given.
-                    unsafe { self.out.write(t, r, [dots::<S, E, TOGETHER>(s, w, x)]) };
-                }
-                r += TOGETHER;
-            } else {
-                for (t, x) in self.x.chunks_exact(self.stride).enumerate() {
-                    // SAFETY: the promise that `multiply` was given.
-                    unsafe { self.out.write(t, r, [dots::<S, E, 1>(s, w, x)]) };
-                }
-                r += 1;
+        for r in self.rows {
+            let w = &self.w[r * self.stride..][..self.stride];
+            for (t, x) in self.x.chunks_exact(self.stride).enumerate() {
+                // SAFETY: the promise that `multiply` was given.
+                unsafe { self.out.write(t, r, [[dot(s, w, x)]]) };
             }
         }
     }
 }
 
-/// Products of `x` with `R` rows that lie `x.len()` apart.
+/// One row at a time: with four at once the short streams escape the hardware's prefetch (7 GB/s, not 18).
 #[inline(always)]
-fn dots<S: Simd, E: Element, const R: usize>(s: S, w: &[E], x: &[f32]) -> [f32; R] {
-    let stride = x.len();
-    assert!(stride.is_multiple_of(S::LANES) && w.len() >= R * stride);
-    let mut sums = [s.splat(0.0); R];
-    for i in (0..stride).step_by(S::LANES) {
-        // SAFETY: a whole vector is left in each row, as checked above.
-        unsafe {
-            let x = s.load(x.as_ptr().add(i));
-            for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = s.fma(E::load(s, w.as_ptr().add(r * stride + i)), x, *sum);
-            }
+fn dot<S: Simd, E: Element>(s: S, w: &[E], x: &[f32]) -> f32 {
+    assert!(x.len().is_multiple_of(S::LANES) && w.len() == x.len());
+    let mut sums = [s.splat(0.0); CHAINS];
+    let whole = x.len() / (CHAINS * S::LANES) * CHAINS * S::LANES;
+    for i in (0..whole).step_by(CHAINS * S::LANES) {
+        for (chain, sum) in sums.iter_mut().enumerate() {
+            let i = i + chain * S::LANES;
+            // SAFETY: whole vectors of both slices.
+            *sum = unsafe { s.fma(E::load(s, w.as_ptr().add(i)), s.load(x.as_ptr().add(i)), *sum) };
         }
     }
-    let mut out = [0.0; R];
-    for (x, sum) in out.iter_mut().zip(sums) {
-        *x = s.sum_lanes(sum);
+    for i in (whole..x.len()).step_by(S::LANES) {
+        // SAFETY: whole vectors of both slices.
+        sums[0] = unsafe { s.fma(E::load(s, w.as_ptr().add(i)), s.load(x.as_ptr().add(i)), sums[0]) };
     }
-    out
+    s.sum_lanes(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
 }

@@ -215,21 +215,33 @@ fn rows_are_what_the_format_says() {
 }
 
 fn check_products(ty: BlockType, rows: usize, cols: usize, tokens: usize, numbers: &mut Numbers) {
+    for precision in [Precision::EightBits, Precision::Full] {
+        check_precision(precision, ty, (rows, cols, tokens), numbers);
+    }
+}
+
+fn check_precision(
+    precision: Precision,
+    ty: BlockType,
+    (rows, cols, tokens): (usize, usize, usize),
+    numbers: &mut Numbers,
+) {
     let bytes = random_blocks(ty, rows, cols, numbers);
     let matrix = Matrix::from_blocks(ty, rows, cols, &bytes).unwrap();
     let w = dequantize_all(ty, &bytes);
     let x = numbers.activations(tokens * cols);
     let exact: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
-    let quantized = tokens <= FEW_TOKENS && ty.block_elements() > 1;
+    let quantized = precision == Precision::EightBits && ty.block_elements() > 1;
     let used = if quantized { x.chunks(cols).flat_map(eight_bits).collect() } else { exact.clone() };
     let pool = Pool::new(2);
     for &isa in Isa::available() {
         let mut out = vec![f32::NAN; tokens * rows];
-        matrix.multiply(isa, &pool, &x, &mut out);
+        multiply_each_in(precision, isa, &pool, &x, &mut [(&matrix, &mut out)]);
         for (i, got) in out.iter().enumerate() {
             let (t, r) = (i / rows, i % rows);
             let (w, at) = (&w[r * cols..][..cols], t * cols..(t + 1) * cols);
-            let what = format!("{ty:?} {rows}x{cols}, {} at [{t} of {tokens}, {r}]", isa.name());
+            let what =
+                format!("{precision:?} {ty:?} {rows}x{cols}, {} at [{t} of {tokens}, {r}]", isa.name());
             // Codes above zero and minima below it cancel: rounding goes with their sizes, not the weights'.
             let (want, size) = product(w, &used[at.clone()]);
             let off = (f64::from(*got) - want).abs();
@@ -268,7 +280,7 @@ fn products_match_the_oracle_for_few_and_many_tokens() {
     let mut numbers = Numbers(3);
     for ty in TYPES {
         for (rows, cols) in shapes(ty) {
-            for tokens in [2, 5, 7, FEW_TOKENS, FEW_TOKENS + 1] {
+            for tokens in [2, 5, 7, 9, 40] {
                 check_products(ty, rows, cols, tokens, &mut numbers);
             }
         }
@@ -313,7 +325,7 @@ fn neither_threads_nor_company_change_a_result() {
         let matrix =
             Matrix::from_blocks(ty, rows, cols, &random_blocks(ty, rows, cols, &mut numbers)).unwrap();
         for &isa in Isa::available() {
-            for tokens in [1, 7, 40] {
+            for tokens in [1, 7, FEW_TOKENS + 1] {
                 let x = numbers.activations(tokens * cols);
                 let (mut one, mut three) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
                 matrix.multiply(isa, &Pool::new(1), &x, &mut one);
@@ -322,7 +334,7 @@ fn neither_threads_nor_company_change_a_result() {
                 let (mut a, mut b) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
                 multiply_each(isa, &Pool::new(3), &x, &mut [(&matrix, &mut a), (&matrix, &mut b)]);
                 assert!(a == one && b == one, "{ty:?} {} {tokens} tokens in company", isa.name());
-                if tokens <= FEW_TOKENS {
+                if tokens <= FEW_DOTS {
                     for (x, want) in x.chunks(cols).zip(one.chunks(rows)) {
                         let mut alone = vec![0.0; rows];
                         matrix.multiply(isa, &Pool::new(1), x, &mut alone);

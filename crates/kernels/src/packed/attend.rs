@@ -5,6 +5,15 @@
 //! queries of up to four rows; the bits' count says where the next chunk's elements start. Nothing is unpacked
 //! to memory. Keys: several tokens in flight, their sums across lanes taken four at a time. Values: accumulators
 //! of a few chunks stay in registers while the tokens pass by.
+//!
+//! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
+//! has the CPU features and hand vectors over in memory: 4 times slower); 24 accumulators of values for four
+//! rows (they spill; two tiles of 12 are no slower with groups of 1 and a quarter faster with groups of 4);
+//! four tokens in flight on AVX2 (16 accumulators of 16 registers).
+#![expect(
+    clippy::needless_range_loop,
+    reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
+)]
 
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;
@@ -112,14 +121,10 @@ struct Score<'a> {
 impl Shaped for Score<'_> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const G: usize>(self, s: S) {
-        let blocks = self.page.blocks();
-        let mut scores = self.scores.chunks_exact_mut(blocks);
-        let mut scores: [&mut [f32]; R] = std::array::from_fn(|_| scores.next().expect("one slice a row"));
-        // SAFETY: `score_blocks` checked that the queries are R rows of C and that scores are R rows of blocks.
-        unsafe {
-            let keys = Packed::<G>::new(self.page, self.page.layout().block_keys());
-            keys.dot::<S, R>(s, self.queries, &mut scores);
-        }
+        let keys = self.page.layout().block_keys();
+        let out = Out { scores: self.scores, stride: keys.n };
+        // SAFETY: `score_blocks` checked that the queries are R rows of C; the rows are the page's own.
+        unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, keys.n, out) };
     }
 }
 
@@ -144,9 +149,9 @@ impl Shaped for Attend<'_> {
         for b in bits_of(self.selected) {
             let (keys, values) = layout.block(b);
             prefetch_rows(s, self.page, values);
-            let mut scores = weights.each_mut().map(|w| &mut w[tokens..tokens + block]);
+            let out = Out { scores: &mut weights.as_flattened_mut()[tokens..], stride: PAGE_TOKENS };
             // SAFETY: `attend_blocks` checked that the queries are R rows of C and that block `b` exists.
-            unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, &mut scores) };
+            unsafe { Packed::<G>::new(self.page, keys).dot::<S, R>(s, self.queries, block, out) };
             tokens += block;
         }
         let old = softmax::<S, R>(s, &mut weights, tokens, self.max, self.sum);
@@ -158,8 +163,8 @@ impl Shaped for Attend<'_> {
             // SAFETY: chunks `chunk..chunk + N` exist; `attend_blocks` checked that `acc` is R rows of C.
             chunk += unsafe {
                 match chunks - chunk {
-                    // Sixteen lanes: R * 6 accumulators of 32 registers. Eight: an even number of chunks.
-                    6.. if S::LANES == 16 => self.weigh::<S, R, G, 6>(s, &mut tile),
+                    // Sixteen lanes and 32 registers: 24 accumulators would spill. Eight lanes, 16 registers.
+                    6.. if S::LANES == 16 && R < 4 => self.weigh::<S, R, G, 6>(s, &mut tile),
                     3.. if S::LANES == 16 => self.weigh::<S, R, G, 3>(s, &mut tile),
                     2.. if S::LANES == 8 => self.weigh::<S, R, G, 2>(s, &mut tile),
                     _ => self.weigh::<S, R, G, 1>(s, &mut tile),
@@ -195,20 +200,26 @@ impl Attend<'_> {
         let first = tile.chunk * S::LANES;
         debug_assert!(self.acc.len() == R * c && first + N * S::LANES <= c);
         let to = self.acc.as_mut_ptr();
-        // SAFETY: rows of C floats, and the tile ends within a row, by the caller's promise.
-        let mut acc: [[S::V; N]; R] = std::array::from_fn(|r| {
+        let mut acc = [[s.splat(0.0); N]; R];
+        for r in 0..R {
             let old = s.splat(tile.old[r]);
-            std::array::from_fn(|n| s.mul(unsafe { s.load(to.add(r * c + first + n * S::LANES)) }, old))
-        });
+            for n in 0..N {
+                // SAFETY: rows of C floats, and the tile ends within a row, by the caller's promise.
+                acc[r][n] = s.mul(unsafe { s.load(to.add(r * c + first + n * S::LANES)) }, old);
+            }
+        }
         let mut token = 0;
         for b in bits_of(self.selected) {
             let mut values = Packed::<G>::new(self.page, layout.block(b).1);
             for _ in 0..block {
-                let w: [S::V; R] = std::array::from_fn(|r| s.splat(tile.weights[r][token]));
+                let mut w = [s.splat(0.0); R];
+                for r in 0..R {
+                    w[r] = s.splat(tile.weights[r][token]);
+                }
                 let mut at = usize::from(tile.at[token]);
                 for n in 0..N {
                     // SAFETY: the chunk exists, and `at` counts the bits before it.
-                    let x = unsafe { values.chunk(s, 0, tile.chunk + n, &mut at) };
+                    let x = unsafe { values.chunk(s, values.bitmaps, tile.chunk + n, &mut at) };
                     for r in 0..R {
                         acc[r][n] = s.fma(w[r], x, acc[r][n]);
                     }
@@ -238,7 +249,8 @@ fn softmax<S: Simd, const R: usize>(
     max: &mut [f32],
     sum: &mut [f32],
 ) -> [f32; R] {
-    std::array::from_fn(|r| {
+    let mut olds = [1.0; R];
+    for r in 0..R {
         let row = &mut weights[r][..tokens.next_multiple_of(S::LANES)];
         let mut top = s.splat(max[r]);
         for x in row.chunks_exact(S::LANES) {
@@ -255,11 +267,13 @@ fn softmax<S: Simd, const R: usize>(
                 total = s.add(total, w);
             }
         }
-        let old = if max[r] == new { 1.0 } else { (max[r] - new).exp() };
-        sum[r] = sum[r] * old + s.sum_lanes(total);
+        if max[r] != new {
+            olds[r] = (max[r] - new).exp();
+        }
+        sum[r] = sum[r] * olds[r] + s.sum_lanes(total);
         max[r] = new;
-        old
-    })
+    }
+    olds
 }
 
 /// Packed vectors of a page, groups of `G`.
@@ -293,54 +307,53 @@ impl<const G: usize> Packed<G> {
         self.bitmaps = self.bitmaps.wrapping_add(n * self.strides.1);
     }
 
-    /// `LANES` channels of vector `i` from `chunk * LANES` on; `at` is the number of elements kept before them,
-    /// and is moved past them.
+    /// `LANES` channels from `chunk * LANES` on of the vector whose bitmap is at `bitmap`; `at` is where its
+    /// elements of the chunk start, and is moved past them.
     ///
     /// # Safety
     /// The vector and the chunk exist, and `at` is as said.
     #[inline(always)]
-    unsafe fn chunk<S: Simd>(self, s: S, i: usize, chunk: usize, at: &mut usize) -> S::V {
+    unsafe fn chunk<S: Simd>(self, s: S, bitmap: *const u8, chunk: usize, at: &mut usize) -> S::V {
         // SAFETY: bitmaps of existing vectors have bytes for every chunk. A page's bitmaps have exactly r bits
-        // set, so `at` is at most r, and LOAD_PADDING words follow the last vector.
+        // set, so `at` is at most the end of the vector, and LOAD_PADDING words follow the last one.
         unsafe {
-            let bits = bits_of_chunk::<S, G>(self.bitmaps.add(i * self.strides.1), chunk);
-            let x = s.expand_f16(self.elements.add(i * self.strides.0 + *at), lanes::<G>(bits));
+            let bits = bits_of_chunk::<S, G>(bitmap, chunk);
+            let x = s.expand_f16(self.elements.add(*at), lanes::<G>(bits));
             *at += G * bits.count_ones() as usize;
             x
         }
     }
 
-    /// `out[r][i]` = `queries[r]` . vector `i`, for as many vectors as each `out[r]` is long.
+    /// `out[r, i]` = `queries[r]` . vector `i`, for the first `n` vectors.
     ///
     /// # Safety
-    /// `queries` is `[R, C]`, the vectors exist, and every `out[r]` has the same length.
+    /// `queries` is `[R, C]` and the vectors exist.
     #[inline(always)]
-    unsafe fn dot<S: Simd, const R: usize>(mut self, s: S, queries: &[f32], out: &mut [&mut [f32]; R]) {
-        let n = out[0].len();
+    unsafe fn dot<S: Simd, const R: usize>(mut self, s: S, queries: &[f32], n: usize, mut out: Out) {
         let mut i = 0;
         // SAFETY: the caller's promise; `i + 4 <= n` or `i < n` as the loops say.
         unsafe {
             while i + 4 <= n {
                 if S::LANES == 16 || R == 1 {
-                    self.dot_some::<S, R, 4>(s, queries, out, i);
+                    self.dot_some::<S, R, 4>(s, queries, &mut out, i);
                 } else {
                     let mut rest = self;
                     rest.skip(2);
-                    self.dot_some::<S, R, 2>(s, queries, out, i);
-                    rest.dot_some::<S, R, 2>(s, queries, out, i + 2);
+                    self.dot_some::<S, R, 2>(s, queries, &mut out, i);
+                    rest.dot_some::<S, R, 2>(s, queries, &mut out, i + 2);
                 }
                 self.skip(4);
                 i += 4;
             }
             while i < n {
-                self.dot_some::<S, R, 1>(s, queries, out, i);
+                self.dot_some::<S, R, 1>(s, queries, &mut out, i);
                 self.skip(1);
                 i += 1;
             }
         }
     }
 
-    /// `out[r][first + i]` = `queries[r]` . vector `i`, for the first `N` vectors.
+    /// `out[r, first + i]` = `queries[r]` . vector `i`, for the first `N` vectors.
     ///
     /// # Safety
     /// As for [`Self::dot`].
@@ -349,16 +362,22 @@ impl<const G: usize> Packed<G> {
         self,
         s: S,
         queries: &[f32],
-        out: &mut [&mut [f32]; R],
+        out: &mut Out,
         first: usize,
     ) {
         let c = queries.len() / R;
         let mut acc = [[s.splat(0.0); R]; N];
-        let mut at = [0; N];
+        let (mut x, mut at, mut bitmaps) = ([s.splat(0.0); N], [0; N], [self.bitmaps; N]);
+        for i in 0..N {
+            at[i] = i * self.strides.0;
+            bitmaps[i] = self.bitmaps.wrapping_add(i * self.strides.1);
+        }
         for chunk in 0..c / S::LANES {
-            // SAFETY: the vectors exist by the caller's promise, `chunk` is one of C / LANES, and `at` is what
-            // the chunks before it left.
-            let x: [S::V; N] = std::array::from_fn(|i| unsafe { self.chunk(s, i, chunk, &mut at[i]) });
+            for i in 0..N {
+                // SAFETY: the vectors exist by the caller's promise, `chunk` is one of C / LANES, and `at` is
+                // what the chunks before it left.
+                x[i] = unsafe { self.chunk(s, bitmaps[i], chunk, &mut at[i]) };
+            }
             for r in 0..R {
                 // SAFETY: `queries` has R rows of C floats.
                 let q = unsafe { s.load(queries.as_ptr().add(r * c + chunk * S::LANES)) };
@@ -368,15 +387,22 @@ impl<const G: usize> Packed<G> {
             }
         }
         for start in (0..N * R).step_by(4) {
-            let sums = s.sum_lanes4(std::array::from_fn(|j| {
-                let j = (start + j).min(N * R - 1);
-                acc[j / R][j % R]
-            }));
-            for (j, x) in (start..N * R).zip(sums) {
-                out[j % R][first + j / R] = x;
+            let mut four = [s.splat(0.0); 4];
+            for j in start..(start + 4).min(N * R) {
+                four[j - start] = acc[j / R][j % R];
+            }
+            let sums = s.sum_lanes4(four);
+            for j in start..(start + 4).min(N * R) {
+                out.scores[j % R * out.stride + first + j / R] = sums[j - start];
             }
         }
     }
+}
+
+/// Where scores go: row `r` starts at `r * stride`.
+struct Out<'a> {
+    scores: &'a mut [f32],
+    stride: usize,
 }
 
 /// The bits of chunk `chunk`, `LANES / G` of them, of the bitmap at `p`.
@@ -427,12 +453,20 @@ fn lanes<const G: usize>(bits: u32) -> u32 {
 
 /// Indices of the bits set, rising.
 #[inline(always)]
-fn bits_of(mut mask: u32) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let bit = mask.trailing_zeros();
-        mask &= mask.wrapping_sub(1);
-        (bit < u32::BITS).then_some(bit as usize)
-    })
+fn bits_of(mask: u32) -> Bits {
+    Bits(mask)
+}
+
+struct Bits(u32);
+
+impl Iterator for Bits {
+    type Item = usize;
+    #[inline(always)]
+    fn next(&mut self) -> Option<usize> {
+        let bit = self.0.trailing_zeros();
+        self.0 &= self.0.wrapping_sub(1);
+        if bit < u32::BITS { Some(bit as usize) } else { None }
+    }
 }
 
 struct Prefetch<'a> {
