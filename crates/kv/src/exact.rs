@@ -127,6 +127,7 @@ pub(crate) fn prefill(step: Step, heads: &[ExactHead], queries: &[f32], out: &mu
         }
     });
     let page_bytes = heads[0].page(0).head_dim() * PAGE_TOKENS * 2 * 2;
-    let read = |block: usize| (start + (block + 1) * QUERIES_PER_TASK).min(start + tokens).div_ceil(PAGE_TOKENS);
+    let read =
+        |block: usize| (start + (block + 1) * QUERIES_PER_TASK).min(start + tokens).div_ceil(PAGE_TOKENS);
     (0..tokens.div_ceil(QUERIES_PER_TASK)).map(|b| (read(b) * page_bytes * heads.len()) as u64).sum()
 }

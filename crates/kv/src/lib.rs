@@ -184,16 +184,14 @@ impl KvCache {
     /// Adds `T` tokens to a layer: `keys` and `values` `[T, G, D]`, keys after RoPE. Either all are stored or, on
     /// an error, none. After the layer's [`end_prompt`](KvCache::end_prompt) a compressing cache takes one token
     /// at a time.
-    pub fn append(
-        &mut self,
-        pool: &Pool,
-        layer: usize,
-        keys: &[f32],
-        values: &[f32],
-    ) -> Result<(), KvError> {
+    pub fn append(&mut self, pool: &Pool, layer: usize, keys: &[f32], values: &[f32]) -> Result<(), KvError> {
         let row = self.shape.kv_heads * self.shape.head_dim;
         let tokens = keys.len() / row;
-        assert_eq!((keys.len(), values.len()), (tokens * row, tokens * row), "keys, values not rows of {row}");
+        assert_eq!(
+            (keys.len(), values.len()),
+            (tokens * row, tokens * row),
+            "keys, values not rows of {row}"
+        );
         if !keys.iter().chain(values).all(|x| x.is_finite()) {
             return Err(KvError::NotFinite { layer });
         }
@@ -310,7 +308,7 @@ impl Layer {
 impl PackedStrategy {
     /// The shape of vectors that the strategy gives at this head_dim.
     pub fn shape(self, head_dim: usize) -> Result<PackedShape, PackedError> {
-        PackedShape::with_rate(head_dim, self.kept, self.group)
+        PackedShape::with_rate(head_dim, 1.0 - self.kept, self.group)
     }
 }
 

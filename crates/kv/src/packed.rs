@@ -286,9 +286,7 @@ pub(crate) fn rows(pages: &[&ExactPage]) -> (Vec<f32>, Vec<f32>) {
     let tokens: usize = pages.iter().map(|page| page.tokens()).sum();
     let (mut keys, mut values) = (vec![0.0; tokens * d], vec![0.0; tokens * d]);
     let places = pages.iter().flat_map(|page| (0..page.tokens()).map(move |t| (page, t)));
-    for ((page, t), (key, value)) in
-        places.zip(keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d)))
-    {
+    for ((page, t), (key, value)) in places.zip(keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d))) {
         page.key(t, key);
         page.value(t, value);
     }

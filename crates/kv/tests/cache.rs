@@ -21,7 +21,8 @@ fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
             let mean = head.iter().sum::<f32>() / 8.0;
             head.iter_mut().enumerate().for_each(|(c, x)| *x += mean * ((c * 7) as f32).cos());
         }
-        out.extend(row);
+        // Numbers that f16 has, so that storing them changes nothing.
+        out.extend(row.iter().map(|&x| half::f16::from_f32(x).to_f32()));
     }
     out
 }
@@ -98,10 +99,13 @@ fn exact_prefill_is_causal_attention_at_any_start() {
                 };
                 let span = t * Q_ROW + h * 32..t * Q_ROW + (h + 1) * 32;
                 let query: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q)).collect();
-                let want =
-                    oracle::attend(&query, &head(&fed.keys), &head(&fed.values), 32f64.sqrt().recip());
-                // Keys and values are rounded to f16.
-                close(&out[span], &want, 2e-3, &format!("start {start}, {tokens} tokens, token {t}, head {h}"));
+                let want = oracle::attend(&query, &head(&fed.keys), &head(&fed.values), 32f64.sqrt().recip());
+                close(
+                    &out[span],
+                    &want,
+                    2e-5,
+                    &format!("start {start}, {tokens} tokens, token {t}, head {h}"),
+                );
             }
         }
     }
@@ -196,7 +200,7 @@ fn impossible_shapes_and_strategies_are_errors() {
 #[test]
 fn packed_stores_what_the_paper_says() {
     // head_dim 128: 25 % of the elements at 16 bits for K and V, 96 bits of bitmap each, an eighth of a key
-    // again as block keys: 5.19 bits a scalar, then page headers; rotations and the update buffer weigh less
+    // again as block keys: 5.05 bits a scalar, then page headers; rotations and the update buffer weigh less
     // the longer the context.
     let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 128 };
     let pool = Pool::new(1);
@@ -206,6 +210,6 @@ fn packed_stores_what_the_paper_says() {
     cache.end_prompt(&pool, 0);
     let bytes = cache.bytes();
     let bits = |bytes: usize| bytes as f64 * 8.0 / shape.scalars(8192) as f64;
-    assert!((5.15..5.45).contains(&bits(bytes.packed)), "{bytes:?}: {}", bits(bytes.packed));
-    assert!(bits(bytes.total()) < 5.8, "{bytes:?}: {}", bits(bytes.total()));
+    assert!((5.0..5.15).contains(&bits(bytes.packed)), "{bytes:?}: {}", bits(bytes.packed));
+    assert!(bits(bytes.total()) < 5.5, "{bytes:?}: {}", bits(bytes.total()));
 }

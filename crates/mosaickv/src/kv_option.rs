@@ -1,6 +1,5 @@
 //! What may be written after `--kv`?
 
-use mosaickv_kernels::packed::PackedShape;
 use mosaickv_kv::{KvFormat, PackedStrategy};
 use std::fmt;
 use std::str::FromStr;
@@ -108,7 +107,7 @@ fn packed(parameters: &[&str]) -> Result<KvOption, String> {
         return Err(format!("block={}; wanted 4, 8 or 16 tokens", strategy.block));
     }
     // What depends on head_dim is checked again with the model's; 64 tells what can never be.
-    PackedShape::with_rate(64, strategy.kept, strategy.group).map_err(|error| error.to_string())?;
+    strategy.shape(64).map_err(|error| error.to_string())?;
     Ok(KvOption(KvFormat::Packed(strategy)))
 }
 
