@@ -4,6 +4,7 @@
 //! policy. Shape letters: `H` query heads, `G` KV heads, `T` tokens, `D` head_dim; `[T, D]` is row-major.
 
 pub mod isa;
+pub mod matrix;
 pub mod oracle;
 pub mod pool;
 pub mod state;

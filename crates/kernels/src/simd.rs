@@ -20,6 +20,8 @@ pub(crate) trait Simd: Copy {
     /// Vectors that a kernel keeps in flight for each of four rows without running out of registers.
     const TILE: usize;
     type V: Copy;
+    /// As many bits as `V`: `LANES` i32, each also four bytes, lowest first.
+    type I: Copy;
 
     fn splat(self, x: f32) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
@@ -49,6 +51,34 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading `LANES` f16, however few bits are set.
     unsafe fn expand_f16(self, p: *const half::f16, mask: u32) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading `LANES` bf16.
+    unsafe fn load_bf16(self, p: *const half::bf16) -> Self::V;
+    /// # Safety
+    /// `p` is valid for reading `LANES` i8.
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
+    /// Each lane rounded to the nearest integer; the lanes must lie in -128..=127.
+    /// # Safety
+    /// `p` is valid for writing `LANES` i8.
+    unsafe fn store_i8(self, p: *mut i8, a: Self::V);
+    /// # Safety
+    /// `p` is valid for reading `4 * LANES` bytes.
+    unsafe fn load_bytes(self, p: *const u8) -> Self::I;
+
+    fn splat_i32(self, x: i32) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Each i32 lane shifted right by `n` bits, or left by `-n`, with zeros shifted in.
+    fn shift(self, a: Self::I, n: i32) -> Self::I;
+    fn to_f32(self, a: Self::I) -> Self::V;
+    /// `acc + w0 x0 + w1 x1 + w2 x2 + w3 x3` in each lane, over the lane's four bytes: codes `w` in 0..=63,
+    /// activations `x` in -127..=127.
+    fn dot_low(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// Where an accumulator of [`Simd::dot_full`] starts, over activations that add up to `sum`.
+    fn dot_full_start(self, sum: i32) -> Self::I;
+    /// Like `dot_low` for bytes `w` that stand for the codes `w - 128`, if `acc` began with `dot_full_start`.
+    fn dot_full(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+
     /// Asks for the cache line at `p` ahead of its use; any address will do.
     fn prefetch(self, p: *const u8);
 

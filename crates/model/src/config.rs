@@ -90,7 +90,11 @@ impl ModelConfig {
         within("vocabulary", self.vocab, LARGEST_VOCAB)?;
         within("context", self.context, 1 << 32)?;
         if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(refuse("query heads", self.heads, format!("a multiple of {} KV heads", self.kv_heads)));
+            return Err(refuse(
+                "query heads",
+                self.heads,
+                format!("a multiple of {} KV heads", self.kv_heads),
+            ));
         }
         if !self.head_dim.is_multiple_of(16) {
             return Err(refuse("head_dim", self.head_dim, "a multiple of 16"));
@@ -110,7 +114,11 @@ impl ModelConfig {
             return Err(refuse("rope theta", rope.theta, "a finite number above 1"));
         }
         if rope.dims < 4 || !rope.dims.is_multiple_of(2) || rope.dims > self.head_dim {
-            return Err(refuse("rope dimensions", rope.dims, format!("an even number from 4 to {}", self.head_dim)));
+            return Err(refuse(
+                "rope dimensions",
+                rope.dims,
+                format!("an even number from 4 to {}", self.head_dim),
+            ));
         }
         let positive = |what: &str, x: f64| match x.is_finite() && x > 0.0 {
             true => Ok(()),

@@ -8,7 +8,9 @@ use mosaickv_kernels::matrix::MatrixError;
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// A file is missing or unreadable.
-    #[error("{path}: {source}; a model is one GGUF file, or a folder with config.json, tokenizer.json and *.safetensors")]
+    #[error(
+        "{path}: {source}; a model is one GGUF file, or a folder with config.json, tokenizer.json and *.safetensors"
+    )]
     Io {
         /// The file or folder.
         path: PathBuf,
@@ -54,7 +56,9 @@ pub enum ModelError {
         name: String,
     },
     /// A tensor that the architecture does not have: ignoring it would give wrong text.
-    #[error("tensor {name} is not part of the {architecture} architecture as this program runs it; use a plain checkpoint")]
+    #[error(
+        "tensor {name} is not part of the {architecture} architecture as this program runs it; use a plain checkpoint"
+    )]
     ExtraTensor {
         /// Name in the file.
         name: String,
@@ -62,7 +66,9 @@ pub enum ModelError {
         architecture: &'static str,
     },
     /// A tensor's shape contradicts the configuration.
-    #[error("tensor {name} has shape {got:?}, wanted {wanted:?} by the configuration; convert the model again")]
+    #[error(
+        "tensor {name} has shape {got:?}, wanted {wanted:?} by the configuration; convert the model again"
+    )]
     Shape {
         /// Name in the file.
         name: String,
@@ -72,7 +78,9 @@ pub enum ModelError {
         wanted: Vec<usize>,
     },
     /// A tensor is stored in a number format that cannot be read.
-    #[error("tensor {name} is stored as {got}, wanted F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K; quantize the model to one of these")]
+    #[error(
+        "tensor {name} is stored as {got}, wanted F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K; quantize the model to one of these"
+    )]
     TensorType {
         /// Name in the file.
         name: String,
@@ -80,7 +88,9 @@ pub enum ModelError {
         got: String,
     },
     /// A norm or bias contains NaN or an infinity.
-    #[error("tensor {name} holds {value} at index {index}, wanted finite numbers; fetch or convert the model again")]
+    #[error(
+        "tensor {name} holds {value} at index {index}, wanted finite numbers; fetch or convert the model again"
+    )]
     NotFinite {
         /// Name in the file.
         name: String,
@@ -116,6 +126,8 @@ pub enum ModelError {
         what: String,
     },
     /// The model has no chat template.
-    #[error("this model has no chat template (a base model?); use plain completion, or give a template of your own")]
+    #[error(
+        "this model has no chat template (a base model?); use plain completion, or give a template of your own"
+    )]
     NoTemplate,
 }

@@ -33,7 +33,8 @@ impl<R: Read + Seek> Gguf<R> {
     /// Rows of the embedding.
     pub(crate) fn vocab(&self) -> Result<usize, ModelError> {
         let name = self.name(Role::Embed, 0);
-        let info = self.content.tensor_infos.get(&name).ok_or(ModelError::MissingTensor { name: name.clone() })?;
+        let info =
+            self.content.tensor_infos.get(&name).ok_or(ModelError::MissingTensor { name: name.clone() })?;
         match info.shape.dims() {
             [rows, _] => Ok(*rows),
             other => Err(ModelError::Shape { name, got: other.to_vec(), wanted: vec![0, 0] }),
@@ -99,7 +100,8 @@ impl<R: Read + Seek> Tensors for Gguf<R> {
             tracing::warn!(%dtype, tensor = name, "no kernel for this weight type: stored as f16, which takes more memory");
         }
         let halves = tensor.dequantize_f16(&Device::Cpu).map_err(|e| damaged(&e))?;
-        let halves: Vec<half::f16> = halves.flatten_all().and_then(|t| t.to_vec1()).map_err(|e| damaged(&e))?;
+        let halves: Vec<half::f16> =
+            halves.flatten_all().and_then(|t| t.to_vec1()).map_err(|e| damaged(&e))?;
         blocks(name, BlockType::F16, (rows, cols), bytemuck::cast_slice(&halves))
     }
 

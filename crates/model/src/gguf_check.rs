@@ -123,13 +123,16 @@ impl<R: Read + Seek> Header<R> {
                 .filter(|&n| n > 0 && n <= 1 << 40)
                 .ok_or_else(|| self.wrong(format!("tensor {shown} has no elements or too many")))?;
         }
-        let (block, bytes) = block(self.u32()?).map_err(|got| ModelError::TensorType { name: shown.clone(), got })?;
+        let (block, bytes) =
+            block(self.u32()?).map_err(|got| ModelError::TensorType { name: shown.clone(), got })?;
         if row % block != 0 {
             return Err(self.wrong(format!("tensor {shown} has rows of {row} elements in blocks of {block}")));
         }
         let offset = self.u64()?;
         if offset % self.alignment != 0 {
-            return Err(self.wrong(format!("tensor {shown} at offset {offset}, not a multiple of the alignment")));
+            return Err(
+                self.wrong(format!("tensor {shown} at offset {offset}, not a multiple of the alignment"))
+            );
         }
         Ok((name, (offset, elements / block * bytes)))
     }
@@ -146,7 +149,8 @@ impl<R: Read + Seek> Header<R> {
             }
             end = offset.saturating_add(size);
             if end > available {
-                let what = format!("a tensor ends at byte {end} of {available} there are: the file is cut short");
+                let what =
+                    format!("a tensor ends at byte {end} of {available} there are: the file is cut short");
                 return Err(self.wrong(what));
             }
         }
@@ -175,7 +179,11 @@ impl<R: Read + Seek> Header<R> {
 
     fn count(&mut self, what: &str, most: u64) -> Result<u64, ModelError> {
         let count = self.u64()?;
-        if count > most { Err(self.wrong(format!("{count} {what}, wanted at most {most}"))) } else { Ok(count) }
+        if count > most {
+            Err(self.wrong(format!("{count} {what}, wanted at most {most}")))
+        } else {
+            Ok(count)
+        }
     }
 
     fn scalar(&self, kind: u32) -> Result<u64, ModelError> {

@@ -104,7 +104,10 @@ impl Rope {
     /// If `dims` is odd or below 4, or `divisors` has another length than `dims / 2`.
     pub fn new(config: &RopeConfig) -> Rope {
         let dims = config.dims;
-        assert!(dims >= 4 && dims.is_multiple_of(2), "rope over {dims} elements of a head, wanted an even number >= 4");
+        assert!(
+            dims >= 4 && dims.is_multiple_of(2),
+            "rope over {dims} elements of a head, wanted an even number >= 4"
+        );
         let (mut frequencies, length) = frequencies(config);
         if let Some(divisors) = &config.divisors {
             assert_eq!(divisors.len(), dims / 2, "one rope divisor a pair");
@@ -146,7 +149,11 @@ impl Rope {
     /// Turns `heads`, `[n, D]`, each of `head_dim` elements, to `rotation`'s position.
     pub fn turn(&self, rotation: &Rotation, heads: &mut [f32], head_dim: usize) {
         let half = self.frequencies.len();
-        assert!(heads.len().is_multiple_of(head_dim) && 2 * half <= head_dim, "{} floats, D = {head_dim}", heads.len());
+        assert!(
+            heads.len().is_multiple_of(head_dim) && 2 * half <= head_dim,
+            "{} floats, D = {head_dim}",
+            heads.len()
+        );
         match self.style {
             RopeStyle::Interleaved => {
                 for head in heads.chunks_exact_mut(head_dim) {
@@ -186,13 +193,15 @@ fn frequencies(config: &RopeConfig) -> (Vec<f64>, f64) {
         RopeScaling::None => (plain(config.theta).collect(), 1.0),
         RopeScaling::Linear { factor } => (plain(config.theta).map(|f| f / factor).collect(), 1.0),
         RopeScaling::Ntk { factor, original_context, length } => {
-            let stretch = factor * length.max(original_context) as f64 / original_context as f64 - (factor - 1.0);
+            let stretch =
+                factor * length.max(original_context) as f64 / original_context as f64 - (factor - 1.0);
             (plain(config.theta * stretch.powf(dims / (dims - 2.0))).collect(), 1.0)
         }
         RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor } => {
             // The pair that makes `turns` turns within the trained context.
             let pair = |turns: f64| {
-                dims * (original_context as f64 / (turns * std::f64::consts::TAU)).ln() / (2.0 * config.theta.ln())
+                dims * (original_context as f64 / (turns * std::f64::consts::TAU)).ln()
+                    / (2.0 * config.theta.ln())
             };
             let low = pair(beta_fast).floor().max(0.0);
             let high = pair(beta_slow).ceil().min(dims - 1.0);

@@ -91,7 +91,8 @@ impl Tensors for Shards {
     }
 
     fn left_over(&self) -> Option<String> {
-        let harmless = |name: &str| name.ends_with("rotary_emb.inv_freq") || (self.tied && name == "lm_head.weight");
+        let harmless =
+            |name: &str| name.ends_with("rotary_emb.inv_freq") || (self.tied && name == "lm_head.weight");
         self.at.keys().find(|name| !self.read.contains(*name) && !harmless(name)).cloned()
     }
 }

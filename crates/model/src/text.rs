@@ -135,7 +135,9 @@ impl Text {
         let wrong = if most >= rows {
             format!("token {most} in a model of {rows} embeddings; the tokenizer belongs to another model")
         } else if let Some(id) = self.eos.iter().chain(&self.bos).find(|&&id| id as usize >= rows) {
-            format!("special token {id} in a model of {rows} embeddings; the tokenizer belongs to another model")
+            format!(
+                "special token {id} in a model of {rows} embeddings; the tokenizer belongs to another model"
+            )
         } else {
             return Ok(());
         };

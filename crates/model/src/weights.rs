@@ -6,16 +6,15 @@ use std::path::Path;
 
 use mosaickv_kernels::matrix::Matrix;
 
+use crate::ModelError;
 use crate::config::{self, Architecture, ModelConfig};
 use crate::gguf::Gguf;
 use crate::rope::Rope;
 use crate::shards::{Shards, read_json};
 use crate::source::{Role, Tensors};
 use crate::text::Text;
-use crate::ModelError;
 
 /// One transformer layer. Matrices are `[out, in]`.
-#[derive(Debug)]
 pub struct Layer {
     /// RMSNorm before attention, `[hidden]`.
     pub attn_norm: Vec<f32>,
@@ -50,7 +49,6 @@ pub struct Layer {
 }
 
 /// A model ready to run.
-#[derive(Debug)]
 pub struct Model {
     /// Sizes and constants.
     pub config: ModelConfig,
@@ -95,10 +93,7 @@ impl Model {
     }
 }
 
-fn load_folder(
-    folder: &Path,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<(Model, Text), ModelError> {
+fn load_folder(folder: &Path, progress: &mut dyn FnMut(usize, usize)) -> Result<(Model, Text), ModelError> {
     let json = read_json(&folder.join("config.json"))?;
     let (mut config, tied) = config::hf::read(&json)?;
     name_by_path(&mut config, folder);

@@ -1,7 +1,7 @@
 //! AVX2, FMA and F16C: eight f32 lanes.
 
 use super::{Kernel, Simd};
-use half::f16;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Made only inside [`run`].
@@ -40,6 +40,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     const TILE: usize = 2;
     type V = __m256;
+    type I = __m256i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -127,6 +128,84 @@ impl Simd for Avx2 {
             // The sign of an empty lane's index clears it.
             let empty = _mm256_srai_epi32::<31>(index);
             _mm256_andnot_ps(_mm256_castsi256_ps(empty), spread)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, a: __m256) {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let wide = _mm256_cvtps_epi32(a);
+            let half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256::<1>(wide));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(half, half));
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn and(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_and_si256(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    fn shift(self, a: __m256i, n: i32) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let count = _mm_cvtsi32_si128(n.abs());
+            if n < 0 { _mm256_sll_epi32(a, count) } else { _mm256_srl_epi32(a, count) }
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: __m256i) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_cvtepi32_ps(a) }
+    }
+    // A pair of products is at most 2 * 63 * 127 = 16,002: it fits i16.
+    #[inline(always)]
+    fn dot_low(self, acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let pairs = _mm256_maddubs_epi16(w, x);
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+        }
+    }
+    #[inline(always)]
+    fn dot_full_start(self, _: i32) -> __m256i {
+        self.splat_i32(0)
+    }
+    // Unsigned bytes would overflow the i16 pairs; |code| times the activation with the code's sign gives at
+    // most 2 * 128 * 127 = 32,512, and -128 has an absolute value here while no activation is -128.
+    #[inline(always)]
+    fn dot_full(self, acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let code = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(x, code));
+            _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! AVX-512 F, BW, DQ, VL and VNNI: sixteen f32 lanes.
 
 use super::{Kernel, Simd};
-use half::f16;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 
 /// Made only inside [`run`].
@@ -21,6 +21,7 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     const TILE: usize = 4;
     type V = __m512;
+    type I = __m512i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -91,6 +92,71 @@ impl Simd for Avx512 {
     unsafe fn expand_f16(self, p: *const f16, mask: u32) -> __m512 {
         // SAFETY: see the head of this impl.
         unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, a: __m512) {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    fn and(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_and_si512(a, b) }
+    }
+    #[inline(always)]
+    fn or(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn shift(self, a: __m512i, n: i32) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let count = _mm_cvtsi32_si128(n.abs());
+            if n < 0 { _mm512_sll_epi32(a, count) } else { _mm512_srl_epi32(a, count) }
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self, a: __m512i) -> __m512 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn dot_low(self, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_dpbusd_epi32(acc, w, x) }
+    }
+    // The instruction takes the bytes as 0..=255, 128 too many each.
+    #[inline(always)]
+    fn dot_full_start(self, sum: i32) -> __m512i {
+        self.splat_i32(-128 * sum)
+    }
+    #[inline(always)]
+    fn dot_full(self, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_dpbusd_epi32(acc, w, x) }
     }
     #[inline(always)]
     fn prefetch(self, p: *const u8) {

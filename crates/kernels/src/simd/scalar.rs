@@ -1,7 +1,7 @@
 //! Portable vectors: eight lanes in an array, which compilers turn into whatever the target has.
 
 use super::Simd;
-use half::f16;
+use half::{bf16, f16};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
@@ -15,6 +15,7 @@ impl Simd for Scalar {
     const LANES: usize = 8;
     const TILE: usize = 1;
     type V = [f32; 8];
+    type I = [i32; 8];
 
     #[inline(always)]
     fn splat(self, x: f32) -> [f32; 8] {
@@ -85,6 +86,61 @@ impl Simd for Scalar {
             }
         }
         out
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const bf16) -> [f32; 8] {
+        // SAFETY: the caller promises 8 readable bf16.
+        unsafe { p.cast::<[bf16; 8]>().read_unaligned() }.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> [f32; 8] {
+        // SAFETY: the caller promises 8 readable i8.
+        unsafe { p.cast::<[i8; 8]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, a: [f32; 8]) {
+        // SAFETY: the caller promises 8 writable i8.
+        unsafe { p.cast::<[i8; 8]>().write_unaligned(a.map(|x| x.round_ties_even() as i8)) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(self, p: *const u8) -> [i32; 8] {
+        // SAFETY: the caller promises 32 readable bytes.
+        unsafe { p.cast::<[i32; 8]>().read_unaligned() }.map(i32::from_le)
+    }
+    #[inline(always)]
+    fn splat_i32(self, x: i32) -> [i32; 8] {
+        [x; 8]
+    }
+    #[inline(always)]
+    fn and(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    fn or(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn shift(self, a: [i32; 8], n: i32) -> [i32; 8] {
+        a.map(|x| if n < 0 { x << -n } else { (x as u32 >> n) as i32 })
+    }
+    #[inline(always)]
+    fn to_f32(self, a: [i32; 8]) -> [f32; 8] {
+        a.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn dot_low(self, acc: [i32; 8], w: [i32; 8], x: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| {
+            let (w, x) = (w[i].to_le_bytes(), x[i].to_le_bytes());
+            acc[i] + (0..4).map(|k| i32::from(w[k]) * i32::from(x[k] as i8)).sum::<i32>()
+        })
+    }
+    #[inline(always)]
+    fn dot_full_start(self, sum: i32) -> [i32; 8] {
+        [-128 * sum; 8]
+    }
+    #[inline(always)]
+    fn dot_full(self, acc: [i32; 8], w: [i32; 8], x: [i32; 8]) -> [i32; 8] {
+        self.dot_low(acc, w, x)
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}

@@ -142,7 +142,8 @@ pub(crate) fn read(
         vocab,
         norm_eps: section
             .number("attention.layer_norm_rms_epsilon")?
-            .ok_or_else(|| missing(&section.key("attention.layer_norm_rms_epsilon")))? as f32,
+            .ok_or_else(|| missing(&section.key("attention.layer_norm_rms_epsilon")))?
+            as f32,
         context,
         rope: RopeConfig {
             style,

@@ -16,7 +16,12 @@ impl<'a> Object<'a> {
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
-    fn typed<T>(&self, key: &str, read: fn(&'a Value) -> Option<T>, wanted: &str) -> Result<Option<T>, ModelError> {
+    fn typed<T>(
+        &self,
+        key: &str,
+        read: fn(&'a Value) -> Option<T>,
+        wanted: &str,
+    ) -> Result<Option<T>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| refuse(key, value, wanted))
     }
@@ -89,7 +94,11 @@ pub(crate) fn read(json: &Map<String, Value>) -> Result<(ModelConfig, Option<boo
 fn refuse_unsupported(object: &Object<'_>) -> Result<(), ModelError> {
     if let Some(method) = object.object("quantization_config")? {
         let method = method.text("quant_method")?.unwrap_or("unnamed");
-        return Err(refuse("quantization_config", method, "an unquantized checkpoint, or a GGUF file of this model"));
+        return Err(refuse(
+            "quantization_config",
+            method,
+            "an unquantized checkpoint, or a GGUF file of this model",
+        ));
     }
     for key in ["hidden_act", "hidden_activation"] {
         if let Some(act) = object.text(key)?.filter(|&act| act != "silu" && act != "swish") {
@@ -178,7 +187,9 @@ fn scaling(settings: &Object<'_>, context: usize) -> Result<RopeScaling, ModelEr
     match kind {
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: need("factor")? }),
-        "dynamic" => Ok(RopeScaling::Ntk { factor: need("factor")?, original_context: context, length: context }),
+        "dynamic" => {
+            Ok(RopeScaling::Ntk { factor: need("factor")?, original_context: context, length: context })
+        }
         "llama3" => Ok(RopeScaling::Llama3 {
             factor: need("factor")?,
             low_freq_factor: need("low_freq_factor")?,
@@ -199,7 +210,8 @@ fn yarn(settings: &Object<'_>, context: usize, original_context: usize) -> Resul
     let attention_factor = match (given("attention_factor")?, given("mscale")?, given("mscale_all_dim")?) {
         (Some(given), _, _) => given,
         (None, Some(above), Some(below)) => {
-            RopeScaling::yarn_attention_factor(factor, above) / RopeScaling::yarn_attention_factor(factor, below)
+            RopeScaling::yarn_attention_factor(factor, above)
+                / RopeScaling::yarn_attention_factor(factor, below)
         }
         _ => RopeScaling::yarn_attention_factor(factor, 1.0),
     };

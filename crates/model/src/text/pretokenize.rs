@@ -32,15 +32,9 @@ const PLAIN: Cut = Cut { patterns: &[GPT2], whole_pieces: false, bos: false, com
 pub(super) fn cut(name: &str) -> Option<Cut> {
     Some(match name {
         "gpt-2" | "olmo" | "mpt" | "jina-es" | "jina-de" | "phi-2" => PLAIN,
-        "default" => Cut {
-            patterns: &[
-                r"[\p{P}\$\+<=>\^~\|]+",
-                GPT2,
-                r"\p{N}+",
-                r"[0-9][0-9][0-9]",
-            ],
-            ..PLAIN
-        },
+        "default" => {
+            Cut { patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"], ..PLAIN }
+        }
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" => {
             Cut { patterns: &[r"\p{N}", GPT2], ..PLAIN }
         }
@@ -52,10 +46,7 @@ pub(super) fn cut(name: &str) -> Option<Cut> {
         "qwen2" | "deepseek-r1-qwen" => Cut { patterns: &[QWEN2], compose: true, ..PLAIN },
         "stablelm2" => Cut { patterns: &[QWEN2], ..PLAIN },
         "tekken" => Cut { patterns: &[TEKKEN], whole_pieces: true, bos: true, ..PLAIN },
-        "deepseek-v3" => Cut {
-            patterns: &[r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3],
-            ..PLAIN
-        },
+        "deepseek-v3" => Cut { patterns: &[r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK3], ..PLAIN },
         "deepseek-coder" => Cut {
             patterns: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
             ..PLAIN

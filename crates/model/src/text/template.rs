@@ -1,6 +1,7 @@
 //! The chat template: a Jinja program from the model's files, run as Hugging Face transformers runs it.
 
-use minijinja::value::{Kwargs, Value as Jinja};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value as Jinja};
 use minijinja::{Environment, Error, ErrorKind};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter};
@@ -21,8 +22,8 @@ pub(super) struct ChatTemplate {
 impl ChatTemplate {
     pub(super) fn new(source: &str, bos: String, eos: String) -> Result<ChatTemplate, ModelError> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(syntax.map_err(|e| ModelError::Template { what: e.to_string() })?);
         environment.set_fuel(Some(MOST_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", refuse);
@@ -53,7 +54,7 @@ impl ChatTemplate {
             context[name] = value.clone();
         }
         let template = self.environment.get_template("chat").map_err(|e| failed(e.to_string()))?;
-        template.render(context).map_err(|e| failed(e.detail().unwrap_or(&e.to_string()).to_owned()))
+        template.render(Serde(context)).map_err(|e| failed(e.detail().unwrap_or(&e.to_string()).to_owned()))
     }
 }
 
@@ -97,10 +98,18 @@ fn write<F: Formatter>(value: &Jinja, bytes: &mut Vec<u8>, formatter: F) -> serd
 struct Spaced;
 
 impl Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
         writer.write_all(if first { b"" } else { b", " })
     }
     fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {

@@ -3,14 +3,12 @@
 //! Two kinds: `gpt2`, byte-level byte-pair encoding with its merges listed, and `llama`, SentencePiece's byte-pair
 //! encoding with byte fallback, whose merges follow from the scores.
 
-use std::collections::HashMap;
-
 use candle_core::quantized::gguf_file::Value;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as Decoders;
 use tokenizers::decoders::strip::Strip;
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
@@ -71,7 +69,8 @@ fn byte_level(metadata: &Metadata<'_>, tokens: &[&str]) -> Result<(Tokenizer, bo
     let merges = merges.iter().map(|merge| {
         // Neither half is empty, so that the first letter may be the separator itself.
         let space = merge.char_indices().skip(1).find(|&(_, letter)| letter == ' ').map(|(at, _)| at);
-        let (left, right) = merge.split_at(space.ok_or_else(|| wrong(format!("merge {merge:?} has no space")))?);
+        let (left, right) =
+            merge.split_at(space.ok_or_else(|| wrong(format!("merge {merge:?} has no space")))?);
         Ok((left.to_owned(), right[1..].to_owned()))
     });
     let model = BPE::builder()
@@ -92,7 +91,8 @@ fn cuts(cut: &Cut) -> Result<Cuts, ModelError> {
     let mut steps: Vec<PreTokenizerWrapper> = Vec::new();
     for pattern in cut.patterns {
         let pattern = SplitPattern::Regex((*pattern).to_owned());
-        let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|e| tokenizer_error(&e))?;
+        let split =
+            Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(|e| tokenizer_error(&e))?;
         steps.push(split.into());
     }
     steps.push(ByteLevel::new(false, false, false).into());
@@ -100,7 +100,11 @@ fn cuts(cut: &Cut) -> Result<Cuts, ModelError> {
 }
 
 /// SentencePiece's byte-pair encoding.
-fn sentence_piece(metadata: &Metadata<'_>, tokens: &[&str], types: &[usize]) -> Result<Tokenizer, ModelError> {
+fn sentence_piece(
+    metadata: &Metadata<'_>,
+    tokens: &[&str],
+    types: &[usize],
+) -> Result<Tokenizer, ModelError> {
     let scores = metadata.list("tokenizer.ggml.scores")?.ok_or_else(|| missing("tokenizer.ggml.scores"))?;
     let scores: Vec<f32> = scores.iter().map_while(|score| score.to_f32().ok()).collect();
     if scores.len() != tokens.len() {
@@ -132,7 +136,7 @@ fn sentence_piece(metadata: &Metadata<'_>, tokens: &[&str], types: &[usize]) -> 
 
 /// Every way to put a token together from two others, best score first: SentencePiece merges the pair whose result
 /// scores best, so a merge's rank is its result's. Of one token's pairs, the one of the lower ids goes first.
-fn merges_by_score(tokens: &[&str], scores: &[f32], ids: &HashMap<String, u32>) -> Vec<(String, String)> {
+fn merges_by_score(tokens: &[&str], scores: &[f32], ids: &Vocab) -> Vec<(String, String)> {
     const LONGEST: usize = 256; // bytes; bounds the work on a damaged file
     let mut found = Vec::new();
     for (token, score) in tokens.iter().zip(scores).filter(|(token, _)| token.len() <= LONGEST) {
@@ -206,7 +210,11 @@ fn types(metadata: &Metadata<'_>, tokens: usize) -> Result<Vec<usize>, ModelErro
         _ => None,
     };
     let types: Vec<usize> = list.iter().map_while(number).collect();
-    if types.len() == tokens { Ok(types) } else { Err(wrong(format!("{} types for {tokens} tokens", types.len()))) }
+    if types.len() == tokens {
+        Ok(types)
+    } else {
+        Err(wrong(format!("{} types for {tokens} tokens", types.len())))
+    }
 }
 
 fn named(metadata: &Metadata<'_>, tokens: usize) -> Result<Named, ModelError> {
@@ -224,13 +232,16 @@ fn named(metadata: &Metadata<'_>, tokens: usize) -> Result<Named, ModelError> {
 }
 
 /// Token to id; of equal tokens the first counts.
-fn vocabulary(tokens: &[&str]) -> HashMap<String, u32> {
-    let mut ids = HashMap::with_capacity(tokens.len());
+fn vocabulary(tokens: &[&str]) -> Vocab {
+    let mut ids = Vocab::with_capacity(tokens.len());
     for (id, token) in tokens.iter().enumerate() {
         ids.entry((*token).to_owned()).or_insert(id as u32);
     }
     if ids.len() < tokens.len() {
-        tracing::warn!(repeated = tokens.len() - ids.len(), "the vocabulary repeats tokens; the first of each is used");
+        tracing::warn!(
+            repeated = tokens.len() - ids.len(),
+            "the vocabulary repeats tokens; the first of each is used"
+        );
     }
     ids
 }

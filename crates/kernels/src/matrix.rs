@@ -1,0 +1,253 @@
+//! How does a model multiply by its weights?
+//!
+//! A [`Matrix`] is repacked once, when it is loaded, and immutable from then on. Few tokens (decode) are
+//! quantized to int8 and multiplied with the packed weights by our own kernel (`fold`), which reads each weight
+//! once and is bound by memory; many tokens (prefill) go tile by tile through f32 and `gemm` (`tile`). Tasks are
+//! cut by the matrix and the number of tokens alone, so results do not depend on the number of threads.
+//! This module knows no tensor names, no files and no layers.
+
+use crate::isa::Isa;
+use crate::pool::Pool;
+use activations::Span;
+use output::Output;
+use packed::{Packed, ROWS};
+use plain::Plain;
+use thiserror::Error;
+
+mod activations;
+mod blocks;
+mod fold;
+mod output;
+mod packed;
+mod plain;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+pub use blocks::BlockType;
+
+/// Up to this many tokens the activations of a packed matrix are quantized; more are multiplied in f32.
+pub const FEW_TOKENS: usize = 8;
+
+/// Why a tensor cannot become a [`Matrix`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum MatrixError {
+    /// A dimension is zero, or the matrix would not fit into memory.
+    #[error("a matrix cannot be {rows} x {cols}: check the tensor's dimensions in the file")]
+    Shape {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        cols: usize,
+    },
+    /// Rows do not end at the end of a block.
+    #[error(
+        "rows of {cols} elements do not divide into {ty:?} blocks of {block}: the file is damaged or of another type"
+    )]
+    Columns {
+        /// The block format.
+        ty: BlockType,
+        /// Columns asked for.
+        cols: usize,
+        /// Elements of a block.
+        block: usize,
+    },
+    /// The bytes are not those of the shape.
+    #[error(
+        "{ty:?} weights {rows} x {cols} take {wanted} bytes, got {got}: the file is cut off or of another type"
+    )]
+    Bytes {
+        /// The block format.
+        ty: BlockType,
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        cols: usize,
+        /// Bytes that this shape takes.
+        wanted: usize,
+        /// Bytes given.
+        got: usize,
+    },
+    /// A weight or a scale is NaN or infinite.
+    #[error("row {row} has a weight or scale that is NaN or infinite: the file is damaged, fetch it again")]
+    NotFinite {
+        /// The first such row.
+        row: usize,
+    },
+}
+
+/// Weights `[rows, cols]`, immutable.
+pub struct Matrix {
+    weights: Weights,
+}
+
+enum Weights {
+    Packed(Packed),
+    Plain(Plain),
+}
+
+impl Matrix {
+    /// Repacks the bytes of a tensor `[rows, cols]`, row-major in blocks of `ty` along the columns.
+    pub fn from_blocks(ty: BlockType, rows: usize, cols: usize, bytes: &[u8]) -> Result<Matrix, MatrixError> {
+        let block = ty.block_elements();
+        // The room that padding and wider scales may take is far below a factor of 32.
+        let fits = rows.checked_mul(cols).and_then(|n| n.checked_mul(32)).is_some();
+        if rows == 0 || cols == 0 || !fits {
+            return Err(MatrixError::Shape { rows, cols });
+        }
+        if !cols.is_multiple_of(block) {
+            return Err(MatrixError::Columns { ty, cols, block });
+        }
+        let (wanted, got) = (rows * (cols / block) * ty.block_bytes(), bytes.len());
+        if wanted != got {
+            return Err(MatrixError::Bytes { ty, rows, cols, wanted, got });
+        }
+        let weights = match ty {
+            BlockType::F32 | BlockType::F16 | BlockType::Bf16 => {
+                Weights::Plain(Plain::from_bytes(ty, rows, cols, bytes)?)
+            }
+            _ => Weights::Packed(Packed::from_blocks(ty, rows, cols, bytes)?),
+        };
+        Ok(Matrix { weights })
+    }
+
+    /// Output channels.
+    pub fn rows(&self) -> usize {
+        match &self.weights {
+            Weights::Packed(w) => w.rows,
+            Weights::Plain(w) => w.rows,
+        }
+    }
+
+    /// Input channels.
+    pub fn cols(&self) -> usize {
+        match &self.weights {
+            Weights::Packed(w) => w.cols,
+            Weights::Plain(w) => w.cols,
+        }
+    }
+
+    /// The format that the weights came in.
+    pub fn block_type(&self) -> BlockType {
+        match &self.weights {
+            Weights::Packed(w) => w.ty,
+            Weights::Plain(w) => w.block_type(),
+        }
+    }
+
+    /// Bytes allocated, padding included.
+    pub fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Packed(w) => w.allocated(),
+            Weights::Plain(w) => w.allocated(),
+        }
+    }
+
+    /// Row `r` as f32 `[cols]` (an embedding): the format's value, rounded once.
+    pub fn row(&self, r: usize, out: &mut [f32]) {
+        assert!(r < self.rows(), "row {r} of a matrix of {}", self.rows());
+        assert_eq!(out.len(), self.cols(), "a row of the wrong length");
+        match &self.weights {
+            Weights::Packed(w) => w.row(r, out),
+            Weights::Plain(w) => w.row(r, out),
+        }
+    }
+
+    /// `out[T, rows] = x[T, cols] W^T`. Up to [`FEW_TOKENS`] tokens, quantized weights meet activations of 8 bits:
+    /// each is off by at most a 254th of the largest of its 32 neighbours. All else is f32.
+    pub fn multiply(&self, isa: Isa, pool: &Pool, x: &[f32], out: &mut [f32]) {
+        multiply_each(isa, pool, x, &mut [(self, out)]);
+    }
+
+    /// Rows of a task: a multiple of 16, fixed by the matrix and the number of tokens.
+    fn task_rows(&self, tokens: usize) -> usize {
+        if tokens > FEW_TOKENS {
+            return tile::TILE_ROWS;
+        }
+        // Small enough for 16 threads to share a matrix, large enough to outweigh the claim of a task.
+        let bytes = (self.bytes() / 64).clamp(8 << 10, 256 << 10);
+        let panel = (self.bytes() / self.rows().div_ceil(ROWS)).max(1);
+        (bytes / panel).max(1) * ROWS
+    }
+}
+
+/// Multiplies several matrices of the same `cols` with the same `x` `[T, cols]` in one job of the pool (queries,
+/// keys and values; gate and up): one join. Each output is `[T, rows]` of its matrix.
+pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
+    let Some((first, _)) = parts.first() else { return };
+    let cols = first.cols();
+    let tokens = x.len() / cols;
+    assert_eq!(x.len(), tokens * cols, "activations are not a multiple of {cols} columns");
+    if tokens == 0 {
+        return;
+    }
+    let inputs = Inputs::new(isa, pool, x, parts);
+    let mut tasks = 0;
+    let parts: Vec<Part> = parts
+        .iter_mut()
+        .map(|(matrix, out)| {
+            let rows = matrix.rows();
+            assert_eq!(matrix.cols(), cols, "matrices that share activations have the same columns");
+            assert_eq!(out.len(), tokens * rows, "an output of the wrong length");
+            let task_rows = matrix.task_rows(tokens);
+            let part = Part { matrix, out: Output::new(out, rows), first_task: tasks, task_rows };
+            tasks += rows.div_ceil(task_rows);
+            part
+        })
+        .collect();
+    pool.run(tasks, |task| {
+        let part = parts.iter().rfind(|part| part.first_task <= task).expect("the first part starts at 0");
+        part.run(isa, task, &inputs);
+    });
+}
+
+/// One matrix of a job.
+struct Part<'a> {
+    matrix: &'a Matrix,
+    out: Output<'a>,
+    first_task: usize,
+    task_rows: usize,
+}
+
+/// The activations in every form that the job's matrices need.
+struct Inputs<'a> {
+    /// `[T, cols]`
+    exact: &'a [f32],
+    few: bool,
+    /// `[T, cols / 32]`; empty if no packed matrix meets few tokens.
+    spans: Vec<Span>,
+    /// `[T, cols]` with columns filled up; empty if no plain matrix meets few tokens.
+    padded: Vec<f32>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(isa: Isa, pool: &Pool, x: &'a [f32], parts: &[(&Matrix, &mut [f32])]) -> Inputs<'a> {
+        let cols = parts[0].0.cols();
+        let few = x.len() / cols <= FEW_TOKENS;
+        let packed = parts.iter().any(|(matrix, _)| matches!(matrix.weights, Weights::Packed(_)));
+        let plain = parts.iter().any(|(matrix, _)| matches!(matrix.weights, Weights::Plain(_)));
+        Inputs {
+            exact: x,
+            few,
+            spans: if few && packed { activations::quantize(isa, pool, x, cols) } else { Vec::new() },
+            padded: if few && plain { plain::pad(x, cols) } else { Vec::new() },
+        }
+    }
+}
+
+impl Part<'_> {
+    fn run(&self, isa: Isa, task: usize, inputs: &Inputs) {
+        let start = (task - self.first_task) * self.task_rows;
+        let rows = start..self.matrix.rows().min(start + self.task_rows);
+        let panels = rows.start / ROWS..rows.end.div_ceil(ROWS);
+        // SAFETY: each task of the job has its own rows of this part's output.
+        unsafe {
+            match (&self.matrix.weights, inputs.few) {
+                (Weights::Packed(w), true) => fold::multiply(isa, w, panels, &inputs.spans, &self.out),
+                (Weights::Packed(w), false) => tile::multiply_packed(isa, w, panels, inputs.exact, &self.out),
+                (Weights::Plain(w), true) => plain::multiply(isa, w, rows, &inputs.padded, &self.out),
+                (Weights::Plain(w), false) => tile::multiply_plain(w, rows, inputs.exact, &self.out),
+            }
+        }
+    }
+}
