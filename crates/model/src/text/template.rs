@@ -61,10 +61,10 @@ impl ChatTemplate {
 /// `{% generation %}` marks what an assistant said, for training; as a block it changes nothing.
 fn without_generation_tags(source: &str) -> String {
     let mut text = source.to_owned();
-    for (dash, end) in [("", ""), ("", "-"), ("-", ""), ("-", "-")] {
-        text = text
-            .replace(&format!("{{%{dash} generation {end}%}}"), &format!("{{%{dash} if true {end}%}}"))
-            .replace(&format!("{{%{dash} endgeneration {end}%}}"), &format!("{{%{dash} endif {end}%}}"));
+    for (before, after) in [("", ""), ("", "-"), ("-", ""), ("-", "-")] {
+        let tag = |word: &str| format!("{{%{before} {word} {after}%}}");
+        text =
+            text.replace(&tag("generation"), &tag("if true")).replace(&tag("endgeneration"), &tag("endif"));
     }
     text
 }

@@ -245,3 +245,81 @@ fn vocabulary(tokens: &[&str]) -> Vocab {
     }
     ids
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use serde_json::Value as Json;
+
+    use super::*;
+
+    /// A vocabulary made by SentencePiece itself, with the ids it gave (`scripts/make_sentencepiece_ids.py`).
+    fn sentence_piece_file() -> (HashMap<String, Value>, Json) {
+        let file: Json = serde_json::from_str(include_str!("../../tests/data/sentencepiece.json")).unwrap();
+        let list = |key: &str, read: fn(&Json) -> Value| {
+            Value::Array(file[key].as_array().unwrap().iter().map(read).collect())
+        };
+        let metadata = HashMap::from([
+            ("tokenizer.ggml.model".to_owned(), Value::String("llama".to_owned())),
+            (
+                "tokenizer.ggml.tokens".to_owned(),
+                list("tokens", |x| Value::String(x.as_str().unwrap().to_owned())),
+            ),
+            ("tokenizer.ggml.scores".to_owned(), list("scores", |x| Value::F32(x.as_f64().unwrap() as f32))),
+            (
+                "tokenizer.ggml.token_type".to_owned(),
+                list("types", |x| Value::I32(x.as_i64().unwrap() as i32)),
+            ),
+            ("tokenizer.ggml.bos_token_id".to_owned(), Value::U32(1)),
+            ("tokenizer.ggml.eos_token_id".to_owned(), Value::U32(2)),
+        ]);
+        (metadata, file)
+    }
+
+    #[test]
+    fn sentence_piece_ids_are_its_own() {
+        let (metadata, file) = sentence_piece_file();
+        let (tokenizer, named) = read(&Metadata(&metadata)).unwrap();
+        assert_eq!((named.bos, named.eos), (Some(1), Some(2)));
+        for case in file["cases"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let wanted: Vec<u32> =
+                case["ids"].as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect();
+            let got = tokenizer.encode_fast(text, false).unwrap();
+            assert_eq!(got.get_ids(), wanted, "{text:?}");
+            if !text.contains('▁') {
+                assert_eq!(tokenizer.decode(&wanted, true).unwrap(), text);
+            }
+            let with_bos = tokenizer.encode_fast(text, true).unwrap();
+            assert_eq!(with_bos.get_ids()[0], 1, "BOS by default");
+            assert_eq!(with_bos.get_ids()[1..], wanted);
+        }
+    }
+
+    #[test]
+    fn eos_is_added_when_the_file_says_so() {
+        let (mut metadata, _) = sentence_piece_file();
+        metadata.insert("tokenizer.ggml.add_eos_token".to_owned(), Value::Bool(true));
+        metadata.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(false));
+        let (tokenizer, _) = read(&Metadata(&metadata)).unwrap();
+        let ids = tokenizer.encode_fast("a", true).unwrap();
+        assert_eq!((ids.get_ids().first() == Some(&1), ids.get_ids().last()), (false, Some(&2)));
+    }
+
+    #[test]
+    fn every_named_cut_compiles_and_loses_nothing() {
+        use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
+        let text = "I'm DON'T x²  1234567 \r\n\n\tGröße 日本語 한국어 😀 a_b/c <|x|>   ";
+        let names = pretokenize::KNOWN.split(',').map(str::trim);
+        for name in names {
+            let cut = pretokenize::cut(name).unwrap_or_else(|| panic!("{name} is not known"));
+            let mut cutting = PreTokenizedString::from(text);
+            cuts(&cut).unwrap().pre_tokenize(&mut cutting).unwrap();
+            let pieces = cutting.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let joined: String = pieces.iter().map(|(_, (start, end), _)| &text[*start..*end]).collect();
+            assert_eq!(joined, text, "{name}");
+            assert!(pieces.len() > 10, "{name}");
+        }
+    }
+}
