@@ -1,1 +1,23 @@
-//! To come.
+//! From files to a model that is ready to run: GGUF files and safetensors folders as weights, rotary embedding,
+//! tokenizer and chat template.
+//!
+//! Files are not trusted: lengths are held against the file's size, shapes against the configuration, and anything
+//! that would change the arithmetic without being understood is an error. Knows no cache and no request.
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod error;
+pub mod rope;
+pub mod text;
+pub mod weights;
+
+mod gguf;
+mod gguf_check;
+mod shards;
+mod source;
+
+pub use config::{Architecture, ModelConfig};
+pub use error::ModelError;
+pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
+pub use text::{Decoder, Message, Specials, Text};
+pub use weights::{Layer, Model};

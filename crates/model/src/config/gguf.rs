@@ -1,0 +1,229 @@
+//! The configuration of a GGUF file: its `general.*` and `{architecture}.*` metadata.
+//!
+//! Key names: the GGUF specification and llama.cpp's `llama-arch.cpp`.
+
+use std::collections::HashMap;
+
+use candle_core::quantized::gguf_file::Value;
+
+use super::{Architecture, ModelConfig, all_but_every, refuse};
+use crate::ModelError;
+use crate::rope::{RopeConfig, RopeScaling, RopeStyle};
+
+/// Metadata with typed getters: `Ok(None)` if the key is absent, an error if it has another type.
+pub(crate) struct Metadata<'a>(pub &'a HashMap<String, Value>);
+
+impl<'a> Metadata<'a> {
+    pub(crate) fn count(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        let Some(value) = self.0.get(key) else { return Ok(None) };
+        let number = match *value {
+            Value::U8(x) => Some(u64::from(x)),
+            Value::U16(x) => Some(u64::from(x)),
+            Value::U32(x) => Some(u64::from(x)),
+            Value::U64(x) => Some(x),
+            Value::I8(x) => u64::try_from(x).ok(),
+            Value::I16(x) => u64::try_from(x).ok(),
+            Value::I32(x) => u64::try_from(x).ok(),
+            Value::I64(x) => u64::try_from(x).ok(),
+            _ => None,
+        };
+        let size = number.and_then(|x| usize::try_from(x).ok());
+        size.map(Some).ok_or_else(|| self.mistyped(key, "a whole number, at least 0"))
+    }
+
+    pub(crate) fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        match self.0.get(key) {
+            None => Ok(None),
+            Some(Value::F32(x)) => Ok(Some(f64::from(*x))),
+            Some(Value::F64(x)) => Ok(Some(*x)),
+            Some(_) => self.count(key).map(|x| x.map(|x| x as f64)),
+        }
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
+        match self.0.get(key) {
+            None => Ok(None),
+            Some(Value::String(x)) => Ok(Some(x)),
+            Some(_) => Err(self.mistyped(key, "text")),
+        }
+    }
+
+    pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
+        match self.0.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(x)) => Ok(Some(*x)),
+            Some(_) => Err(self.mistyped(key, "true or false")),
+        }
+    }
+
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&'a [Value]>, ModelError> {
+        match self.0.get(key) {
+            None => Ok(None),
+            Some(Value::Array(x)) => Ok(Some(x)),
+            Some(_) => Err(self.mistyped(key, "a list")),
+        }
+    }
+
+    fn mistyped(&self, key: &str, wanted: &str) -> ModelError {
+        refuse(key, format!("a value of another type ({:?})", self.0[key].value_type()), wanted)
+    }
+}
+
+pub(crate) fn missing(key: &str) -> ModelError {
+    refuse(key, "missing", "a value")
+}
+
+/// Getters below one architecture's prefix.
+struct Section<'a> {
+    metadata: &'a Metadata<'a>,
+    prefix: &'a str,
+}
+
+impl Section<'_> {
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.prefix)
+    }
+    fn count(&self, key: &str) -> Result<Option<usize>, ModelError> {
+        self.metadata.count(&self.key(key))
+    }
+    fn number(&self, key: &str) -> Result<Option<f64>, ModelError> {
+        self.metadata.number(&self.key(key))
+    }
+    fn need(&self, key: &str) -> Result<usize, ModelError> {
+        self.count(key)?.ok_or_else(|| missing(&self.key(key)))
+    }
+}
+
+/// Reads the configuration. `vocab` is the embedding's rows, `divisors` the `rope_freqs.weight` tensor if there is one.
+pub(crate) fn read(
+    metadata: &Metadata<'_>,
+    vocab: usize,
+    divisors: Option<Vec<f32>>,
+) -> Result<ModelConfig, ModelError> {
+    let prefix = metadata.text("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
+    let architecture = match prefix {
+        "llama" => Architecture::Llama,
+        "mistral" | "mistral3" => Architecture::Mistral,
+        "qwen2" => Architecture::Qwen2,
+        "qwen3" => Architecture::Qwen3,
+        "smollm3" => Architecture::SmolLm3,
+        other => return Err(ModelError::Architecture { got: other.to_owned() }),
+    };
+    let section = Section { metadata, prefix };
+    refuse_unsupported(&section)?;
+    let layers = section.need("block_count")?;
+    let hidden = section.need("embedding_length")?;
+    let heads = section.need("attention.head_count")?;
+    let head_dim = match section.count("attention.key_length")? {
+        Some(length) => length,
+        None => hidden.checked_div(heads).ok_or_else(|| refuse("query heads", 0, "at least 1"))?,
+    };
+    if section.count("attention.value_length")?.is_some_and(|length| length != head_dim) {
+        return Err(refuse(&section.key("attention.value_length"), "another number", format!("{head_dim}")));
+    }
+    let style = match architecture {
+        Architecture::Llama | Architecture::Mistral | Architecture::SmolLm3 => RopeStyle::Interleaved,
+        Architecture::Qwen2 | Architecture::Qwen3 => RopeStyle::Halves,
+    };
+    let mut context = section.need("context_length")?;
+    let scaling = rope_scaling(&section, context)?;
+    if let RopeScaling::Yarn { factor, original_context, .. } = scaling {
+        context = context.max((original_context as f64 * factor) as usize);
+    }
+    let mut config = ModelConfig {
+        name: metadata.text("general.name")?.unwrap_or_default().to_owned(),
+        architecture,
+        layers,
+        hidden,
+        heads,
+        kv_heads: section.count("attention.head_count_kv")?.unwrap_or(heads),
+        head_dim,
+        ffn: section.need("feed_forward_length")?,
+        vocab,
+        norm_eps: section
+            .number("attention.layer_norm_rms_epsilon")?
+            .ok_or_else(|| missing(&section.key("attention.layer_norm_rms_epsilon")))?
+            as f32,
+        context,
+        rope: RopeConfig {
+            style,
+            theta: section.number("rope.freq_base")?.unwrap_or(10_000.0),
+            dims: section.count("rope.dimension_count")?.unwrap_or(head_dim),
+            scaling,
+            divisors,
+        },
+        sliding_window: section.count("attention.sliding_window")?.filter(|&window| window > 0),
+        rope_layers: Vec::new(),
+    };
+    config.check()?;
+    check_divisors(&config)?;
+    let step = if architecture == Architecture::SmolLm3 { 4 } else { usize::MAX };
+    config.rope_layers = all_but_every(layers, step);
+    Ok(config)
+}
+
+/// Keys that change the arithmetic of an otherwise supported architecture.
+fn refuse_unsupported(section: &Section<'_>) -> Result<(), ModelError> {
+    if section.count("expert_count")?.is_some_and(|experts| experts > 0) {
+        return Err(ModelError::Architecture { got: format!("{} with experts (a mixture)", section.prefix) });
+    }
+    for key in [
+        "attention.temperature_scale",
+        "attention.scale",
+        "rope.scaling.yarn_log_multiplier",
+        "residual_scale",
+        "embedding_scale",
+        "logit_scale",
+    ] {
+        if let Some(value) = section.number(key)?.filter(|&value| value != 0.0) {
+            return Err(refuse(&section.key(key), value, "this key absent"));
+        }
+    }
+    Ok(())
+}
+
+fn rope_scaling(section: &Section<'_>, context: usize) -> Result<RopeScaling, ModelError> {
+    let kind = section.metadata.text(&section.key("rope.scaling.type"))?;
+    let factor = match section.number("rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => section.number("rope.scale_linear")?, // before "rope.scaling.*" existed
+    };
+    let need = || factor.ok_or_else(|| missing(&section.key("rope.scaling.factor")));
+    match kind {
+        Some("none") => Ok(RopeScaling::None),
+        // llama.cpp's default type; a factor of 0 or 1 says nothing.
+        None => Ok(match factor {
+            Some(factor) if factor != 0.0 && factor != 1.0 => RopeScaling::Linear { factor },
+            _ => RopeScaling::None,
+        }),
+        Some("linear") => Ok(RopeScaling::Linear { factor: need()? }),
+        Some("yarn") => {
+            let factor = need()?;
+            let weight = section.number("rope.scaling.attn_factor")?.unwrap_or(1.0);
+            Ok(RopeScaling::Yarn {
+                factor,
+                original_context: section.count("rope.scaling.original_context_length")?.unwrap_or(context),
+                beta_fast: section.number("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                beta_slow: section.number("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+                attention_factor: weight * RopeScaling::yarn_attention_factor(factor, 1.0),
+            })
+        }
+        Some(other) => Err(ModelError::RopeScaling { got: other.to_owned() }),
+    }
+}
+
+fn check_divisors(config: &ModelConfig) -> Result<(), ModelError> {
+    let Some(divisors) = &config.rope.divisors else { return Ok(()) };
+    let name = || "rope_freqs.weight".to_owned();
+    if divisors.len() != config.rope.dims / 2 {
+        return Err(ModelError::Shape {
+            name: name(),
+            got: vec![divisors.len()],
+            wanted: vec![config.rope.dims / 2],
+        });
+    }
+    match divisors.iter().position(|x| !(x.is_finite() && *x > 0.0)) {
+        Some(index) => Err(ModelError::NotFinite { name: name(), index, value: divisors[index] }),
+        None => Ok(()),
+    }
+}
