@@ -63,15 +63,18 @@ pub enum FetchError {
     #[error("interrupted while fetching the model; nothing was left behind")]
     Interrupted,
     /// Compiled without the `hub` feature.
+    #[cfg(not(feature = "hub"))]
     #[error(
         "`{repo}` is a hub repository, and this binary was built without hub support; build it with \
          `cargo build --release --features hub`, or pass a local path"
     )]
     HubDisabled { repo: String },
     /// The hub answered with an error, or not at all.
+    #[cfg(feature = "hub")]
     #[error("hub repository `{repo}`: {why}; check the name, the network and HF_TOKEN, or pass a local path")]
     Hub { repo: String, why: String },
     /// The repository holds nothing that fits the name, or more than one thing.
+    #[cfg(any(test, feature = "hub"))]
     #[error("hub repository `{repo}`: {got}; add one of these after a colon: {}", choices(found))]
     HubChoice { repo: String, got: String, found: Vec<String> },
 }
@@ -93,6 +96,7 @@ fn remedy(error: &io::Error) -> &'static str {
     }
 }
 
+#[cfg(any(test, feature = "hub"))]
 fn choices(found: &[String]) -> String {
     if found.is_empty() { "(it holds no GGUF file and no safetensors)".into() } else { found.join(", ") }
 }

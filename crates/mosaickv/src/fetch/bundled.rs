@@ -159,13 +159,16 @@ fn write_mark(model: &Published, path: &Path) -> Result<(), FetchError> {
 /// Waits until no other process fetches into `folder`. The lock lasts as long as the file is open.
 fn lock(folder: &Path, stop: &AtomicBool) -> Result<File, FetchError> {
     let path = folder.join(LOCK);
-    let file = File::options().create(true).append(true).open(&path).map_err(FetchError::io("open", &path))?;
+    let file =
+        File::options().create(true).append(true).open(&path).map_err(FetchError::io("open", &path))?;
     let mut told = false;
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(file),
             Err(TryLockError::Error(source)) => return Err(FetchError::io("lock", &path)(source)),
-            Err(TryLockError::WouldBlock) if stop.load(Ordering::SeqCst) => return Err(FetchError::Interrupted),
+            Err(TryLockError::WouldBlock) if stop.load(Ordering::SeqCst) => {
+                return Err(FetchError::Interrupted);
+            }
             Err(TryLockError::WouldBlock) => {}
         }
         if !told {

@@ -41,7 +41,7 @@ impl HubName {
 
 /// What to download.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[cfg_attr(not(any(test, feature = "hub")), expect(dead_code, reason = "only a hub build chooses"))]
+#[cfg(any(test, feature = "hub"))]
 pub(super) enum Choice {
     /// One GGUF file, by its path in the repository.
     Gguf(String),
@@ -50,12 +50,12 @@ pub(super) enum Choice {
 }
 
 /// The quantization taken when a repository has several and none was named, as in llama.cpp.
-#[cfg_attr(not(any(test, feature = "hub")), expect(dead_code, reason = "only a hub build chooses"))]
+#[cfg(any(test, feature = "hub"))]
 const USUAL: &str = "Q4_K_M";
 
 /// Which of the repository's `files` is meant by `pick`: a file's path, a quantization such as `Q4_K_M`, or, with
 /// nothing named, the safetensors, the only GGUF file, or the usual quantization.
-#[cfg_attr(not(any(test, feature = "hub")), expect(dead_code, reason = "only a hub build chooses"))]
+#[cfg(any(test, feature = "hub"))]
 pub(super) fn choose(name: &HubName, files: &[String]) -> Result<Choice, FetchError> {
     let refuse = |got: String, found: &[&String]| {
         let found = found.iter().map(|file| file.to_string()).collect();
@@ -66,7 +66,9 @@ pub(super) fn choose(name: &HubName, files: &[String]) -> Result<Choice, FetchEr
         ggufs.iter().copied().filter(|file| names_quantization(file, quantization)).collect()
     };
     let (asked, fitting) = match &name.pick {
-        Some(pick) if files.contains(pick) && pick.ends_with(".gguf") => return Ok(Choice::Gguf(pick.clone())),
+        Some(pick) if files.contains(pick) && pick.ends_with(".gguf") => {
+            return Ok(Choice::Gguf(pick.clone()));
+        }
         Some(pick) => (pick.as_str(), with(pick)),
         None => {
             let top = |end: &str| files.iter().any(|file| !file.contains('/') && file.ends_with(end));
@@ -89,7 +91,7 @@ pub(super) fn choose(name: &HubName, files: &[String]) -> Result<Choice, FetchEr
 }
 
 /// Whether `quantization` stands in the file's name as a word: Q4_K fits `x-Q4_K.gguf`, not `x-Q4_K_M.gguf`.
-#[cfg_attr(not(any(test, feature = "hub")), expect(dead_code, reason = "only a hub build chooses"))]
+#[cfg(any(test, feature = "hub"))]
 fn names_quantization(file: &str, quantization: &str) -> bool {
     let (file, wanted) = (file.to_ascii_lowercase(), quantization.to_ascii_lowercase());
     let part_of_word = |letter: char| letter.is_ascii_alphanumeric() || letter == '_';
