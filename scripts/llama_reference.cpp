@@ -39,6 +39,10 @@ struct Top2 {
     exit(1);
 }
 
+static void warnings(ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_WARN || level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
+}
+
 static std::string read_text(const std::string & path) {
     std::ifstream in(path, std::ios::binary);
     if (!in) fail("cannot read " + path);
@@ -134,8 +138,10 @@ static void greedy(llama_context * ctx, const llama_vocab * voc, int n_batch, in
     printf(",");
     print_ids("continuation", continuation);
     printf(",\"top2\":[");
-    for (size_t i = 0; i < steps.size(); i++)
-        printf("%s[%d,%.9g,%d,%.9g]", i ? "," : "", steps[i].id[0], steps[i].logprob[0], steps[i].id[1], steps[i].logprob[1]);
+    for (size_t i = 0; i < steps.size(); i++) {
+        const Top2 & s = steps[i];
+        printf("%s[%d,%.9g,%d,%.9g]", i ? "," : "", s.id[0], s.logprob[0], s.id[1], s.logprob[1]);
+    }
     std::vector<char> text(16 * continuation.size() + 64);
     int bytes = llama_detokenize(voc, continuation.data(), continuation.size(), text.data(), text.size(), false, true);
     printf("],\"text_hex\":\"");
@@ -143,9 +149,16 @@ static void greedy(llama_context * ctx, const llama_vocab * voc, int n_batch, in
     printf("\"}\n");
 }
 
+/// Length of the common prefix, but never all of `ids`: the last token's logits must be computed.
+static size_t shared_prefix(const Tokens & cached, const Tokens & ids) {
+    size_t keep = 0;
+    while (keep < cached.size() && keep + 1 < ids.size() && cached[keep] == ids[keep]) keep++;
+    return keep;
+}
+
 int main(int argc, char ** argv) {
     if (argc != 7) fail("usage: llama_reference MODEL N_CTX N_BATCH FLASH THREADS REPACK");
-    llama_log_set([](ggml_log_level level, const char * text, void *) { if (level >= GGML_LOG_LEVEL_WARN && level != GGML_LOG_LEVEL_CONT) fputs(text, stderr); }, nullptr);
+    llama_log_set(warnings, nullptr);
     llama_backend_init();
     llama_model_params model_params = llama_model_default_params();
     model_params.n_gpu_layers = 0;
@@ -175,7 +188,7 @@ int main(int argc, char ** argv) {
         std::getline(words >> std::ws, path);
         Tokens ids = tokenize(vocab, read_text(path));
         size_t keep = 0;
-        if (verb == "ask") while (keep < cached.size() && keep + 1 < ids.size() && cached[keep] == ids[keep]) keep++;
+        if (verb == "ask") keep = shared_prefix(cached, ids);
         cached = verb == "ask" ? ids : Tokens();
         llama_memory_seq_rm(llama_get_memory(ctx), 0, (llama_pos) keep, -1);
         if (verb == "tokens") {
