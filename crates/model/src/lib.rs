@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod error;
+pub mod forward;
 pub mod rope;
 pub mod text;
 pub mod weights;
@@ -18,6 +19,7 @@ mod source;
 
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
+pub use forward::{ForwardError, Sequence};
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
 pub use text::{Decoder, Message, Specials, Text};
 pub use weights::{Layer, Model};
