@@ -1,7 +1,7 @@
 //! Arbitrary bytes are a packed page or an error. What parses is attended to by every instruction set and must
 //! agree with f64 attention over its decoded rows.
 //!
-//! `RUSTC_BOOTSTRAP=1 cargo fuzz run packed_page --sanitizer address -- -max_total_time=60`
+//! `RUSTC_BOOTSTRAP=1 cargo fuzz run packed_page --sanitizer address -- -max_len=32768 -max_total_time=60`
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
@@ -41,7 +41,11 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     let rest = data[5..size].to_vec();
     let vector = |skip: usize| -> Vec<f32> {
         let bytes = rest.iter().cycle().skip(skip % rest.len());
-        bytes.take(tokens * channels).enumerate().map(|(i, &b)| f32::from(b as i8) * (1 + i % 7) as f32).collect()
+        bytes
+            .take(tokens * channels)
+            .enumerate()
+            .map(|(i, &b)| f32::from(b as i8) * (1 + i % 7) as f32)
+            .collect()
     };
     let out = PackedPage::encode(shape, block, &vector(0), &vector(3)).to_bytes();
     if out.len() > max_size {
@@ -55,7 +59,14 @@ fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
 
-fn check_attention(isa: Isa, page: &PackedPage, queries: &[f32], selected: u32, keys: &[f32], values: &[f32]) {
+fn check_attention(
+    isa: Isa,
+    page: &PackedPage,
+    queries: &[f32],
+    selected: u32,
+    keys: &[f32],
+    values: &[f32],
+) {
     let c = page.shape().channels();
     let chosen = |x: &[f32]| -> Vec<f64> {
         let blocks = x.chunks_exact(page.block() * c).enumerate();
