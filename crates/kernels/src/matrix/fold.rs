@@ -3,9 +3,10 @@
 //! Both are written once over [`Layout`], a constant of the [`Format`] that they are compiled for. The product
 //! reads a span's codes once for several tokens, adds up integers within the span and f32 across spans.
 //!
-//! Measured on a busy 2-core Zen 4, one thread, CPU time (`examples/matvec.rs`): one token reads 85-95 % of the
-//! stream bandwidth with AVX2 and AVX-512 alike (SmolLM2-135M, Q4_1: 3.5-4.5 ms at 19-24 GB/s; scalar 28 ms).
-//! Many tokens: AVX-512 1,130-1,190 tok/s of layers, AVX2 510-630; f32 tiles through `gemm` 470-500.
+//! Measured on a busy 2-core Zen 4, one thread, CPU time (`examples/matvec.rs`): one token reads 77-93 % of the
+//! stream bandwidth with AVX2 and AVX-512 alike (SmolLM2-135M, Q4_1: 3.5-5.4 ms as the neighbours let it; scalar
+//! 28 ms), K-quants of an 8B layer 70-80 %.
+//! Many tokens: AVX-512 1,100-1,225 tok/s of layers, AVX2 510-630; f32 tiles through `gemm` 470-500.
 //! Tried without effect: 4 instead of 8 tokens together, 64 or 256 instead of 128 rows in an f32 tile.
 
 use super::activations;
