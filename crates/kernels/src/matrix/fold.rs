@@ -6,8 +6,9 @@
 //! Measured on a busy 2-core Zen 4, one thread, CPU time (`examples/matvec.rs`): one token reads 77-93 % of the
 //! stream bandwidth with AVX2 and AVX-512 alike (SmolLM2-135M, Q4_1: 3.5-5.4 ms as the neighbours let it; scalar
 //! 28 ms), K-quants of an 8B layer 70-80 %.
-//! Many tokens: AVX-512 1,100-1,225 tok/s of layers, AVX2 510-630; f32 tiles through `gemm` 470-500.
-//! Tried without effect: 4 instead of 8 tokens together, 64 or 256 instead of 128 rows in an f32 tile.
+//! Many tokens: AVX-512 1,100-1,225 tok/s of layers, AVX2 510-650; f32 tiles through `gemm` 450-504.
+//! Tried: 4 instead of 8 tokens together is no faster (AVX-512 990-1,180, AVX2 355-530); 64 or 256 instead of 128
+//! rows in an f32 tile make no difference above the noise (450-495 against 472-489).
 
 use super::activations;
 use super::blocks::BlockType;
