@@ -69,7 +69,8 @@ fn stream(pool: &Pool) -> f64 {
 fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usize) {
     for &ty in types {
         let model = Model::new(shape, ty);
-        let seconds = best(4 * rounds, || model.forward(Precision::usual(1), isa, pool, 1));
+        let mut buffers = model.buffers(1);
+        let seconds = best(4 * rounds, || model.forward(Precision::usual(1), isa, pool, &mut buffers));
         let bytes = model.bytes() as f64;
         println!(
             "{} {ty:?} decode: {:.2} ms, {:.1} MB, {:.1} GB/s",
@@ -83,9 +84,10 @@ fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usi
 
 fn prefill(isa: Isa, pool: &Pool, shape: &Shape, tokens: usize, rounds: usize) {
     let model = Model::new(shape, BlockType::Q4_1);
+    let mut buffers = model.buffers(tokens);
     let flop = 2.0 * tokens as f64 * model.layer_elements() as f64;
     for precision in [Precision::EightBits, Precision::Full] {
-        let seconds = best(rounds, || model.forward(precision, isa, pool, tokens));
+        let seconds = best(rounds, || model.forward(precision, isa, pool, &mut buffers));
         println!(
             "{} Q4_1 layers, {tokens} tokens, {precision:?}: {:.1} ms, {:.0} tok/s, {:.0} GFLOP/s",
             shape.name,
@@ -105,6 +107,13 @@ fn best(rounds: usize, mut job: impl FnMut()) -> f64 {
             start.elapsed().as_secs_f64()
         })
         .fold(f64::INFINITY, f64::min)
+}
+
+/// Activations and outputs, allocated once as a model does.
+struct Buffers {
+    tokens: usize,
+    x: Vec<f32>,
+    outs: [Vec<f32>; 3],
 }
 
 impl Model {
@@ -137,16 +146,22 @@ impl Model {
         self.matrices().map(|m| m.rows() * m.cols()).sum::<usize>() - head
     }
 
+    fn buffers(&self, tokens: usize) -> Buffers {
+        let inner = self.layers[0].down.cols();
+        let widest = self.head.as_ref().map_or(0, Matrix::rows).max(tokens * inner);
+        let x = (0..tokens * inner).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+        Buffers { tokens, x, outs: [(); 3].map(|()| vec![0.0; widest]) }
+    }
+
     /// All products of one step; the output matrix takes the last token only.
-    fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, tokens: usize) {
+    fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, buffers: &mut Buffers) {
+        let tokens = buffers.tokens;
         let multiply = |x: &[f32], parts: &mut [(&Matrix, &mut [f32])]| {
             multiply_each_in(precision, isa, pool, x, parts);
         };
-        let (hidden, inner) = (self.layers[0].down.rows(), self.layers[0].down.cols());
-        let x: Vec<f32> = (0..tokens * inner).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
-        let widest = self.head.as_ref().map_or(0, Matrix::rows).max(tokens * inner);
-        let mut outs = [(); 3].map(|()| vec![0.0; widest]);
-        let [a, b, c] = &mut outs;
+        let hidden = self.layers[0].down.rows();
+        let inner = self.layers[0].down.cols();
+        let Buffers { x, outs: [a, b, c], .. } = buffers;
         for layer in &self.layers {
             let [q, k, v] = &layer.qkv;
             let kv = tokens * k.rows();
@@ -156,18 +171,18 @@ impl Model {
             let [gate, up] = &layer.gate_up;
             let mut parts = [(gate, &mut a[..tokens * inner]), (up, &mut b[..tokens * inner])];
             multiply(&x[..tokens * hidden], &mut parts);
-            multiply(&x, &mut [(&layer.down, &mut a[..tokens * hidden])]);
+            multiply(x, &mut [(&layer.down, &mut a[..tokens * hidden])]);
         }
         if let Some(head) = &self.head {
             multiply(&x[..hidden], &mut [(head, &mut a[..head.rows()])]);
         }
-        black_box(&outs);
+        black_box(&buffers);
     }
 }
 
 /// Weights of any value: bytes below 0x3c are finite halves and floats wherever they stand.
 fn matrix(ty: BlockType, rows: usize, cols: usize) -> Matrix {
     let n = rows * cols / ty.block_elements() * ty.block_bytes();
-    let bytes: Vec<u8> = (0..n).map(|i| (i * 2_654_435_761 >> 7) as u8 & 0x3b).collect();
+    let bytes: Vec<u8> = (0..n).map(|i| ((i * 2_654_435_761) >> 7) as u8 & 0x3b).collect();
     Matrix::from_blocks(ty, rows, cols, &bytes).expect("bytes of this shape")
 }
