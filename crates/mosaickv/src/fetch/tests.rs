@@ -17,7 +17,7 @@ use super::bundled::{self, Published, Release, SMOLLM2};
 use super::hub::{Choice, HubName, choose};
 use super::{ALIAS, FetchError, cache_folder, local, pip, resolve};
 
-const RUNNING: AtomicBool = AtomicBool::new(false);
+static RUNNING: AtomicBool = AtomicBool::new(false);
 const MODEL: &[u8] =
     b"GGUF and then a few more bytes, so that deflate has something to do: aaaaaaaaaaaaaaaaaaaaaaaaaa";
 
