@@ -3,7 +3,7 @@
 //! `cargo run --release -p mosaickv-kernels --example matvec -- [threads] [rounds]`; `MOSAICKV_ISA` picks the
 //! instruction set. Every matrix of the model exists, so that weights come from memory as they do in a model.
 
-use mosaickv_kernels::matrix::{BlockType, Matrix, Precision, multiply_each_in};
+use mosaickv_kernels::matrix::{BlockType, Matrix, Precision, multiply_each};
 use mosaickv_kernels::{Isa, Pool};
 use std::hint::black_box;
 use std::time::Instant;
@@ -70,7 +70,7 @@ fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usi
     for &ty in types {
         let model = Model::new(shape, ty);
         let mut buffers = model.buffers(1);
-        let seconds = best(4 * rounds, || model.forward(Precision::usual(1), isa, pool, &mut buffers));
+        let seconds = best(4 * rounds, || model.forward(Precision::EightBits, isa, pool, &mut buffers));
         let bytes = model.bytes() as f64;
         println!(
             "{} {ty:?} decode: {:.2} ms, {:.1} MB, {:.1} GB/s",
@@ -157,7 +157,7 @@ impl Model {
     fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, buffers: &mut Buffers) {
         let tokens = buffers.tokens;
         let multiply = |x: &[f32], parts: &mut [(&Matrix, &mut [f32])]| {
-            multiply_each_in(precision, isa, pool, x, parts);
+            multiply_each(precision, isa, pool, x, parts);
         };
         let hidden = self.layers[0].down.rows();
         let inner = self.layers[0].down.cols();

@@ -3,6 +3,7 @@
 //! The only crate of the workspace with `unsafe` and CPU features. It knows no model, no request and no cache
 //! policy. Shape letters: `H` query heads, `G` KV heads, `T` tokens, `D` head_dim; `[T, D]` is row-major.
 
+pub mod activation;
 pub mod exact;
 pub mod isa;
 pub mod matrix;

@@ -1,8 +1,8 @@
 //! How does a model multiply by its weights?
 //!
-//! A [`Matrix`] is repacked once, when it is loaded, and immutable from then on. Few tokens (decode) are
-//! quantized to int8 and multiplied with the packed weights by our own kernel (`fold`), which reads each weight
-//! once and is bound by memory; many tokens (prefill) go tile by tile through f32 and `gemm` (`tile`). Tasks are
+//! A [`Matrix`] is repacked once, when it is loaded, and immutable from then on. Activations are quantized to int8
+//! and multiplied with the packed weights by our own kernel (`fold`), for one token (bound by memory) as for many;
+//! or they stay f32, and the weights go tile by tile through f32 and `gemm` (`tile`). Tasks are
 //! cut by the matrix and the number of tokens alone, so results do not depend on the number of threads.
 //! This module knows no tensor names, no files and no layers.
 
@@ -26,9 +26,6 @@ mod tile;
 
 pub use blocks::BlockType;
 
-/// Up to this many tokens, [`Precision::usual`] quantizes the activations of quantized weights.
-pub const FEW_TOKENS: usize = 32;
-
 /// Up to this many tokens, weights of plain floats are multiplied token by token; more go through `gemm`.
 const FEW_DOTS: usize = 8;
 
@@ -40,13 +37,6 @@ pub enum Precision {
     EightBits,
     /// f32. Weights are expanded tile by tile, which only many tokens repay.
     Full,
-}
-
-impl Precision {
-    /// What [`Matrix::multiply`] and [`multiply_each`] take for `tokens` tokens: 8 bits for few, f32 for many.
-    pub fn usual(tokens: usize) -> Precision {
-        if tokens <= FEW_TOKENS { Precision::EightBits } else { Precision::Full }
-    }
 }
 
 /// Why a tensor cannot become a [`Matrix`].
@@ -173,11 +163,6 @@ impl Matrix {
         }
     }
 
-    /// `out[T, rows] = x[T, cols] W^T`, in the [`Precision::usual`] for `T` tokens.
-    pub fn multiply(&self, isa: Isa, pool: &Pool, x: &[f32], out: &mut [f32]) {
-        multiply_each(isa, pool, x, &mut [(self, out)]);
-    }
-
     fn way(&self, precision: Precision, tokens: usize) -> Way {
         match (&self.weights, precision) {
             (Weights::Packed(_), Precision::EightBits) => Way::Fold,
@@ -209,17 +194,9 @@ enum Way {
     Tiles,
 }
 
-/// Multiplies several matrices of the same `cols` with the same `x` `[T, cols]` in one job of the pool (queries,
-/// keys and values; gate and up): one join. Each output is `[T, rows]` of its matrix. The precision is
-/// [`Precision::usual`].
-pub fn multiply_each(isa: Isa, pool: &Pool, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
-    if let Some((first, _)) = parts.first() {
-        multiply_each_in(Precision::usual(x.len() / first.cols()), isa, pool, x, parts);
-    }
-}
-
-/// [`multiply_each`] in a precision of the caller's choice.
-pub fn multiply_each_in(
+/// `out[T, rows] = x[T, cols] W^T` for several matrices of the same `cols` with the same `x` (queries, keys and
+/// values; gate and up) in one job of the pool: one join. Each output is `[T, rows]` of its matrix.
+pub fn multiply_each(
     precision: Precision,
     isa: Isa,
     pool: &Pool,

@@ -28,6 +28,8 @@ pub(crate) trait Simd: Copy {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Round to the nearest integer, ties to even.
@@ -87,11 +89,11 @@ pub(crate) trait Simd: Copy {
     /// Asks for the cache line at `p` ahead of its use; any address will do.
     fn prefetch(self, p: *const u8);
 
-    /// `e^x` for `x <= 0`, relative error under 3e-7; below -87 it gives about 1e-38, not 0.
+    /// `e^x`, relative error under 3e-7 for `x` in -87..=88; beyond, that of the nearer end: never 0 or infinite.
     /// Cody-Waite reduction by ln 2 and the degree-5 polynomial of Cephes `expf`.
     #[inline(always)]
     fn exp(self, x: Self::V) -> Self::V {
-        let x = self.max(x, self.splat(-87.0));
+        let x = self.min(self.max(x, self.splat(-87.0)), self.splat(88.0));
         let n = self.round(self.mul(x, self.splat(std::f32::consts::LOG2_E)));
         let r = self.fma(n, self.splat(-0.693_359_4), x);
         let r = self.fma(n, self.splat(2.121_944_4e-4), r);

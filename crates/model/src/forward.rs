@@ -6,7 +6,8 @@
 
 use crate::rope::Rotation;
 use crate::weights::{Layer, Model};
-use mosaickv_kernels::matrix::{Matrix, multiply_each};
+use mosaickv_kernels::activation::silu_gate;
+use mosaickv_kernels::matrix::{Matrix, Precision, multiply_each};
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
 use std::time::{Duration, Instant};
@@ -22,11 +23,13 @@ pub struct Sequence<'a> {
     model: &'a Model,
     pool: &'a Pool,
     isa: Isa,
+    precision: Precision,
     cache: KvCache,
     attention: Duration,
 }
 
-/// Why a forward pass was refused. Nothing was remembered of the tokens.
+/// Why a forward pass was refused. `Context` and `Token` leave the sequence as it was; after `Kv` it is of no
+/// further use.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// The sequence would be longer than the model can attend to.
@@ -75,7 +78,20 @@ impl<'a> Sequence<'a> {
     /// An empty sequence.
     pub fn new(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let cache = KvCache::new(model.kv_shape(), format)?;
-        Ok(Sequence { model, pool, isa: Isa::current(), cache, attention: Duration::ZERO })
+        Ok(Sequence {
+            model,
+            pool,
+            isa: Isa::current(),
+            precision: Precision::EightBits,
+            cache,
+            attention: Duration::ZERO,
+        })
+    }
+
+    /// The same with activations of another precision where they meet quantized weights; 8 bits is the default.
+    pub fn with_precision(mut self, precision: Precision) -> Sequence<'a> {
+        self.precision = precision;
+        self
     }
 
     /// What it remembers.
@@ -117,11 +133,7 @@ impl<'a> Sequence<'a> {
 
     /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
     /// one of them. Compresses nothing.
-    pub fn score(
-        &mut self,
-        tokens: &[u32],
-        each: &mut dyn FnMut(usize, &[f32]),
-    ) -> Result<(), ForwardError> {
+    pub fn score(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), ForwardError> {
         self.check(tokens)?;
         let hidden = self.layers(tokens, false, &mut |_| ())?;
         let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
@@ -155,7 +167,8 @@ impl<'a> Sequence<'a> {
         let model = self.model;
         let hidden = model.config.hidden;
         let start = self.cache.tokens();
-        let rotations: Vec<Rotation> = (start..start + tokens.len()).map(|p| model.rope.rotation(p)).collect();
+        let rotations: Vec<Rotation> =
+            (start..start + tokens.len()).map(|p| model.rope.rotation(p)).collect();
         let mut x = vec![0.0; tokens.len() * hidden];
         for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             model.embed.row(token as usize, row);
@@ -189,12 +202,7 @@ impl<'a> Sequence<'a> {
         let mut k = vec![0.0; tokens * config.kv_heads * d];
         let mut v = k.clone();
         let normed = self.norm(x, &layer.attn_norm);
-        multiply_each(
-            self.isa,
-            self.pool,
-            &normed,
-            &mut [(&layer.wq, &mut q), (&layer.wk, &mut k), (&layer.wv, &mut v)],
-        );
+        self.multiply(&normed, &mut [(&layer.wq, &mut q), (&layer.wk, &mut k), (&layer.wv, &mut v)]);
         let (rope, eps) = (&self.model.rope, config.norm_eps);
         let heads = [(&mut q, &layer.bq, &layer.q_norm), (&mut k, &layer.bk, &layer.k_norm)];
         for (heads, bias, norm) in heads {
@@ -225,19 +233,22 @@ impl<'a> Sequence<'a> {
         let tokens = x.len() / self.model.config.hidden;
         let normed = self.norm(x, &layer.ffn_norm);
         let (mut gate, mut up) = (vec![0.0; tokens * ffn], vec![0.0; tokens * ffn]);
-        multiply_each(self.isa, self.pool, &normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
+        self.multiply(&normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
         each_row(self.pool, &mut gate, ffn, |t, gate| {
-            for (g, u) in gate.iter_mut().zip(&up[t * ffn..]) {
-                *g = *g / (1.0 + (-*g).exp()) * u;
-            }
+            silu_gate(self.isa, gate, &up[t * ffn..][..ffn]);
         });
         self.add_product(&layer.down, &gate, x);
+    }
+
+    /// Each output `[T, rows] = x[T, cols] W^T`.
+    fn multiply(&self, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
+        multiply_each(self.precision, self.isa, self.pool, x, parts);
     }
 
     /// `x += w * y`
     fn add_product(&self, w: &Matrix, y: &[f32], x: &mut [f32]) {
         let mut out = vec![0.0; x.len()];
-        w.multiply(self.isa, self.pool, y, &mut out);
+        self.multiply(y, &mut [(w, &mut out)]);
         x.iter_mut().zip(&out).for_each(|(x, y)| *x += y);
     }
 
@@ -254,7 +265,7 @@ impl<'a> Sequence<'a> {
         let normed = self.norm(hidden, &self.model.norm);
         let head = self.model.head.as_ref().unwrap_or(&self.model.embed);
         let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
-        head.multiply(self.isa, self.pool, &normed, &mut logits);
+        self.multiply(&normed, &mut [(head, &mut logits)]);
         logits
     }
 }

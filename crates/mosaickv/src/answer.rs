@@ -100,7 +100,7 @@ pub fn answer(
 /// The prompt's tokens, refused if they and the answer exceed the model's context.
 fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
     let content = match asked.document {
-        Some(document) => format!("{}\n\n{}", document.trim_end(), asked.question),
+        Some(document) => format!("{}\n{}", document.trim_end(), asked.question),
         None => asked.question.to_owned(),
     };
     let prompt = text.chat(&[Message { role: "user".into(), content }])?;

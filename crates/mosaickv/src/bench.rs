@@ -35,7 +35,11 @@ struct Machine {
 
 impl Machine {
     fn new(pool: &Pool, mut stream: Vec<f64>) -> Machine {
-        Machine { stream_gb_s: median(&mut stream) / 1e9, threads: pool.threads(), isa: Isa::current().name() }
+        Machine {
+            stream_gb_s: median(&mut stream) / 1e9,
+            threads: pool.threads(),
+            isa: Isa::current().name(),
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! The README's one command: a real model, a long real document, two questions, both caches.
 
+use crate::ThreadArgs;
 use crate::answer::{Answer, Asked, answer, load};
 use crate::bill::Bill;
 use crate::fetch::ALIAS;
 use crate::kv_option::KvOption;
-use crate::ThreadArgs;
 use anyhow::{Result, bail};
 use clap::Args;
 use std::io::{self, Write};
@@ -12,7 +12,10 @@ use std::io::{self, Write};
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
 const DOCUMENT: &str = include_str!("../demo/document.txt");
 
-const QUESTIONS: [&str; 2] = ["To come", "To come"];
+const QUESTIONS: [&str; 2] = [
+    "What was the name of the learned man who translated the ancient Dutch volume?",
+    "What was the title of the ancient Dutch volume?",
+];
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  mosaickv demo --threads 4")]
@@ -58,7 +61,8 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
 fn side_by_side(a: &Bill, b: &Bill) -> String {
     let mb = |bytes: f64| format!("{:.2} MB", bytes / 1e6);
     let maybe = |x: Option<f64>, show: &dyn Fn(f64) -> String| x.map_or("-".to_owned(), show);
-    let row = |name: &str, show: &dyn Fn(&Bill) -> String| format!("  {name:<28}{:>14}{:>14}\n", show(a), show(b));
+    let row =
+        |name: &str, show: &dyn Fn(&Bill) -> String| format!("  {name:<28}{:>14}{:>14}\n", show(a), show(b));
     [
         row("", &|x| x.kv.split(':').next().unwrap_or_default().to_owned()),
         row("prompt + output tokens", &|x| format!("{} + {}", x.prompt_tokens, x.output_tokens)),

@@ -11,11 +11,6 @@ pub struct KvOption(KvFormat);
 impl KvOption {
     pub const EXACT: KvOption = KvOption(KvFormat::Exact);
 
-    /// The paper's defaults.
-    pub fn packed() -> KvOption {
-        KvOption(KvFormat::Packed(PackedStrategy::default()))
-    }
-
     /// `exact` or `packed`, without parameters.
     pub fn name(self) -> &'static str {
         match self.0 {
@@ -41,7 +36,11 @@ impl fmt::Display for KvOption {
             KvFormat::Exact => write!(f, "exact"),
             KvFormat::Packed(s) if s == PackedStrategy::default() => write!(f, "packed"),
             KvFormat::Packed(s) => {
-                write!(f, "packed:kept={},group={},block={},selected={}", s.kept, s.group, s.block, s.selected)
+                write!(
+                    f,
+                    "packed:kept={},group={},block={},selected={}",
+                    s.kept, s.group, s.block, s.selected
+                )
             }
         }
     }

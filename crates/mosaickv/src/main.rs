@@ -144,7 +144,8 @@ fn run(args: &RunArgs) -> Result<()> {
 
 /// The text of a file that was given to be asked about.
 fn read_document(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("cannot read the document {}", path.display()))?;
+    let bytes =
+        std::fs::read(path).with_context(|| format!("cannot read the document {}", path.display()))?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         anyhow::anyhow!(

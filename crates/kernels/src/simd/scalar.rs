@@ -48,6 +48,14 @@ impl Simd for Scalar {
     fn max(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         map2(a, b, f32::max)
     }
+    #[inline(always)]
+    fn div(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, |x, y| x / y)
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        map2(a, b, f32::min)
+    }
     // Not `mul_add`: without a fused instruction that is a slow library call.
     #[inline(always)]
     fn fma(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {

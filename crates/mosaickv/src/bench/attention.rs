@@ -108,7 +108,9 @@ fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut Strea
     for (kv, cache) in formats.iter().zip(&mut caches) {
         let error = max_error(cache, &queries, pool);
         if error.is_nan() || error > ERROR_BOUND {
-            bail!("{kv} at {context} tokens is off the oracle by {error:.1e}, over the bound of {ERROR_BOUND:.0e}: no time is printed");
+            bail!(
+                "{kv} at {context} tokens is off the oracle by {error:.1e}, over the bound of {ERROR_BOUND:.0e}: no time is printed"
+            );
         }
         errors.push(error);
     }

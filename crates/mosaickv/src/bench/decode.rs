@@ -65,7 +65,10 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
     let (model, text) = load(&args.model.model)?;
     let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
-    ensure!(deepest <= context, "depth {deepest} is over the model's maximum context length of {context} tokens");
+    ensure!(
+        deepest <= context,
+        "depth {deepest} is over the model's maximum context length of {context} tokens"
+    );
     // At least one token must be there to begin with.
     let tokens = tokens(&text, deepest.max(1))?;
     let steps = usize::from(args.steps);
