@@ -27,7 +27,7 @@ impl Rotation {
 
     /// `[D, C]` in f32: what values are multiplied by.
     pub(crate) fn value_matrix(&self, d: usize) -> Vec<f32> {
-        transpose(&self.outputs, self.outputs.len() / d).iter().map(|x| x.to_f32()).collect()
+        transpose(&self.outputs, d).iter().map(|x| x.to_f32()).collect()
     }
 
     /// Bytes allocated.
@@ -46,7 +46,7 @@ fn leading_eigenvectors(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
     (0..channels * d).map(|i| f16::from_f64(vectors[(i % d, d - 1 - i / d)])).collect()
 }
 
-/// `[N, M]` of `x` `[M, N]`, where a column has `n` of them.
+/// `[N, M]` of `x` `[M, N]`, whose rows have `n` elements.
 fn transpose(x: &[f16], n: usize) -> Box<[f16]> {
     let m = x.len() / n;
     (0..x.len()).map(|i| x[i % m * n + i / m]).collect()
@@ -81,5 +81,12 @@ mod tests {
             }
         }
         assert_eq!(rotation.value_matrix(d), keys);
+        // Truncation keeps the leading columns.
+        let fewer = Rotation::learn(&x, &x, d, 3);
+        assert_eq!(fewer.keys.len(), 3 * d);
+        for i in 0..3 * d {
+            let whole = keys[i / 3 * d + i % 3];
+            assert_eq!((fewer.key_matrix()[i], fewer.value_matrix(d)[i]), (whole, whole), "element {i}");
+        }
     }
 }

@@ -3,7 +3,9 @@
 use mosaickv_kernels::{Isa, Pool, oracle};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, PackedStrategy};
 
-const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: 32 };
+/// 48 of whose channels are stored.
+const D: usize = 64;
+const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D };
 
 /// Numbers with a decaying spectrum in mixed channels, as real keys have.
 fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
@@ -16,8 +18,8 @@ fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
     };
     let mut out = Vec::with_capacity(tokens * width);
     for _ in 0..tokens {
-        let mut row: Vec<f32> = (0..width).map(|c| 3.0 * uniform() / (1.0 + (c % 32) as f32)).collect();
-        for head in row.chunks_exact_mut(32) {
+        let mut row: Vec<f32> = (0..width).map(|c| 3.0 * uniform() / (1.0 + (c % D) as f32)).collect();
+        for head in row.chunks_exact_mut(D) {
             let mean = head.iter().sum::<f32>() / 8.0;
             head.iter_mut().enumerate().for_each(|(c, x)| *x += mean * ((c * 7) as f32).cos());
         }
@@ -33,8 +35,8 @@ struct Fed {
     values: Vec<f32>,
 }
 
-const KV_ROW: usize = 2 * 32;
-const Q_ROW: usize = 6 * 32;
+const KV_ROW: usize = 2 * D;
+const Q_ROW: usize = 6 * D;
 
 /// A cache with a prompt of `prompt` tokens and `more` generated ones, the same in both layers.
 fn fed(format: KvFormat, pool: &Pool, isa: Isa, (prompt, more): (usize, usize)) -> Fed {
@@ -95,11 +97,12 @@ fn exact_prefill_is_causal_attention_at_any_start() {
             for (t, h) in [(0, 0), (tokens / 2, 3), (tokens - 1, 5)] {
                 let head = |x: &[f32]| -> Vec<f64> {
                     let seen = x.chunks_exact(KV_ROW).take(start + t + 1);
-                    seen.flat_map(|row| row[h / 3 * 32..][..32].iter().map(|&x| f64::from(x))).collect()
+                    seen.flat_map(|row| row[h / 3 * D..][..D].iter().map(|&x| f64::from(x))).collect()
                 };
-                let span = t * Q_ROW + h * 32..t * Q_ROW + (h + 1) * 32;
+                let span = t * Q_ROW + h * D..t * Q_ROW + (h + 1) * D;
                 let query: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q)).collect();
-                let want = oracle::attend(&query, &head(&fed.keys), &head(&fed.values), 32f64.sqrt().recip());
+                let want =
+                    oracle::attend(&query, &head(&fed.keys), &head(&fed.values), (D as f64).sqrt().recip());
                 close(
                     &out[span],
                     &want,
@@ -115,11 +118,11 @@ fn exact_prefill_is_causal_attention_at_any_start() {
 fn selecting_and_keeping_everything_is_exact_attention() {
     let pool = Pool::new(1);
     let all = KvFormat::Packed(PackedStrategy { kept: 0.75, group: 1, block: 8, selected: 1.0 });
-    // Rank 16 of 32: the truncated quarter of the channels holds nothing.
+    // Rank 32 of 64: the truncated quarter of the channels holds nothing.
     let mut low = rows(1, 300, KV_ROW);
-    low.chunks_exact_mut(32).for_each(|head| {
-        for c in 16..32 {
-            head[c] = head[c - 16] * 0.5;
+    low.chunks_exact_mut(D).for_each(|head| {
+        for c in 32..D {
+            head[c] = head[c - 32] * 0.5;
         }
     });
     let queries = rows(3, 1, Q_ROW);
@@ -135,7 +138,7 @@ fn selecting_and_keeping_everything_is_exact_attention() {
         outs.push(out);
     }
     let want: Vec<f64> = outs[0].iter().map(|&x| f64::from(x)).collect();
-    close(&outs[1], &want, 5e-3, "rank 16 in 24 channels");
+    close(&outs[1], &want, 5e-3, "rank 32 in 48 channels");
 }
 
 #[test]
