@@ -1,6 +1,60 @@
 //! Which token blocks does a step attend to?
 //!
-//! The k best of a list of scores. It knows no format: a score is a number, a block is its index.
+//! Scores of the queries that share a KV head become one importance a block, and the k best are chosen. It knows no
+//! format: a score is a number, a block is its index.
+
+use crate::isa::Isa;
+use crate::simd::{Kernel, Simd, dispatch};
+
+/// The queries of a GQA group share what is read, so a block is as important as it is to the query that wants it
+/// most: the largest log-probability among the block keys over the rows of `scores` `[R, B]`. Writes `[B]`.
+pub fn importance(isa: Isa, scores: &[f32], out: &mut [f32]) {
+    assert!(
+        !out.is_empty() && scores.len().is_multiple_of(out.len()),
+        "scores are not rows of {}",
+        out.len()
+    );
+    out.fill(f32::NEG_INFINITY);
+    for row in scores.chunks_exact(out.len()) {
+        dispatch(isa, Importance { row, out });
+    }
+}
+
+struct Importance<'a> {
+    row: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Importance<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (chunks, rest) = self.row.split_at(self.row.len() / S::LANES * S::LANES);
+        let mut tops = s.splat(f32::NEG_INFINITY);
+        for chunk in chunks.chunks_exact(S::LANES) {
+            // SAFETY: a chunk has LANES scores.
+            tops = s.max(tops, unsafe { s.load(chunk.as_ptr()) });
+        }
+        let mut top = s.max_lanes(tops);
+        for &score in rest {
+            top = top.max(score);
+        }
+        let mut sums = s.splat(0.0);
+        for chunk in chunks.chunks_exact(S::LANES) {
+            // SAFETY: a chunk has LANES scores.
+            sums = s.add(sums, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(top))));
+        }
+        let mut sum = s.sum_lanes(sums);
+        for &score in rest {
+            sum += (score - top).exp();
+        }
+        let total = top + sum.ln();
+        for (out, score) in self.out.iter_mut().zip(self.row) {
+            *out = out.max(score - total);
+        }
+    }
+}
 
 /// The `k` indices of highest score (all of them if there are fewer), ascending. Ties go to the lower index, so
 /// the choice depends on the scores alone. Scores are ordered by `f32::total_cmp`: `+NaN` counts as the
@@ -32,6 +86,26 @@ fn rank(score: f32, index: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn importance_is_the_best_log_probability_on_every_isa() {
+        for &isa in Isa::available() {
+            for blocks in [1, 5, 16, 37, 300] {
+                let scores: Vec<f32> = (0..3 * blocks).map(|i| (i as f32 * 0.7).sin() * 30.0).collect();
+                let mut out = vec![0.0; blocks];
+                importance(isa, &scores, &mut out);
+                for (b, got) in out.iter().enumerate() {
+                    let of_row = |row: &[f32]| {
+                        let sum: f64 = row.iter().map(|&s| f64::from(s).exp()).sum();
+                        f64::from(row[b]) - sum.ln()
+                    };
+                    let want = scores.chunks_exact(blocks).map(of_row).fold(f64::NEG_INFINITY, f64::max);
+                    assert!((f64::from(*got) - want).abs() < 1e-4, "{isa:?}, block {b}: {got} for {want}");
+                }
+            }
+        }
+    }
+
     use proptest::prelude::*;
 
     /// The slow way: sort everything.

@@ -86,8 +86,8 @@ pub(crate) trait Simd: Copy {
     /// Like `dot_low` for bytes `w` that stand for the codes `w - 128`, if `acc` began with `dot_full_start`.
     fn dot_full(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
 
-    /// Asks for the cache line at `p` ahead of its use; any address will do.
-    fn prefetch(self, p: *const u8);
+    /// Asks for the cache line `ahead` bytes after `p` (wrapping) ahead of its use; any address will do.
+    fn prefetch<T>(self, p: *const T, ahead: usize);
 
     /// `e^x`, relative error under 3e-7 for `x` in -87..=88; beyond, that of the nearer end: never 0 or infinite.
     /// Cody-Waite reduction by ln 2 and the degree-5 polynomial of Cephes `expf`.

@@ -2,12 +2,12 @@
 
 use crate::{KvBytes, Step, cleared};
 use mosaickv_kernels::AttnState;
-use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend};
+use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend, attend_pages};
 use std::sync::Arc;
 
-/// Pages that one task of a decode step folds (512 tokens). Fixed, so that the order of additions, and with it
+/// Pages that one task of a decode step folds (1,024 tokens). Fixed, so that the order of additions, and with it
 /// the result, does not depend on the number of threads.
-const PAGES_PER_TASK: usize = 8;
+const PAGES_PER_TASK: usize = 16;
 
 /// Query positions that one task of prefill takes.
 const QUERIES_PER_TASK: usize = 16;
@@ -81,9 +81,8 @@ pub(crate) fn decode(step: Step, heads: &[ExactHead], queries: &[f32], out: &mut
     let states = cleared(step.states, heads.len() * runs, group, d);
     step.pool.for_each(states, |task, state| {
         let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);
-        for i in first..pages.min(first + PAGES_PER_TASK) {
-            attend(step.isa, &scaled[g * group * d..][..group * d], heads[g].page(i), Visible::All, state);
-        }
+        let pages = heads[g].pages().skip(first).take(PAGES_PER_TASK);
+        attend_pages(step.isa, &scaled[g * group * d..][..group * d], pages, state);
     });
     for (states, out) in states.chunks_exact_mut(runs).zip(out.chunks_exact_mut(group * d)) {
         let (first, rest) = states.split_first_mut().expect("a head has at least its open page");

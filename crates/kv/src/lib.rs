@@ -21,6 +21,9 @@ use packed::PackedHead;
 
 pub use packed::{PackedStrategy, SINKS};
 
+/// Query heads that may share a KV head.
+const MOST_QUERIES: usize = 128;
+
 /// Shape of a model's attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
@@ -66,7 +69,7 @@ pub enum KvError {
     /// The shape is none that the kernels take.
     #[error(
         "unsupported attention shape: {heads} query heads, {kv_heads} KV heads, head_dim {head_dim}; wanted \
-         query heads a multiple of KV heads, and a head_dim that is a positive multiple of {HEAD_DIM_STEP}"
+         query heads a multiple of KV heads (at most {MOST_QUERIES} times), and a head_dim that is a positive multiple of {HEAD_DIM_STEP}"
     )]
     Shape {
         /// `H`
@@ -142,7 +145,8 @@ impl KvCache {
     /// An empty cache.
     pub fn new(shape: KvShape, format: KvFormat) -> Result<KvCache, KvError> {
         let KvShape { layers, heads, kv_heads, head_dim } = shape;
-        let divides = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+        let divides =
+            kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads) && heads / kv_heads <= MOST_QUERIES;
         if !divides || head_dim == 0 || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
             return Err(KvError::Shape { heads, kv_heads, head_dim });
         }

@@ -7,11 +7,11 @@
 
 use crate::exact::{ARC_BYTES, ExactHead};
 use crate::rotation::Rotation;
-use crate::{KvBytes, Step, cleared};
+use crate::{KvBytes, MOST_QUERIES, Step, cleared};
 use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
 use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, score_blocks};
 use mosaickv_kernels::rotate::{multiply, rotate};
-use mosaickv_kernels::select::top_k;
+use mosaickv_kernels::select::{importance, top_k};
 use mosaickv_kernels::{AttnState, Isa};
 use std::sync::Arc;
 
@@ -23,6 +23,12 @@ const FLUSH: usize = 32;
 
 /// Packed pages that one task of a decode step attends to; fixed, so that results do not depend on threads.
 const PAGES_PER_TASK: usize = 16;
+
+/// Packed pages whose blocks one task scores.
+const SCORED_PER_TASK: usize = 64;
+
+/// Scores of a page at most: 16 blocks of 4 tokens, for the largest group of query heads.
+const MOST_SCORES: usize = 16 * MOST_QUERIES;
 
 /// One static strategy for all segments (paper, s. 4, its defaults).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -185,24 +191,58 @@ impl PackedHead {
         Ok(())
     }
 
-    /// Stage 2: rotates the head's queries `[R, D]` and picks the token blocks to attend to.
-    fn select(&self, isa: Isa, queries: &[f32], rows: usize) -> Selection {
-        let Some(segment) = &self.segment else { return Selection::default() };
+    /// Rotates the scaled queries `[R, D]` and scores a run of pages: `[R, blocks of the run]`.
+    fn score(&self, isa: Isa, queries: &[f32], run: usize, out: &mut Scored) {
+        let Some(segment) = &self.segment else { return };
         let channels = self.shape.channels();
-        let mut rotated = vec![0.0; rows * channels];
-        rotate(isa, queries, &segment.rotation.keys, &mut rotated, channels);
-        let blocks = segment.blocks();
-        let (mut scores, mut of_page) = (vec![0.0; rows * blocks], vec![]);
-        for (page, &start) in segment.pages.iter().zip(&segment.starts) {
-            of_page.resize(rows * page.blocks(), 0.0);
-            score_blocks(isa, &rotated, page, &mut of_page);
+        out.queries.resize(queries.len() / self.buffer.head_dim() * channels, 0.0);
+        rotate(isa, queries, &segment.rotation.keys, &mut out.queries, channels);
+        let rows = out.queries.len() / channels;
+        let first = run * SCORED_PER_TASK;
+        let pages = &segment.pages[first..segment.pages.len().min(first + SCORED_PER_TASK)];
+        let starts = &segment.starts[first..=first + pages.len()];
+        let blocks = (starts[pages.len()] - starts[0]) as usize;
+        out.scores.resize(rows * blocks, 0.0);
+        let mut of_page = [0.0; MOST_SCORES];
+        for (page, start) in pages.iter().zip(starts) {
+            let of_page = &mut of_page[..rows * page.blocks()];
+            score_blocks(isa, &out.queries, page, of_page);
             for (r, of_row) in of_page.chunks_exact(page.blocks()).enumerate() {
-                scores[r * blocks + start as usize..][..of_row.len()].copy_from_slice(of_row);
+                let at = r * blocks + (start - starts[0]) as usize;
+                out.scores[at..at + of_row.len()].copy_from_slice(of_row);
             }
         }
-        let count = (self.strategy.selected * blocks as f32).ceil() as usize;
-        Selection { queries: rotated, blocks: top_k(&importance(&scores, blocks), count) }
     }
+
+    /// Stage 2: picks the token blocks to attend to, from the scores of all runs.
+    fn select(&self, isa: Isa, runs: &mut [Scored]) -> Selection {
+        let (Some(segment), Some(first)) = (&self.segment, runs.first_mut()) else {
+            return Selection::default();
+        };
+        let queries = std::mem::take(&mut first.queries);
+        let rows = queries.len() / self.shape.channels();
+        let blocks = segment.blocks();
+        let mut scores = Vec::with_capacity(rows * blocks);
+        for r in 0..rows {
+            for run in &*runs {
+                let of_run = run.scores.len() / rows;
+                scores.extend_from_slice(&run.scores[r * of_run..][..of_run]);
+            }
+        }
+        let mut best = vec![0.0; blocks];
+        importance(isa, &scores, &mut best);
+        let count = (self.strategy.selected * blocks as f32).ceil() as usize;
+        Selection { queries, blocks: top_k(&best, count) }
+    }
+}
+
+/// Block scores of a run of pages.
+#[derive(Default)]
+struct Scored {
+    /// `[R, C]`, rotated.
+    queries: Vec<f32>,
+    /// `[R, blocks]`
+    scores: Vec<f32>,
 }
 
 /// What stage 2 chose for one KV head.
@@ -222,31 +262,25 @@ impl Selection {
     }
 }
 
-/// The queries of a GQA group share what is read: a block counts as much as it does for the query that wants it
-/// most, in log-probability among the block keys. `scores` `[R, B]`.
-fn importance(scores: &[f32], blocks: usize) -> Vec<f32> {
-    let mut out = vec![f32::NEG_INFINITY; blocks];
-    for row in scores.chunks_exact(blocks) {
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let total = max + row.iter().map(|s| (s - max).exp()).sum::<f32>().ln();
-        out.iter_mut().zip(row).for_each(|(o, s)| *o = o.max(s - total));
-    }
-    out
-}
-
-/// One token: `queries` `[H, D]`. Selection is one task a head; attention over the selected blocks is a task for
-/// each run of pages; partial states are merged in order, and leave the segment's rotation before they meet the
-/// exact tokens.
+/// One token: `queries` `[H, D]`. Tasks are runs of pages of one head, first to score their token blocks, then to
+/// attend to the selected ones; partial states are merged in order, and leave the segment's rotation before they
+/// meet the exact tokens.
 pub(crate) fn decode(step: Step, heads: &[PackedHead], queries: &[f32], out: &mut [f32]) -> u64 {
     let (group, d, isa) = (step.shape.group(), step.shape.head_dim, step.isa);
-    let mut selections: Vec<Selection> = heads.iter().map(|_| Selection::default()).collect();
     let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
     let of_head = |g: usize| &scaled[g * group * d..][..group * d];
-    step.pool.for_each(&mut selections, |g, selection| {
-        *selection = heads[g].select(isa, of_head(g), group);
+    let pages = heads[0].segment.as_ref().map_or(0, |s| s.pages.len());
+    let score_runs = pages.div_ceil(SCORED_PER_TASK);
+    let mut scored: Vec<Scored> = (0..heads.len() * score_runs).map(|_| Scored::default()).collect();
+    step.pool.for_each(&mut scored, |task, scored| {
+        let g = task / score_runs;
+        heads[g].score(isa, of_head(g), task % score_runs, scored);
     });
+    let mut selections: Vec<Selection> = heads.iter().map(|_| Selection::default()).collect();
+    let mut parts: Vec<_> = selections.iter_mut().zip(scored.chunks_mut(score_runs.max(1))).collect();
+    step.pool.for_each(&mut parts, |g, (selection, runs)| **selection = heads[g].select(isa, runs));
     let channels = heads[0].shape.channels();
-    let runs = heads[0].segment.as_ref().map_or(0, |s| s.pages.len()).div_ceil(PAGES_PER_TASK);
+    let runs = pages.div_ceil(PAGES_PER_TASK);
     let partial = cleared(step.states, heads.len() * runs, group, channels);
     step.pool.for_each(partial, |task, state| {
         let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);

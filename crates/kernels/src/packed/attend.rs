@@ -493,7 +493,7 @@ fn prefetch_rows<S: Simd>(s: S, page: &PackedPage, rows: Rows) {
     let bitmaps = (rows.bitmaps, rows.n * shape.bitmap_bytes());
     for (start, bytes) in [elements, bitmaps] {
         for line in (0..bytes.next_multiple_of(LINE)).step_by(LINE) {
-            s.prefetch(page_bytes.wrapping_add(start + line));
+            s.prefetch(page_bytes, start + line);
         }
     }
 }

@@ -162,7 +162,7 @@ impl Simd for Scalar {
         self.dot_low(acc, w, x)
     }
     #[inline(always)]
-    fn prefetch(self, _: *const u8) {}
+    fn prefetch<T>(self, _: *const T, _: usize) {}
 }
 
 #[cfg(test)]
