@@ -25,7 +25,7 @@ mod encode;
 #[cfg(test)]
 mod tests;
 
-pub use attend::{attend_blocks, attend_page, score_blocks};
+pub use attend::{Ahead, attend_blocks, attend_page, score_blocks};
 
 use std::fmt;
 use std::ops::Range;

@@ -9,7 +9,7 @@ use crate::exact::{ARC_BYTES, ExactHead};
 use crate::rotation::Rotation;
 use crate::{KvBytes, MOST_QUERIES, Step, cleared};
 use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
-use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, score_blocks};
+use mosaickv_kernels::packed::{Ahead, PackedPage, PackedShape, attend_blocks, score_blocks};
 use mosaickv_kernels::rotate::{multiply, rotate};
 use mosaickv_kernels::select::{importance, top_k};
 use mosaickv_kernels::{AttnState, Isa};
@@ -204,7 +204,12 @@ impl PackedHead {
         let blocks = (starts[pages.len()] - starts[0]) as usize;
         out.scores.resize(rows * blocks, 0.0);
         let mut of_page = [0.0; MOST_SCORES];
-        for (page, start) in pages.iter().zip(starts) {
+        for (i, (page, start)) in pages.iter().zip(starts).enumerate() {
+            for (distance, ahead) in [(12, Ahead::Header), (6, Ahead::BlockKeys)] {
+                if let Some(page) = pages.get(i + distance) {
+                    page.prefetch(isa, ahead);
+                }
+            }
             let of_page = &mut of_page[..rows * page.blocks()];
             score_blocks(isa, &out.queries, page, of_page);
             for (r, of_row) in of_page.chunks_exact(page.blocks()).enumerate() {
@@ -285,9 +290,17 @@ pub(crate) fn decode(step: Step, heads: &[PackedHead], queries: &[f32], out: &mu
     step.pool.for_each(partial, |task, state| {
         let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);
         let segment = heads[g].segment.as_ref().expect("heads of a layer have segments together");
-        let pages = segment.pages.iter().zip(segment.starts.windows(2));
-        for (page, starts) in pages.skip(first).take(PAGES_PER_TASK) {
-            let mask = selections[g].mask(starts[0], starts[1]);
+        let pages = segment.pages.iter().zip(segment.starts.windows(2)).skip(first).take(PAGES_PER_TASK);
+        let chosen: Vec<_> = pages
+            .map(|(page, starts)| (page, selections[g].mask(starts[0], starts[1])))
+            .filter(|&(_, mask)| mask != 0)
+            .collect();
+        for (i, &(page, mask)) in chosen.iter().enumerate() {
+            for distance in if i == 0 { 1..=2 } else { 2..=2 } {
+                if let Some((page, mask)) = chosen.get(i + distance) {
+                    page.prefetch(isa, Ahead::Blocks(*mask));
+                }
+            }
             attend_blocks(isa, &selections[g].queries, page, mask, state);
         }
     });

@@ -15,6 +15,7 @@
     reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
 )]
 
+use std::ops::Range;
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
@@ -66,11 +67,21 @@ pub fn attend_page(isa: Isa, queries: &[f32], page: &PackedPage, state: &mut Att
     attend_blocks(isa, queries, page, all_blocks(page), state);
 }
 
+/// What a later call will read of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// The page's header, without which the rest can't be asked for.
+    Header,
+    /// The block keys, for [`score_blocks`].
+    BlockKeys,
+    /// These blocks, for [`attend_blocks`].
+    Blocks(u32),
+}
+
 impl PackedPage {
-    /// Asks for the keys of the `selected` blocks ahead of [`attend_blocks`], which fetches the values itself:
-    /// call it for the next page while one is attended to.
-    pub fn prefetch(&self, isa: Isa, selected: u32) {
-        dispatch(isa, Prefetch { page: self, selected: selected & all_blocks(self) });
+    /// Asks for memory ahead of its use, which hides its latency: call it a few pages before the one at hand.
+    pub fn prefetch(&self, isa: Isa, ahead: Ahead) {
+        dispatch(isa, Prefetch { page: self, ahead });
     }
 }
 
@@ -471,15 +482,30 @@ impl Iterator for Bits {
 
 struct Prefetch<'a> {
     page: &'a PackedPage,
-    selected: u32,
+    ahead: Ahead,
 }
 
 impl Kernel for Prefetch<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for b in bits_of(self.selected) {
-            prefetch_rows(s, self.page, self.page.layout().block(b).0);
+        let page = self.page;
+        let lines = |bytes: Range<usize>| (bytes.start..bytes.end.next_multiple_of(LINE)).step_by(LINE);
+        match self.ahead {
+            Ahead::Header => s.prefetch(page, 0),
+            Ahead::BlockKeys => {
+                for line in lines(0..page.bytes_of_block_keys()) {
+                    s.prefetch(page.words.as_ptr(), line);
+                }
+            }
+            Ahead::Blocks(selected) => {
+                for b in bits_of(selected & all_blocks(page)) {
+                    let start = page.bytes_of_block_keys() + b * page.bytes_of_block();
+                    for line in lines(start..start + page.bytes_of_block()) {
+                        s.prefetch(page.words.as_ptr(), line);
+                    }
+                }
+            }
         }
     }
 }
