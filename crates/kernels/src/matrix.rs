@@ -177,7 +177,7 @@ impl Matrix {
             return tile::TILE_ROWS;
         }
         // Small enough for 16 threads to share a matrix, large enough to outweigh the claim of a task.
-        let bytes = (self.bytes() / 64).clamp(8 << 10, 256 << 10);
+        let bytes = (self.bytes() / 16).clamp(32 << 10, 256 << 10);
         let panel = self.bytes().div_ceil(self.rows().div_ceil(ROWS));
         (bytes / panel).max(1) * ROWS
     }

@@ -22,6 +22,10 @@ use std::ops::Range;
 /// Tokens that share one reading of a panel.
 const TOGETHER: usize = 8;
 
+/// How many bytes ahead of their use weights are asked for: what memory delivers in its latency. Beyond a panel
+/// lies the next one of the task.
+const AHEAD: usize = 4096;
+
 /// A layout as a type, so that kernels are compiled for it.
 trait Format {
     const LAYOUT: Layout;
@@ -111,6 +115,9 @@ fn fold<S: Simd, F: Format, const N: usize>(s: S, panel: &[u8], x: &[activations
     let mut sums = [[s.splat(0.0); N]; 2];
     let mut i = 0;
     for block in panel.chunks_exact(F::LAYOUT.block_bytes()) {
+        for line in (0..F::LAYOUT.block_bytes()).step_by(64) {
+            s.prefetch(block.as_ptr(), AHEAD + line);
+        }
         let heads = read_heads::<S, F>(s, block);
         for span in block[F::LAYOUT.head_bytes()..].chunks_exact(F::LAYOUT.span_bytes()) {
             for (part, &head) in heads[..ROWS / S::LANES].iter().enumerate() {

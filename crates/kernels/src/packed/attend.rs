@@ -15,12 +15,12 @@
     reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
 )]
 
-use std::ops::Range;
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::AttnState;
 use half::f16;
+use std::ops::Range;
 
 /// Rows that share the load of an element: more would not fit the registers.
 const ROWS: usize = 4;
