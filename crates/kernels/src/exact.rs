@@ -7,6 +7,8 @@
 //!
 //! Blocked attention as in FlashAttention (Dao et al. 2022, arXiv 2205.14135, s. 3.1).
 
+#![expect(clippy::needless_range_loop, reason = "indices over arrays of registers read as the formula does")]
+
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::{AttnState, fold_scores};
@@ -403,7 +405,7 @@ fn weigh_tile<S: Simd, const R: usize, const N: usize>(
         for (n, v) in v.iter_mut().enumerate() {
             // SAFETY: t < tokens and at + N * LANES <= d, so inside values.
             *v = unsafe { s.load_f16(values.as_ptr().add(t * d + at + n * S::LANES)) };
-            if (at + n * S::LANES) % 32 == 0 {
+            if (at + n * S::LANES).is_multiple_of(32) {
                 s.prefetch(values.as_ptr().wrapping_add(t * d + at + n * S::LANES), ahead);
             }
         }

@@ -10,21 +10,19 @@ use mosaickv_kernels::oracle;
 
 impl KvCache {
     /// What [`attend`](KvCache::attend) should give for the newest token: `queries` `[H, D]`, output `[H, D]`, of
-    /// which only the rows of the KV heads in `heads` are worked out; the others are 0.
-    pub fn oracle(&self, layer: usize, queries: &[f32], heads: std::ops::Range<usize>) -> Vec<f64> {
+    /// which only the rows of KV head `g` are worked out; the others are 0.
+    pub fn oracle(&self, layer: usize, queries: &[f32], g: usize) -> Vec<f64> {
         let (group, d) = (self.shape.group(), self.shape.head_dim);
         let scale = (d as f64).sqrt().recip();
         let mut out = vec![0.0; queries.len()];
-        for g in heads {
-            let span = g * group * d..(g + 1) * group * d;
-            let queries: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q) * scale).collect();
-            let (keys, values) = match &self.layers[layer] {
-                Layer::Exact(heads) => exact_rows(&heads[g]),
-                Layer::Packed(heads) => heads[g].oracle_rows(&queries),
-            };
-            for (query, out) in queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d)) {
-                out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
-            }
+        let span = g * group * d..(g + 1) * group * d;
+        let queries: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q) * scale).collect();
+        let (keys, values) = match &self.layers[layer] {
+            Layer::Exact(heads) => exact_rows(&heads[g]),
+            Layer::Packed(heads) => heads[g].oracle_rows(&queries),
+        };
+        for (query, out) in queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d)) {
+            out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
         }
         out
     }

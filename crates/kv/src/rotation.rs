@@ -69,7 +69,11 @@ mod tests {
         }
         let rotation = Rotation::learn(&x, &x, d, d);
         let first: Vec<f32> = (0..d).map(|i| rotation.keys[i * d].to_f32()).collect();
-        assert!((first[0].abs() - 0.7071).abs() < 1e-3 && (first[0] - first[1]).abs() < 1e-3, "{first:?}");
+        assert!(
+            (first[0].abs() - std::f32::consts::FRAC_1_SQRT_2).abs() < 1e-3
+                && (first[0] - first[1]).abs() < 1e-3,
+            "{first:?}"
+        );
         let second: Vec<f32> = (0..d).map(|i| rotation.keys[i * d + 1].to_f32()).collect();
         assert!((second[0] + second[1]).abs() < 1e-3, "{second:?}");
         // Orthonormal, and the value matrix is the transpose of the output matrix.

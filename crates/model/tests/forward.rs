@@ -126,7 +126,7 @@ fn greedy_continuations_are_those_of_llama_cpp_up_to_near_ties() {
                     };
                     let got = argmax(logits);
                     if parts.is_none() && got != want {
-                        let gap = logits[got as usize] - logits[want as usize];
+                        let gap = f64::from(logits[got as usize] - logits[want as usize]);
                         parts = Some((i - first, got, want, gap));
                     }
                 })

@@ -18,7 +18,6 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use hub::HubName;
-pub use interrupt::release_signals;
 
 /// The name under which the small demonstration model is fetched: SmolLM2-135M-Instruct, Q4_1, 98 MB.
 pub const ALIAS: &str = "smollm2-135m";
@@ -105,7 +104,7 @@ fn choices(found: &[String]) -> String {
 ///
 /// In this order: the alias [`ALIAS`]; anything that exists at that path; a hub repository `owner/name`, with an
 /// optional `:file.gguf` or `:Q4_K_M`. A folder called like the alias is meant by `./smollm2-135m`.
-/// Progress goes to stderr. While the alias is being fetched, Ctrl-C ends the fetch (see [`release_signals`]).
+/// Progress goes to stderr. While the alias is being fetched, Ctrl-C ends the fetch.
 pub fn resolve(model: &str) -> Result<PathBuf, FetchError> {
     if model == ALIAS {
         let cache = cache_folder(std::env::var_os(CACHE_VARIABLE), dirs::cache_dir())?;

@@ -195,12 +195,11 @@ fn max_error(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
     let mut out = vec![0.0; queries.len()];
     cache.attend(pool, 0, queries, &mut out);
     let quick = cache.tokens() * kv_heads <= 1 << 17;
-    let checked = if quick { vec![0..kv_heads] } else { vec![0..1, kv_heads - 1..kv_heads] };
+    let per_head = heads / kv_heads * head_dim;
     let mut worst: f64 = 0.0;
-    for range in checked {
-        let per_head = heads / kv_heads * head_dim;
-        let span = range.start * per_head..range.end * per_head;
-        let want = &cache.oracle(0, queries, range)[span.clone()];
+    for g in (0..kv_heads).filter(|&g| quick || g == 0 || g == kv_heads - 1) {
+        let span = g * per_head..(g + 1) * per_head;
+        let want = &cache.oracle(0, queries, g)[span.clone()];
         let largest = want.iter().fold(0.0f64, |m, w| m.max(w.abs()));
         for (got, want) in out[span].iter().zip(want) {
             worst = worst.max((f64::from(*got) - want).abs() / largest);

@@ -2,14 +2,13 @@
 //!
 //! For the length of a fetch SIGINT and SIGTERM only raise a flag, which the fetch polls: it ends pip, removes its
 //! temporary folder and returns `Interrupted`. Before and after, the signals end the process as they always do.
-//! A process cannot give its signals back to the system in safe Rust, so the default is imitated after the fetch
-//! until [`release_signals`] is called.
+//! A process cannot give its signals back to the system in safe Rust, so the default is imitated after the fetch.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::{SigId, flag, low_level};
+use signal_hook::flag;
 
 use super::FetchError;
 
@@ -19,7 +18,6 @@ struct Registered {
     stop: Arc<AtomicBool>,
     /// While true, the signals do what they do by default.
     default: Arc<AtomicBool>,
-    ids: Vec<SigId>,
 }
 
 /// A fetch under way; at its end the signals end the process again. One at a time.
@@ -58,20 +56,9 @@ pub(super) fn watch() -> Result<Watch, FetchError> {
 
 fn register() -> std::io::Result<Registered> {
     let (stop, default) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let mut ids = Vec::new();
     for signal in [SIGINT, SIGTERM] {
-        ids.push(flag::register(signal, stop.clone())?);
-        ids.push(flag::register_conditional_default(signal, default.clone())?);
+        flag::register(signal, stop.clone())?;
+        flag::register_conditional_default(signal, default.clone())?;
     }
-    Ok(Registered { stop, default, ids })
-}
-
-/// Stops answering SIGINT and SIGTERM here. Call it before a server installs its own handler: otherwise, in a
-/// process that has fetched a model, the signal would end the process before that handler is done.
-/// Afterwards the signals do nothing unless somebody else answers them.
-pub fn release_signals() {
-    let taken = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).take();
-    for id in taken.into_iter().flat_map(|registered| registered.ids) {
-        low_level::unregister(id);
-    }
+    Ok(Registered { stop, default })
 }

@@ -1,0 +1,128 @@
+//! The binary as a user meets it: bad input gets a clear error, exit code 2, and nothing on stdout.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+fn mosaickv(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mosaickv")).args(args).env_remove("MOSAICKV_MODEL").output().unwrap()
+}
+
+/// A tiny checkpoint of the model crate's tests.
+fn tiny(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../model/tests/data").join(name);
+    path.to_str().unwrap().to_owned()
+}
+
+fn file(name: &str, bytes: &[u8]) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (folder, path)
+}
+
+fn refused(args: &[&str], says: &[&str]) {
+    let output = mosaickv(args);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    assert!(output.stdout.is_empty(), "{args:?} printed something");
+    for word in says {
+        assert!(error.contains(word), "{args:?}: no `{word}` in: {error}");
+    }
+    assert!(!error.contains("panicked"), "{args:?}: {error}");
+}
+
+#[test]
+fn bad_models() {
+    refused(&["run", "--model", "/no/such/file.gguf", "hello"], &["/no/such/file.gguf", "give a path"]);
+    let whole = std::fs::read(tiny("llama.gguf")).unwrap();
+    let (_folder, path) = file("short.gguf", &whole[..whole.len() / 2]);
+    refused(&["run", "--model", &path, "hello"], &["short.gguf"]);
+    let (_folder, path) = file("text.gguf", b"this is no model");
+    refused(&["run", "--model", &path, "hello"], &["text.gguf"]);
+    let mut strange = whole.clone();
+    let at = strange.windows(5).position(|w| w == b"llama").unwrap();
+    strange[at..at + 5].copy_from_slice(b"mamba");
+    let (_folder, path) = file("mamba.gguf", &strange);
+    refused(&["run", "--model", &path, "hello"], &["mamba", "llama"]);
+}
+
+#[test]
+fn bad_documents_and_questions() {
+    let model = tiny("llama.gguf");
+    let run = |rest: &[&str], says: &[&str]| refused(&[&["run", "--model", &model], rest].concat(), says);
+    run(&["--file", "/no/such/text", "hello"], &["/no/such/text"]);
+    let (_folder, empty) = file("empty.txt", b" \n\t ");
+    run(&["--file", &empty, "hello"], &["empty.txt", "is empty"]);
+    let (_folder, latin) = file("latin.txt", b"caf\xe9");
+    run(&["--file", &latin, "hello"], &["not UTF-8", "byte at 3"]);
+    run(&["  "], &["question is empty"]);
+}
+
+#[test]
+fn bad_flags() {
+    let model = tiny("llama.gguf");
+    refused(&["run", "--model", &model, "--colour", "hello"], &["--colour"]);
+    refused(&["run", "--model", &model, "--kv", "zipped", "hello"], &["zipped", "exact or packed"]);
+    refused(&["run", "--model", &model, "--kv", "packed:kept=7", "hello"], &["kept"]);
+    refused(&["run", "--model", &model, "--threads", "0", "hello"], &["--threads"]);
+    refused(&["bench", "attention", "--heads", "5", "--kv-heads", "3"], &["5 query heads", "3 KV heads"]);
+    refused(&["bench", "attention", "--context", "0"], &["--context 0"]);
+    refused(&["demo", "--kv", "exact", "--model", &model], &["compare the exact cache with itself"]);
+}
+
+#[test]
+fn a_prompt_over_the_context_is_refused_with_both_counts() {
+    let (_folder, long) = file("long.txt", "many words ".repeat(3000).as_bytes());
+    refused(
+        &["run", "--model", &tiny("llama.gguf"), "--file", &long, "hello"],
+        &["tokens", "maximum context length is"],
+    );
+}
+
+#[test]
+fn an_answer_has_a_bill_that_adds_up() {
+    for kv in ["exact", "packed"] {
+        let model = tiny("llama.gguf");
+        let output =
+            mosaickv(&["run", "--model", &model, "--kv", kv, "--max-tokens", "3", "--json", "hello world"]);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(0), "{kv}: {error}");
+        let bill: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number = |key: &str| bill[key].as_f64().unwrap_or_else(|| panic!("{kv}: no {key} in {bill}"));
+        assert_eq!(bill["kv"], kv);
+        assert!(number("prompt_tokens") > 0.0 && number("output_tokens") <= 3.0);
+        let ratio = number("kv_bytes_exact_f16") / number("kv_bytes");
+        assert!((number("ratio") - ratio).abs() < 1e-9);
+        assert!((number("bits_per_scalar") - 16.0 / ratio).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn a_benchmark_prints_rows_with_what_was_measured() {
+    let output = mosaickv(&[
+        "bench",
+        "attention",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "32",
+        "--context",
+        "300",
+        "--rounds",
+        "1",
+        "--json",
+    ]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["machine"]["stream_gb_s"].as_f64().unwrap() > 0.0);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        assert!(row["time_us"].as_f64().unwrap() > 0.0 && row["max_error"].as_f64().unwrap() < 1e-4);
+    }
+    // 300 tokens, 2 KV heads, 32 channels, keys and values, 2 bytes each.
+    assert_eq!(rows[0]["bytes_read"], 300 * 2 * 32 * 2 * 2);
+}
