@@ -16,7 +16,7 @@
 //! Four rows are bound by the multiply-adds (36 of them more than one row, 11 ns more), one row by the spreading
 //! of elements over lanes.
 
-use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, attend_page, score_blocks};
+use mosaickv_kernels::packed::{Ahead, PackedPage, PackedShape, attend_blocks, attend_page, score_blocks};
 use mosaickv_kernels::{AttnState, Isa, oracle, select};
 use std::time::Instant;
 
@@ -75,7 +75,7 @@ fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
         state.clear();
         for (i, &(page, mask)) in selected.iter().enumerate() {
             if let Some(&(next, mask)) = selected.get(i + 2) {
-                next.prefetch(isa, mask);
+                next.prefetch(isa, Ahead::Blocks(mask));
             }
             attend_blocks(isa, queries, page, mask, &mut state);
         }
