@@ -15,7 +15,7 @@ mod packed;
 mod rotation;
 
 use exact::ExactHead;
-use mosaickv_kernels::packed::{PackedError, PackedShape};
+use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 
@@ -306,13 +306,6 @@ impl Layer {
             Layer::Exact(heads) => heads[0].tokens(),
             Layer::Packed(heads) => heads[0].tokens(),
         }
-    }
-}
-
-impl PackedStrategy {
-    /// The shape of vectors that the strategy gives at this head_dim.
-    pub fn shape(self, head_dim: usize) -> Result<PackedShape, PackedError> {
-        PackedShape::with_rate(head_dim, 1.0 - self.kept, self.group)
     }
 }
 

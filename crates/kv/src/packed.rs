@@ -9,7 +9,9 @@ use crate::exact::{ARC_BYTES, ExactHead};
 use crate::rotation::Rotation;
 use crate::{KvBytes, MOST_QUERIES, Step, cleared};
 use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
-use mosaickv_kernels::packed::{Ahead, PackedPage, PackedShape, attend_blocks, score_blocks};
+use mosaickv_kernels::packed::{
+    Ahead, BLOCKS, PackedError, PackedPage, PackedShape, attend_blocks, score_blocks,
+};
 use mosaickv_kernels::rotate::{multiply, rotate};
 use mosaickv_kernels::select::{importance, top_k};
 use mosaickv_kernels::{AttnState, Isa};
@@ -47,6 +49,20 @@ pub struct PackedStrategy {
 impl Default for PackedStrategy {
     fn default() -> PackedStrategy {
         PackedStrategy { kept: 0.25, group: 1, block: 8, selected: 0.10 }
+    }
+}
+
+impl PackedStrategy {
+    /// The shape of vectors that the strategy gives at this head_dim, if all its parameters are what they may be.
+    pub fn shape(self, head_dim: usize) -> Result<PackedShape, PackedError> {
+        let refuse = |what, got, wanted| Err(PackedError::Shape { what, got, wanted });
+        if !BLOCKS.contains(&self.block) {
+            return refuse("block", self.block, "4, 8 or 16 tokens");
+        }
+        if !(self.selected > 0.0 && self.selected <= 1.0) {
+            return refuse("selected, in percent", (self.selected * 100.0) as usize, "above 0, at most 100");
+        }
+        PackedShape::with_rate(head_dim, 1.0 - self.kept, self.group)
     }
 }
 

@@ -172,8 +172,8 @@ fn chunks_steps_and_threads_give_the_same_logits() {
     assert_eq!(argmax(&stepped), argmax(&whole[0]));
 }
 
-/// A compressed cache that keeps three quarters of each vector and selects every block changes little; the paper's
-/// quarter and a tenth change more. Both stay usable for a generation.
+/// A compressed cache that keeps three quarters or half of each vector and selects every block changes little; the
+/// paper's quarter of the elements and tenth of the tokens change more.
 #[test]
 fn packed_follows_exact_as_far_as_it_keeps() {
     let Some((model, _)) = &*SMOLLM2 else { return };
@@ -202,7 +202,8 @@ fn packed_follows_exact_as_far_as_it_keeps() {
         mean_kl(paper),
     );
     println!("mean KL: kept 0.75 of all tokens {all:.4}, 0.5 of all {most:.4}, the paper's {quarter:.4}");
-    assert!(all < 0.05 && all < most && most < quarter && quarter < 2.0);
+    // What is lost at 0.75 and 0.5 is the truncated quarter of the channels; a quarter of the elements costs more.
+    assert!(all < 0.05 && most < 0.05 && 1.5 * most < quarter && quarter < 0.3);
 }
 
 #[test]

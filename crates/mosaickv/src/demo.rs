@@ -13,8 +13,8 @@ use std::io::{self, Write};
 const DOCUMENT: &str = include_str!("../demo/document.txt");
 
 const QUESTIONS: [&str; 2] = [
-    "What was the name of the learned man who translated the ancient Dutch volume?",
-    "What was the title of the ancient Dutch volume?",
+    "What was the name of the professor of Low Dutch and High German?",
+    "According to the text, the English were preceded in the whale fishery by whom?",
 ];
 
 #[derive(Args)]

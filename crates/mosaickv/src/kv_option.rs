@@ -99,12 +99,6 @@ fn packed(parameters: &[&str]) -> Result<KvOption, String> {
             _ => return Err(format!("unknown parameter {key}; packed has kept, group, block and selected")),
         }
     }
-    if !(strategy.selected > 0.0 && strategy.selected <= 1.0) {
-        return Err(format!("selected={} is not a share in (0, 1]", strategy.selected));
-    }
-    if ![4, 8, 16].contains(&strategy.block) {
-        return Err(format!("block={}; wanted 4, 8 or 16 tokens", strategy.block));
-    }
     // What depends on head_dim is checked again with the model's; 64 tells what can never be.
     strategy.shape(64).map_err(|error| error.to_string())?;
     Ok(KvOption(KvFormat::Packed(strategy)))

@@ -8,8 +8,7 @@
 //!
 //! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
 //! has the CPU features and hand vectors over in memory: 4 times slower); 24 accumulators of values for four
-//! rows (they spill; two tiles of 12 are no slower with groups of 1 and a quarter faster with groups of 4);
-//! four tokens in flight on AVX2 (16 accumulators of 16 registers).
+//! rows (they spill; two tiles of 12 are no slower with groups of 1 and a quarter faster with groups of 4).
 #![expect(
     clippy::needless_range_loop,
     reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
@@ -18,7 +17,7 @@
 use super::{BLOCKS, PAGE_TOKENS, PackedPage, Rows};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::state::AttnState;
+use crate::state::{AttnState, fold_scores};
 use half::f16;
 use std::ops::Range;
 
@@ -262,27 +261,8 @@ fn softmax<S: Simd, const R: usize>(
 ) -> [f32; R] {
     let mut olds = [1.0; R];
     for r in 0..R {
-        let row = &mut weights[r][..tokens.next_multiple_of(S::LANES)];
-        let mut top = s.splat(max[r]);
-        for x in row.chunks_exact(S::LANES) {
-            // SAFETY: the chunk has LANES floats.
-            top = s.max(top, unsafe { s.load(x.as_ptr()) });
-        }
-        let new = s.max_lanes(top);
-        let (shift, mut total) = (s.splat(new), s.splat(0.0));
-        for x in row.chunks_exact_mut(S::LANES) {
-            // SAFETY: the chunk has LANES floats.
-            unsafe {
-                let w = s.exp(s.sub(s.load(x.as_ptr()), shift));
-                s.store(x.as_mut_ptr(), w);
-                total = s.add(total, w);
-            }
-        }
-        if max[r] != new {
-            olds[r] = (max[r] - new).exp();
-        }
-        sum[r] = sum[r] * olds[r] + s.sum_lanes(total);
-        max[r] = new;
+        let row = &mut weights[r][..tokens.next_multiple_of(16)];
+        olds[r] = fold_scores(s, row, &mut max[r], &mut sum[r]);
     }
     olds
 }
