@@ -5,12 +5,28 @@
 
 mod common;
 
-use common::{SMOLLM2, data, ids, json};
+use common::SMOLLM2;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::{KvFormat, PackedStrategy};
 use mosaickv_model::{ForwardError, Model, Sequence};
 use serde_json::Value;
+use std::path::{Path, PathBuf};
+
+/// A file of `tests/data`.
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// A JSON file of `tests/data`.
+fn json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(data(name)).unwrap()).unwrap()
+}
+
+/// A JSON list of token ids.
+fn ids(list: &Value) -> Vec<u32> {
+    list.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
 
 fn numbers(list: &Value) -> Vec<f64> {
     list.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
