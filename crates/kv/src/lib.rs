@@ -185,6 +185,11 @@ impl KvCache {
         self.layers.last().map_or(0, Layer::tokens)
     }
 
+    /// Whether a prompt has been compressed: from then on tokens come one at a time.
+    pub fn is_compressed(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer, Layer::Packed(_)))
+    }
+
     /// Adds `T` tokens to a layer: `keys` and `values` `[T, G, D]`, keys after RoPE. Either all are stored or, on
     /// an error, none. After the layer's [`end_prompt`](KvCache::end_prompt) a compressing cache takes one token
     /// at a time.

@@ -18,7 +18,9 @@ const CHUNK_TOKENS: usize = 8192;
 /// Tokens that go through a feed-forward layer, or through the output matrix, together.
 const BLOCK_TOKENS: usize = 512;
 
-/// One sequence of tokens: a model, the threads to run it on, and what it remembers.
+/// One sequence of tokens: a model, the threads to run it on, and what it remembers. A clone goes on from the same
+/// tokens and shares their sealed pages.
+#[derive(Clone)]
 pub struct Sequence<'a> {
     model: &'a Model,
     pool: &'a Pool,
@@ -105,7 +107,8 @@ impl<'a> Sequence<'a> {
     }
 
     /// Reads a whole prompt, compresses it layer by layer as the format says, and returns the logits `[vocab]`
-    /// that follow its last token. `progress` is called with layers done and layers in all.
+    /// that follow its last token. `progress` is called with layers done and layers in all. After a compressed
+    /// prompt a further one goes token by token, each reading what is compressed.
     pub fn prefill(
         &mut self,
         prompt: &[u32],
@@ -113,6 +116,14 @@ impl<'a> Sequence<'a> {
     ) -> Result<Vec<f32>, ForwardError> {
         assert!(!prompt.is_empty(), "a prompt needs at least one token");
         self.check(prompt)?;
+        if self.cache.is_compressed() {
+            let mut logits = Vec::new();
+            for (i, &token) in prompt.iter().enumerate() {
+                logits = self.step(token)?;
+                progress(i + 1, prompt.len());
+            }
+            return Ok(logits);
+        }
         let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
         let layers = self.model.layers.len();
         let mut last = Vec::new();
@@ -132,9 +143,15 @@ impl<'a> Sequence<'a> {
     }
 
     /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
-    /// one of them. Compresses nothing.
+    /// one of them. Compresses nothing; after a compressed prompt it goes token by token.
     pub fn score(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), ForwardError> {
         self.check(tokens)?;
+        if self.cache.is_compressed() {
+            for (i, &token) in tokens.iter().enumerate() {
+                each(i, &self.step(token)?);
+            }
+            return Ok(());
+        }
         let hidden = self.layers(tokens, false, &mut |_| ())?;
         let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
         for (b, block) in hidden.chunks(BLOCK_TOKENS * width).enumerate() {

@@ -223,6 +223,23 @@ fn packed_follows_exact_as_far_as_it_keeps() {
 }
 
 #[test]
+fn a_second_prompt_reads_the_compressed_first() {
+    let Some((model, _)) = &*SMOLLM2 else { return };
+    let tokens = ids(&json("smollm2_reference.json")["ids"]);
+    let pool = Pool::new(2);
+    let strategy = PackedStrategy { kept: 0.5, selected: 1.0, ..PackedStrategy::default() };
+    let mut whole = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
+    whole.prefill(&tokens[..150], &mut |_, _| ()).unwrap();
+    let mut scored = whole.clone();
+    let mut rows = vec![];
+    scored.score(&tokens[150..170], &mut |i, logits| rows.push((i, argmax(logits)))).unwrap();
+    let last = whole.prefill(&tokens[150..170], &mut |_, _| ()).unwrap();
+    assert_eq!((whole.cache().tokens(), rows.len()), (170, 20));
+    assert_eq!(rows[19], (19, argmax(&last)));
+    whole.cache().check().unwrap();
+}
+
+#[test]
 fn too_long_and_unknown_tokens_are_refused_with_both_numbers() {
     let (model, _) = Model::load(&data("llama.gguf"), &mut |_, _| ()).unwrap();
     let pool = Pool::new(1);

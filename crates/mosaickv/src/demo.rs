@@ -20,7 +20,7 @@ const QUESTIONS: [&str; 2] = [
 #[derive(Args)]
 #[command(after_help = "Example:\n  mosaickv demo --threads 4")]
 pub struct DemoArgs {
-    /// A GGUF file, a safetensors folder, a hub repository (owner/name[:file]), or smollm2-135m
+    /// A GGUF file, a safetensors folder, a hub repository (owner/name or owner/name:file), or smollm2-135m
     #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]

@@ -65,7 +65,7 @@ struct RunArgs {
 /// Which model, and how many threads to run it on.
 #[derive(Args, Clone)]
 struct ModelArgs {
-    /// A GGUF file, a safetensors folder, a hub repository (owner/name[:file]), or smollm2-135m
+    /// A GGUF file, a safetensors folder, a hub repository (owner/name or owner/name:file), or smollm2-135m
     #[arg(long, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]
