@@ -14,8 +14,8 @@ pub(crate) enum Kind {
     Avx512,
 }
 
-/// An instruction set that this CPU is known to have. `Scalar` is portable Rust; `Avx2` needs AVX2, FMA and
-/// F16C; `Avx512` needs AVX-512 F, BW, DQ, VL and VNNI.
+/// An instruction set that this CPU is known to have. `Scalar` is portable Rust; `Avx2` needs AVX2, FMA,
+/// F16C, POPCNT and BMI; `Avx512` needs AVX-512 F, BW, DQ, VL and VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(pub(crate) Kind);
 
@@ -32,7 +32,10 @@ impl Isa {
             {
                 let avx2 = is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("f16c");
+                    && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("popcnt")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("bmi2");
                 if avx2 {
                     found.push(Isa(Kind::Avx2));
                 }

@@ -264,7 +264,8 @@ impl KvCache {
         self.bytes_read
     }
 
-    /// Bytes allocated. A page shared with a clone counts in both.
+    /// Bytes allocated for what is remembered; the working memory of a step (partial attention states) is not among
+    /// them. A page shared with a clone counts in both.
     pub fn bytes(&self) -> KvBytes {
         let mut bytes = KvBytes {
             lists: size_of::<KvCache>() + self.layers.capacity() * size_of::<Layer>(),

@@ -1,7 +1,7 @@
 //! A KV head in the paper's packed format: sinks, a segment of packed pages, and the update buffer.
 //!
-//! Per head, in order of tokens: the first [`SINKS`] stay exact; then come packed pages; the newest 32 to 63 wait
-//! in the update buffer, and each time it is full its oldest 32 are packed at once (paper, s. 5). All pages share
+//! Per head, in order of tokens: the first [`SINKS`] stay exact; then come packed pages; the newest 32 to 64 wait
+//! in the update buffer, and when one more comes to a full one its oldest 32 are packed at once (paper, s. 5). All pages share
 //! one rotation, learnt from the tokens that were there when the first page was packed: the prompt.
 //! Every token stays addressable; a step *selects* token blocks, and always attends to sinks and buffer.
 
@@ -36,7 +36,7 @@ const MOST_SCORES: usize = 16 * MOST_QUERIES;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PackedStrategy {
     /// Share of each vector's elements that are kept, in (0, 0.75]: the bottom quarter of the channels is
-    /// truncated.
+    /// truncated (what is left rounded up to a multiple of 16).
     pub kept: f32,
     /// Neighbouring channels that are kept or dropped together: 1, 2 or 4.
     pub group: usize,
@@ -60,7 +60,11 @@ impl PackedStrategy {
             return refuse("block", self.block, "4, 8 or 16 tokens");
         }
         if !(self.selected > 0.0 && self.selected <= 1.0) {
-            return refuse("selected, in percent", (self.selected * 100.0) as usize, "above 0, at most 100");
+            return refuse(
+                "selected, in percent,",
+                (self.selected * 100.0).ceil() as usize,
+                "above 0, at most 100",
+            );
         }
         PackedShape::with_rate(head_dim, 1.0 - self.kept, self.group)
     }
@@ -91,7 +95,7 @@ impl Segment {
     }
 
     fn tokens(&self) -> usize {
-        self.pages.iter().map(|page| page.tokens()).sum()
+        self.pages.first().map_or(0, |page| self.blocks() * page.block())
     }
 
     fn push(&mut self, page: PackedPage) {
@@ -142,7 +146,7 @@ impl PackedHead {
 
     /// Adds a token, its key `[D]` and value `[D]`.
     pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
-        if self.tokens() < SINKS {
+        if self.sinks.tokens() < SINKS {
             return self.sinks.push(key, value);
         }
         if self.buffer.is_full() {

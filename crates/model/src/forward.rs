@@ -1,7 +1,7 @@
 //! How do tokens become logits? One straight forward pass for the whole Llama family.
 //!
 //! A chunk of tokens goes through the layers one after the other, all its tokens together, so that only one
-//! layer of a prompt is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
+//! layer of a prompt (of up to 8,192 tokens) is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
 //! cache's business.
 
 use crate::rope::Rotation;
@@ -30,8 +30,8 @@ pub struct Sequence<'a> {
     attention: Duration,
 }
 
-/// Why a forward pass was refused. `Context` and `Token` leave the sequence as it was; after `Kv` it is of no
-/// further use.
+/// Why a forward pass was refused. `Context` and `Token` leave the sequence as it was; after the others it is
+/// of no further use.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// The sequence would be longer than the model can attend to.
@@ -53,6 +53,11 @@ pub enum ForwardError {
         /// Rows of the embedding.
         vocab: usize,
     },
+    /// The logits are NaN or infinite.
+    #[error(
+        "the model computed logits that are not finite; its weights are damaged, or its activations exceed f32"
+    )]
+    NotFinite,
     /// The cache refused.
     #[error(transparent)]
     Kv(#[from] KvError),
@@ -132,20 +137,23 @@ impl<'a> Sequence<'a> {
             last = self.layers(chunk, i + 1 == chunks, report)?;
         }
         let hidden = self.model.config.hidden;
-        Ok(self.logits(&last[last.len() - hidden..]))
+        self.logits(&last[last.len() - hidden..])
     }
 
     /// Reads one more token and returns the logits `[vocab]` that follow it.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
         self.check(&[token])?;
         let hidden = self.layers(&[token], false, &mut |_| ())?;
-        Ok(self.logits(&hidden))
+        self.logits(&hidden)
     }
 
     /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
     /// one of them. Compresses nothing; after a compressed prompt it goes token by token.
     pub fn score(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), ForwardError> {
         self.check(tokens)?;
+        if tokens.is_empty() {
+            return Ok(());
+        }
         if self.cache.is_compressed() {
             for (i, &token) in tokens.iter().enumerate() {
                 each(i, &self.step(token)?);
@@ -155,7 +163,7 @@ impl<'a> Sequence<'a> {
         let hidden = self.layers(tokens, false, &mut |_| ())?;
         let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
         for (b, block) in hidden.chunks(BLOCK_TOKENS * width).enumerate() {
-            for (i, logits) in self.logits(block).chunks_exact(vocab).enumerate() {
+            for (i, logits) in self.logits(block)?.chunks_exact(vocab).enumerate() {
                 each(b * BLOCK_TOKENS + i, logits);
             }
         }
@@ -278,12 +286,12 @@ impl<'a> Sequence<'a> {
     }
 
     /// Logits `[T, vocab]` of the residual stream `[T, hidden]`.
-    fn logits(&self, hidden: &[f32]) -> Vec<f32> {
+    fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ForwardError> {
         let normed = self.norm(hidden, &self.model.norm);
         let head = self.model.head.as_ref().unwrap_or(&self.model.embed);
         let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
         self.multiply(&normed, &mut [(head, &mut logits)]);
-        logits
+        if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
     }
 }
 

@@ -97,14 +97,23 @@ pub fn answer(
     Ok(Answer { answer, finish_reason, bill })
 }
 
+/// Stands for the user's text while the chat template is rendered: private-use characters, in no text.
+const HERE: &str = "\u{F8FF}text\u{F8FF}";
+
 /// The prompt's tokens, refused if they and the answer exceed the model's context.
 fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
     let content = match asked.document {
         Some(document) => format!("{}\n{}", document.trim_end(), asked.question),
         None => asked.question.to_owned(),
     };
-    let prompt = text.chat(&[Message { role: "user".into(), content }])?;
-    let tokens = text.encode(&prompt, Specials::Written)?;
+    // The template's special tokens are meant; those that somebody wrote into a document are letters like any other.
+    let chat = text.chat(&[Message { role: "user".into(), content: HERE.into() }])?;
+    let Some((before, after)) = chat.split_once(HERE) else {
+        bail!("the model's chat template leaves out what the user says; use a model with another template");
+    };
+    let mut tokens = text.encode(before, Specials::Written)?;
+    tokens.extend(text.encode(&content, Specials::Literal)?);
+    tokens.extend(text.encode(after, Specials::Written)?);
     let context = model.context();
     if tokens.len() + asked.max_tokens > context {
         bail!(

@@ -20,13 +20,13 @@ const QUESTIONS: [&str; 2] = [
 #[derive(Args)]
 #[command(after_help = "Example:\n  mosaickv demo --threads 4")]
 pub struct DemoArgs {
-    /// A GGUF file, a safetensors folder, a hub repository (owner/name or owner/name:file), or smollm2-135m
+    /// A GGUF file, a safetensors folder, smollm2-135m, or, built with --features hub, owner/name:file
     #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]
     threads: ThreadArgs,
     /// The compressed cache to show beside the exact one
-    #[arg(long, default_value = "packed", env = "MOSAICKV_KV")]
+    #[arg(long, default_value = "packed")]
     kv: KvOption,
 }
 
@@ -42,11 +42,11 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
         writeln!(out, "\nQ: {question}")?;
         let mut bills = vec![];
         for kv in [KvOption::EXACT, args.kv] {
-            write!(out, "  {:<8}", kv.name())?;
-            out.flush()?;
+            // Written with the first piece: a progress bar would wipe it from the line.
+            let mut label = format!("  {:<8}", kv.name());
             let asked = Asked { document: Some(DOCUMENT), question, format: kv.format(), max_tokens: 48 };
             let Answer { bill, .. } = answer(&model, &text, &pool, &asked, &mut |piece| {
-                out.write_all(piece.replace('\n', " ").as_bytes())?;
+                write!(out, "{}{}", std::mem::take(&mut label), piece.replace('\n', " "))?;
                 Ok(out.flush()?)
             })?;
             writeln!(out)?;

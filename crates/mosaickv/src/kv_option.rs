@@ -99,8 +99,19 @@ fn packed(parameters: &[&str]) -> Result<KvOption, String> {
             _ => return Err(format!("unknown parameter {key}; packed has kept, group, block and selected")),
         }
     }
-    // What depends on head_dim is checked again with the model's; 64 tells what can never be.
-    strategy.shape(64).map_err(|error| error.to_string())?;
+    // What depends on the model's head_dim is checked when the model is known.
+    if !(strategy.kept > 0.0 && strategy.kept <= 0.75) {
+        return Err(format!("kept={} is not a share in (0, 0.75]: a quarter is truncated", strategy.kept));
+    }
+    if ![1, 2, 4].contains(&strategy.group) {
+        return Err(format!("group={}; wanted 1, 2 or 4 channels", strategy.group));
+    }
+    if ![4, 8, 16].contains(&strategy.block) {
+        return Err(format!("block={}; wanted 4, 8 or 16 tokens", strategy.block));
+    }
+    if !(strategy.selected > 0.0 && strategy.selected <= 1.0) {
+        return Err(format!("selected={} is not a share in (0, 1]", strategy.selected));
+    }
     Ok(KvOption(KvFormat::Packed(strategy)))
 }
 

@@ -12,7 +12,8 @@ mod kv_option;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use kv_option::KvOption;
-use mosaickv_kernels::Pool;
+use mosaickv_kernels::isa::ISA_VARIABLE;
+use mosaickv_kernels::{Isa, Pool};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,7 +44,7 @@ enum Command {
 #[command(after_help = "Examples:\n  \
     mosaickv run --model smollm2-135m \"Name three rivers.\"\n  \
     mosaickv run --model ./model.gguf --file book.txt --kv packed \"Who is the captain?\"\n  \
-    mosaickv run --model Qwen/Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
+    mosaickv run --model ./Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
 struct RunArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -65,7 +66,7 @@ struct RunArgs {
 /// Which model, and how many threads to run it on.
 #[derive(Args, Clone)]
 struct ModelArgs {
-    /// A GGUF file, a safetensors folder, a hub repository (owner/name or owner/name:file), or smollm2-135m
+    /// A GGUF file, a safetensors folder, smollm2-135m, or, built with --features hub, owner/name:file
     #[arg(long, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]
@@ -88,7 +89,12 @@ impl ThreadArgs {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).without_time().init();
-    let done = match Cli::parse().command {
+    let cli = Cli::parse();
+    if let Err(error) = check_isa() {
+        eprintln!("error: {error:#}");
+        return ExitCode::from(2);
+    }
+    let done = match cli.command {
         Command::Run(args) => run(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(command) => bench::bench(&command),
@@ -102,6 +108,16 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+/// Refuses an instruction set that was asked for and that this CPU lacks, before a kernel would panic over it.
+fn check_isa() -> Result<()> {
+    let Ok(wanted) = std::env::var(ISA_VARIABLE) else { return Ok(()) };
+    let have: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+    if !have.contains(&wanted.as_str()) {
+        bail!("{ISA_VARIABLE}={wanted}, but this CPU has {}; unset it or name one of them", have.join(", "));
+    }
+    Ok(())
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
@@ -134,8 +150,7 @@ fn run(args: &RunArgs) -> Result<()> {
         Ok(())
     })?;
     if json {
-        serde_json::to_writer_pretty(&mut out, &answer)?;
-        writeln!(out)?;
+        writeln!(out, "{}", serde_json::to_string_pretty(&answer)?)?;
     } else {
         writeln!(out, "\n\n{}", answer.bill)?;
     }

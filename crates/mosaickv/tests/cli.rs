@@ -67,7 +67,7 @@ fn bad_flags() {
     refused(&["run", "--model", &model, "--kv", "packed:kept=7", "hello"], &["kept"]);
     refused(&["run", "--model", &model, "--threads", "0", "hello"], &["--threads"]);
     refused(&["bench", "attention", "--heads", "5", "--kv-heads", "3"], &["5 query heads", "3 KV heads"]);
-    refused(&["bench", "attention", "--context", "0"], &["--context 0"]);
+    refused(&["bench", "attention", "--context", "0"], &["--context", "16777216"]);
     refused(&["demo", "--kv", "exact", "--model", &model], &["compare the exact cache with itself"]);
 }
 

@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 pub(crate) struct Avx2(());
 
 /// # Safety
-/// The CPU has AVX2, FMA, F16C, BMI and POPCNT (every CPU with the first three has the others).
+/// The CPU has the features below.
 #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi1,bmi2")]
 pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))

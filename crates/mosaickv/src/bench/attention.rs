@@ -6,15 +6,16 @@
 use super::{Machine, StreamMeter, median};
 use crate::ThreadArgs;
 use crate::kv_option::{KvList, KvOption};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvCache, KvShape};
 use serde::Serialize;
+use std::io::{self, Write};
 use std::time::Instant;
 
-/// Exact bytes that a timed round reads at least: many times a last-level cache.
+/// Exact bytes that a timed round reads, where 256 layers of the context suffice: many times a last-level cache.
 const ROUND_BYTES: usize = 512 << 20;
 
 /// Tokens made and stored at a time.
@@ -39,7 +40,8 @@ pub struct AttentionArgs {
     head_dim: u16,
     /// Tokens in the cache, one or several
     #[arg(long, value_delimiter = ',', default_values_t = [4096, 32768, 131_072])]
-    context: Vec<usize>,
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    context: Vec<u32>,
     /// KV formats, one or several, as for run
     #[arg(long, default_value = "exact,packed")]
     kv: KvList,
@@ -84,14 +86,14 @@ pub fn attention(args: &AttentionArgs) -> Result<()> {
     let mut stream = StreamMeter::new(&pool);
     let mut rows = vec![];
     for &context in &args.context {
-        ensure!(context > 0, "--context 0: a cache needs at least one token");
-        rows.extend(measure(args, context, &pool, &mut stream)?);
+        rows.extend(measure(args, context as usize, &pool, &mut stream)?);
     }
     let report = Report { machine: Machine::new(&pool, stream.readings), rows };
+    let mut out = io::stdout().lock();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
-        print(&report);
+        print(&report, &mut out)?;
     }
     Ok(())
 }
@@ -260,15 +262,17 @@ fn mirror(seed: u64, h: usize, d: usize) -> Vec<f32> {
     x.iter().map(|x| x / length).collect()
 }
 
-fn print(report: &Report) {
+fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
     let Machine { stream_gb_s, threads, isa } = &report.machine;
-    println!("memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n");
-    println!(
+    writeln!(out, "memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n")?;
+    writeln!(
+        out,
         "{:<28}{:>9}{:>12}{:>14}{:>9}{:>8}{:>10}{:>11}",
         "kv", "context", "time us", "bytes read", "GB/s", "share", "x exact", "max error"
-    );
+    )?;
     for row in &report.rows {
-        println!(
+        writeln!(
+            out,
             "{:<28}{:>9}{:>12.1}{:>14}{:>9.2}{:>7.0}%{:>10}{:>11.1e}",
             row.kv,
             row.context,
@@ -278,6 +282,7 @@ fn print(report: &Report) {
             row.bandwidth_share * 100.0,
             row.ratio_to_exact.map_or("-".into(), |r| format!("{r:.2}")),
             row.max_error
-        );
+        )?;
     }
+    Ok(())
 }

@@ -5,11 +5,12 @@ use crate::ModelArgs;
 use crate::answer::{bar, greedy, load};
 use crate::bill::peak_rss;
 use crate::kv_option::{KvList, KvOption};
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_model::{Model, Sequence, Specials, Text};
 use serde::Serialize;
+use std::io::{self, Write};
 use std::time::Instant;
 
 /// A text to repeat to any depth.
@@ -21,7 +22,8 @@ const TEXT: &str = include_str!("../../demo/document.txt");
 pub struct DecodeArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Tokens in the cache when decoding ends; 0 measures next to nothing but the weights
+    /// Tokens in the cache when decoding ends; 0 starts at one token, and measures
+    /// next to nothing but the weights
     #[arg(long, value_delimiter = ',', default_values_t = [512, 2048, 8192])]
     depth: Vec<usize>,
     /// KV formats, one or several, as for run
@@ -72,6 +74,9 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     // At least one token must be there to begin with.
     let tokens = tokens(&text, deepest.max(1))?;
     let steps = usize::from(args.steps);
+    if let Some(depth) = args.depth.iter().find(|&&depth| depth != 0 && depth <= steps) {
+        bail!("depth {depth} can't be reached in {steps} steps; use a larger depth, 0, or fewer --steps");
+    }
     let mut stream = StreamMeter::new(&pool);
     let progress = bar("measuring", "runs");
     progress.set_length((args.depth.len() * args.kv.0.len() * usize::from(args.rounds)) as u64);
@@ -91,10 +96,11 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     progress.finish_and_clear();
     let machine = Machine::new(&pool, stream.readings);
     let report = Report { model: model.config.name.clone(), machine, rows, peak_rss_bytes: peak_rss() };
+    let mut out = io::stdout().lock();
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
-        print(&report);
+        print(&report, &mut out)?;
     }
     Ok(())
 }
@@ -151,15 +157,17 @@ fn tokens(text: &Text, count: usize) -> Result<Vec<u32>> {
     Ok(once.iter().copied().cycle().take(count).collect())
 }
 
-fn print(report: &Report) {
+fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
     let Machine { stream_gb_s, threads, isa } = &report.machine;
-    println!("{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model);
-    println!(
+    writeln!(out, "{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model)?;
+    writeln!(
+        out,
         "{:<28}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}",
         "kv", "depth", "prefill tok/s", "TTFT s", "TBT ms", "tok/s", "KV MB", "read MB/step", "attention"
-    );
+    )?;
     for row in &report.rows {
-        println!(
+        writeln!(
+            out,
             "{:<28}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%",
             row.kv,
             row.depth,
@@ -170,9 +178,14 @@ fn print(report: &Report) {
             row.kv_bytes as f64 / 1e6,
             row.kv_bytes_read_per_step / 1e6,
             row.attention_share * 100.0
-        );
+        )?;
     }
     if let Some(peak) = report.peak_rss_bytes {
-        println!("\nprocess: {:.0} MB at its peak, of which the stream's memory is 537", peak as f64 / 1e6);
+        writeln!(
+            out,
+            "\nprocess: {:.0} MB at its peak, of which the stream's memory is 537",
+            peak as f64 / 1e6
+        )?;
     }
+    Ok(())
 }
