@@ -1,8 +1,8 @@
 //! A KV head in the paper's packed format: sinks, a segment of packed pages, and the update buffer.
 //!
 //! Per head, in order of tokens: the first [`SINKS`] stay exact; then come packed pages; the newest 32 to 64 wait
-//! in the update buffer, and when one more comes to a full one its oldest 32 are packed at once (paper, s. 5). All pages share
-//! one rotation, learnt from the tokens that were there when the first page was packed: the prompt.
+//! in the update buffer, and when one more comes to a full one its oldest 32 are packed at once (paper, s. 5). All
+//! pages share one rotation, learnt from the tokens that were there when the first page was packed: the prompt.
 //! Every token stays addressable; a step *selects* token blocks, and always attends to sinks and buffer.
 
 use crate::exact::{ARC_BYTES, ExactHead};

@@ -8,6 +8,7 @@ use clap::Subcommand;
 use mosaickv_kernels::stream::Stream;
 use mosaickv_kernels::{Isa, Pool};
 use serde::Serialize;
+use std::io::{self, StdoutLock, Write};
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
@@ -41,6 +42,21 @@ impl Machine {
             isa: Isa::current().name(),
         }
     }
+}
+
+/// Prints a report to stdout: as JSON, or as `table` writes it.
+fn show<R: Serialize>(
+    report: &R,
+    json: bool,
+    table: impl FnOnce(&R, &mut StdoutLock) -> io::Result<()>,
+) -> Result<()> {
+    let mut out = io::stdout().lock();
+    if json {
+        writeln!(out, "{}", serde_json::to_string_pretty(report)?)?;
+    } else {
+        table(report, &mut out)?;
+    }
+    Ok(())
 }
 
 /// Stream bandwidth readings, to be interleaved with what they are compared to.

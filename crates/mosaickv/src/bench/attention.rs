@@ -3,7 +3,7 @@
 //! A cache of as many layers as exceed every CPU cache is attended to layer by layer, as a decode step does, so
 //! bytes come from memory. The memory stream and the formats are timed in turn (A B A B); medians are reported.
 
-use super::{Machine, StreamMeter, median};
+use super::{Machine, StreamMeter, median, show};
 use crate::ThreadArgs;
 use crate::kv_option::{KvList, KvOption};
 use anyhow::{Context, Result, bail};
@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvCache, KvShape};
 use serde::Serialize;
-use std::io::{self, Write};
+use std::io::{self, StdoutLock, Write};
 use std::time::Instant;
 
 /// Exact bytes that a timed round reads, where 256 layers of the context suffice: many times a last-level cache.
@@ -89,13 +89,7 @@ pub fn attention(args: &AttentionArgs) -> Result<()> {
         rows.extend(measure(args, context as usize, &pool, &mut stream)?);
     }
     let report = Report { machine: Machine::new(&pool, stream.readings), rows };
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        print(&report, &mut out)?;
-    }
-    Ok(())
+    show(&report, args.json, print)
 }
 
 /// All formats at one context.
@@ -262,7 +256,7 @@ fn mirror(seed: u64, h: usize, d: usize) -> Vec<f32> {
     x.iter().map(|x| x / length).collect()
 }
 
-fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
+fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     let Machine { stream_gb_s, threads, isa } = &report.machine;
     writeln!(out, "memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n")?;
     writeln!(

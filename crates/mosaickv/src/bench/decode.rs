@@ -1,6 +1,6 @@
 //! Prefill and time between tokens of a real model, at several depths of context.
 
-use super::{Machine, StreamMeter, median};
+use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
 use crate::answer::{bar, greedy, load};
 use crate::bill::peak_rss;
@@ -10,7 +10,7 @@ use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_model::{Model, Sequence, Specials, Text};
 use serde::Serialize;
-use std::io::{self, Write};
+use std::io::{self, StdoutLock, Write};
 use std::time::Instant;
 
 /// A text to repeat to any depth.
@@ -96,13 +96,7 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     progress.finish_and_clear();
     let machine = Machine::new(&pool, stream.readings);
     let report = Report { model: model.config.name.clone(), machine, rows, peak_rss_bytes: peak_rss() };
-    let mut out = io::stdout().lock();
-    if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        print(&report, &mut out)?;
-    }
-    Ok(())
+    show(&report, args.json, print)
 }
 
 #[derive(Clone)]
@@ -157,7 +151,7 @@ fn tokens(text: &Text, count: usize) -> Result<Vec<u32>> {
     Ok(once.iter().copied().cycle().take(count).collect())
 }
 
-fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
+fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     let Machine { stream_gb_s, threads, isa } = &report.machine;
     writeln!(out, "{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model)?;
     writeln!(
