@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 mod exact;
+mod format;
 mod oracle;
 mod packed;
 mod rotation;
@@ -19,6 +20,7 @@ use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 
+pub use format::{KvFormat, KvFormats};
 pub use packed::{PackedStrategy, SINKS};
 
 /// Query heads that may share a KV head.
@@ -52,15 +54,6 @@ impl KvShape {
     pub fn scalars(self, tokens: usize) -> usize {
         tokens * self.layers * self.kv_heads * self.head_dim * 2
     }
-}
-
-/// How keys and values are stored once they leave the update buffer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum KvFormat {
-    /// f16, all of it.
-    Exact,
-    /// The paper's two-dimensional compression, with one static strategy.
-    Packed(PackedStrategy),
 }
 
 /// Why a cache can't be made or go on.

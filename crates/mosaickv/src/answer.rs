@@ -2,7 +2,6 @@
 
 use crate::bill::{Bill, DecodeTotals};
 use crate::fetch;
-use crate::kv_option::KvOption;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
@@ -90,7 +89,7 @@ pub fn answer(
         attention: sequence.attention_time() - attention,
         kv_bytes_read: sequence.cache().bytes_read() - read,
     };
-    let kv = KvOption::from(asked.format).to_string();
+    let kv = asked.format.to_string();
     let mut bill = Bill::new(kv, (model.kv_shape(), held), sequence.cache().bytes());
     (bill.prompt_tokens, bill.output_tokens, bill.ttft_s) = (prompt.len(), tokens, ttft.as_secs_f64());
     bill.add_decode(&totals);

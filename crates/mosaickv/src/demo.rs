@@ -4,9 +4,9 @@ use crate::ThreadArgs;
 use crate::answer::{Answer, Asked, answer, load};
 use crate::bill::Bill;
 use crate::fetch::ALIAS;
-use crate::kv_option::KvOption;
 use anyhow::{Result, bail};
 use clap::Args;
+use mosaickv_kv::KvFormat;
 use std::io::{self, Write};
 
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
@@ -27,11 +27,11 @@ pub struct DemoArgs {
     threads: ThreadArgs,
     /// The compressed cache to show beside the exact one
     #[arg(long, default_value = "packed")]
-    kv: KvOption,
+    kv: KvFormat,
 }
 
 pub fn demo(args: &DemoArgs) -> Result<()> {
-    if args.kv == KvOption::EXACT {
+    if args.kv == KvFormat::Exact {
         bail!("--kv exact would compare the exact cache with itself; leave it out, or give packed:...");
     }
     let pool = args.threads.pool();
@@ -41,10 +41,10 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
     for question in QUESTIONS {
         writeln!(out, "\nQ: {question}")?;
         let mut bills = vec![];
-        for kv in [KvOption::EXACT, args.kv] {
+        for kv in [KvFormat::Exact, args.kv] {
             // Written with the first piece: a progress bar would wipe it from the line.
             let mut label = format!("  {:<8}", kv.name());
-            let asked = Asked { document: Some(DOCUMENT), question, format: kv.format(), max_tokens: 48 };
+            let asked = Asked { document: Some(DOCUMENT), question, format: kv, max_tokens: 48 };
             let Answer { bill, .. } = answer(&model, &text, &pool, &asked, &mut |piece| {
                 write!(out, "{}{}", std::mem::take(&mut label), piece.replace('\n', " "))?;
                 Ok(out.flush()?)

@@ -7,13 +7,12 @@ mod bench;
 mod bill;
 mod demo;
 mod fetch;
-mod kv_option;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use kv_option::KvOption;
 use mosaickv_kernels::isa::ISA_VARIABLE;
 use mosaickv_kernels::{Isa, Pool};
+use mosaickv_kv::KvFormat;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -53,7 +52,7 @@ struct RunArgs {
     file: Option<PathBuf>,
     /// How keys and values are kept: exact, packed, or packed:kept=0.25,group=1,block=8,selected=0.1
     #[arg(long, default_value = "exact", env = "MOSAICKV_KV")]
-    kv: KvOption,
+    kv: KvFormat,
     /// Longest answer, in tokens
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
@@ -137,7 +136,7 @@ fn run(args: &RunArgs) -> Result<()> {
     let asked = answer::Asked {
         document: document.as_deref(),
         question: &args.question,
-        format: args.kv.format(),
+        format: args.kv,
         max_tokens: args.max_tokens as usize,
     };
     let json = args.json;

@@ -5,12 +5,11 @@
 
 use super::{Machine, StreamMeter, median, show};
 use crate::ThreadArgs;
-use crate::kv_option::{KvList, KvOption};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{KvCache, KvShape};
+use mosaickv_kv::{KvCache, KvFormat, KvFormats, KvShape};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::time::Instant;
@@ -44,7 +43,7 @@ pub struct AttentionArgs {
     context: Vec<u32>,
     /// KV formats, one or several, as for run
     #[arg(long, default_value = "exact,packed")]
-    kv: KvList,
+    kv: KvFormats,
     /// Timed rounds of each format
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
@@ -142,14 +141,14 @@ fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut Strea
 }
 
 /// A cache of each format; every layer holds the same tokens, in memory of its own.
-fn filled(shape: KvShape, formats: &[KvOption], context: usize, pool: &Pool) -> Result<Vec<KvCache>> {
+fn filled(shape: KvShape, formats: &[KvFormat], context: usize, pool: &Pool) -> Result<Vec<KvCache>> {
     let bar = ProgressBar::new((formats.len() * shape.layers) as u64).with_style(
         ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template"),
     );
     let mut caches = vec![];
     for kv in formats {
         bar.set_message(format!("filling {context} tokens, {}", kv.name()));
-        let mut cache = KvCache::new(shape, kv.format()).with_context(|| format!("--kv {kv}"))?;
+        let mut cache = KvCache::new(shape, *kv).with_context(|| format!("--kv {kv}"))?;
         for layer in 0..shape.layers {
             let (mut keys, mut values) = (Synthetic::new(1), Synthetic::new(2));
             for at in (0..context).step_by(FILL_TOKENS) {

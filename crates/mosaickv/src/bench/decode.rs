@@ -4,10 +4,10 @@ use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
 use crate::answer::{bar, greedy, load};
 use crate::bill::peak_rss;
-use crate::kv_option::{KvList, KvOption};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
+use mosaickv_kv::{KvFormat, KvFormats};
 use mosaickv_model::{Model, Sequence, Specials, Text};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
@@ -28,7 +28,7 @@ pub struct DecodeArgs {
     depth: Vec<usize>,
     /// KV formats, one or several, as for run
     #[arg(long, default_value = "exact,packed")]
-    kv: KvList,
+    kv: KvFormats,
     /// Decode steps of a round, the last of which ends at the depth
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     steps: u16,
@@ -109,8 +109,8 @@ struct Run {
 }
 
 /// Reads the prompt and generates `steps` tokens after it.
-fn run(model: &Model, pool: &Pool, (kv, steps): (KvOption, usize), prompt: &[u32]) -> Result<Run> {
-    let mut sequence = Sequence::new(model, pool, kv.format())?;
+fn run(model: &Model, pool: &Pool, (kv, steps): (KvFormat, usize), prompt: &[u32]) -> Result<Run> {
+    let mut sequence = Sequence::new(model, pool, kv)?;
     let start = Instant::now();
     let mut next = greedy(&sequence.prefill(prompt, &mut |_, _| ())?);
     let ttft = start.elapsed().as_secs_f64();
@@ -128,7 +128,7 @@ fn run(model: &Model, pool: &Pool, (kv, steps): (KvOption, usize), prompt: &[u32
     })
 }
 
-fn row(kv: KvOption, (depth, prompt): (usize, usize), runs: &[Run]) -> Row {
+fn row(kv: KvFormat, (depth, prompt): (usize, usize), runs: &[Run]) -> Row {
     let middle = |of: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(of).collect::<Vec<_>>());
     let (ttft, tbt) = (middle(&|r| r.ttft), middle(&|r| r.tbt));
     Row {

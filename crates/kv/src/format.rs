@@ -1,40 +1,34 @@
-//! What may be written after `--kv`?
+//! How are keys and values stored, and how is that written after `--kv`?
 
-use mosaickv_kv::{KvFormat, PackedStrategy};
+use crate::PackedStrategy;
 use std::fmt;
 use std::str::FromStr;
 
-/// A KV format with its parameters, as written on the command line.
+/// How keys and values are stored once they leave the update buffer. Written and read as `exact` or
+/// `packed:kept=0.25,group=1,block=8,selected=0.1`; parameters that are left out have their defaults.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct KvOption(KvFormat);
+pub enum KvFormat {
+    /// f16, all of it.
+    Exact,
+    /// The paper's two-dimensional compression, with one static strategy.
+    Packed(PackedStrategy),
+}
 
-impl KvOption {
-    pub const EXACT: KvOption = KvOption(KvFormat::Exact);
-
-    /// `exact` or `packed`, without parameters.
+impl KvFormat {
+    /// The name without parameters.
     pub fn name(self) -> &'static str {
-        match self.0 {
+        match self {
             KvFormat::Exact => "exact",
             KvFormat::Packed(_) => "packed",
         }
     }
-
-    pub fn format(self) -> KvFormat {
-        self.0
-    }
 }
 
-impl From<KvFormat> for KvOption {
-    fn from(format: KvFormat) -> KvOption {
-        KvOption(format)
-    }
-}
-
-impl fmt::Display for KvOption {
+impl fmt::Display for KvFormat {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self.0 {
+        match self {
             KvFormat::Exact => write!(f, "exact"),
-            KvFormat::Packed(s) if s == PackedStrategy::default() => write!(f, "packed"),
+            KvFormat::Packed(s) if *s == PackedStrategy::default() => write!(f, "packed"),
             KvFormat::Packed(s) => {
                 write!(
                     f,
@@ -46,14 +40,14 @@ impl fmt::Display for KvOption {
     }
 }
 
-impl FromStr for KvOption {
+impl FromStr for KvFormat {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<KvOption, String> {
+    fn from_str(text: &str) -> Result<KvFormat, String> {
         let (name, parameters) = text.split_once(':').unwrap_or((text, ""));
         let parameters: Vec<&str> = parameters.split(',').filter(|p| !p.is_empty()).collect();
         match name {
-            "exact" if parameters.is_empty() => Ok(KvOption::EXACT),
+            "exact" if parameters.is_empty() => Ok(KvFormat::Exact),
             "exact" => Err("exact takes no parameters".into()),
             "packed" => packed(&parameters),
             _ => Err(format!("unknown KV format {name}; wanted exact or packed")),
@@ -63,19 +57,19 @@ impl FromStr for KvOption {
 
 /// Several formats, separated by commas; a piece like `group=2` goes on with the format before it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct KvList(pub Vec<KvOption>);
+pub struct KvFormats(pub Vec<KvFormat>);
 
-impl fmt::Display for KvList {
+impl fmt::Display for KvFormats {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let names: Vec<String> = self.0.iter().map(KvOption::to_string).collect();
+        let names: Vec<String> = self.0.iter().map(KvFormat::to_string).collect();
         f.write_str(&names.join(","))
     }
 }
 
-impl FromStr for KvList {
+impl FromStr for KvFormats {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<KvList, String> {
+    fn from_str(text: &str) -> Result<KvFormats, String> {
         let mut formats: Vec<String> = vec![];
         for piece in text.split(',') {
             match formats.last_mut() {
@@ -83,11 +77,11 @@ impl FromStr for KvList {
                 _ => formats.push(piece.to_owned()),
             }
         }
-        formats.iter().map(|format| format.parse()).collect::<Result<_, _>>().map(KvList)
+        formats.iter().map(|format| format.parse()).collect::<Result<_, _>>().map(KvFormats)
     }
 }
 
-fn packed(parameters: &[&str]) -> Result<KvOption, String> {
+fn packed(parameters: &[&str]) -> Result<KvFormat, String> {
     let mut strategy = PackedStrategy::default();
     for parameter in parameters {
         let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
@@ -112,7 +106,7 @@ fn packed(parameters: &[&str]) -> Result<KvOption, String> {
     if !(strategy.selected > 0.0 && strategy.selected <= 1.0) {
         return Err(format!("selected={} is not a share in (0, 1]", strategy.selected));
     }
-    Ok(KvOption(KvFormat::Packed(strategy)))
+    Ok(KvFormat::Packed(strategy))
 }
 
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
@@ -126,18 +120,18 @@ mod tests {
     #[test]
     fn reads_what_it_writes() {
         for text in ["exact", "packed", "packed:kept=0.375,group=2,block=16,selected=0.5"] {
-            assert_eq!(text.parse::<KvOption>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<KvFormat>().unwrap().to_string(), text);
         }
-        let partial: KvOption = "packed:group=4".parse().unwrap();
+        let partial: KvFormat = "packed:group=4".parse().unwrap();
         assert_eq!(partial.to_string(), "packed:kept=0.25,group=4,block=8,selected=0.1");
     }
 
     #[test]
     fn a_list_keeps_each_format_whole() {
         let text = "exact,packed:kept=0.375,group=2,block=8,selected=0.1,packed";
-        let list: KvList = text.parse().unwrap();
+        let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
-        assert!("exact,,packed".parse::<KvList>().is_err());
+        assert!("exact,,packed".parse::<KvFormats>().is_err());
     }
 
     #[test]
@@ -155,7 +149,7 @@ mod tests {
             "packed:selected=1.1",
             "packed:colour=red",
         ] {
-            assert!(text.parse::<KvOption>().is_err(), "{text} was taken");
+            assert!(text.parse::<KvFormat>().is_err(), "{text} was taken");
         }
     }
 }
