@@ -6,10 +6,16 @@
 
 #![deny(unsafe_code)]
 
+mod error;
+pub mod kl;
 pub mod longbench;
 pub mod report;
 pub mod results;
 pub mod ruler;
+pub mod run;
 mod sample;
 
+pub use error::EvalError;
+pub use kl::{Document, Layers};
+pub use run::{Run, Times};
 pub use sample::{Metric, Sample};

@@ -11,6 +11,7 @@
 
 mod exact;
 mod format;
+mod observe;
 mod oracle;
 mod packed;
 mod rotation;
@@ -21,6 +22,7 @@ use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 
 pub use format::{KvFormat, KvFormats};
+pub use observe::Overlap;
 pub use packed::{PackedStrategy, SINKS};
 
 /// Query heads that may share a KV head.

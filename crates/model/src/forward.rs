@@ -319,3 +319,14 @@ fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
     let inverse = (square / x.len() as f64 + f64::from(eps)).sqrt().recip() as f32;
     x.iter_mut().zip(weight).for_each(|(x, w)| *x *= inverse * w);
 }
+
+/// The most probable token; the first of equals.
+pub fn greedy(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &x) in logits.iter().enumerate() {
+        if x > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}

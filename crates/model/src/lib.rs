@@ -19,7 +19,7 @@ mod source;
 
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
-pub use forward::{ForwardError, Sequence};
+pub use forward::{ForwardError, Sequence, greedy};
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
 pub use text::{Decoder, Message, Specials, Text};
 pub use weights::{Layer, Model};

@@ -179,6 +179,20 @@ impl Text {
         template.render(messages, variables)
     }
 
+    /// The tokens of a conversation in which the user says `content`, ending where the answer begins. The template's
+    /// special tokens are meant; those that somebody wrote into `content` are letters like any other.
+    pub fn encode_chat(&self, content: &str) -> Result<Vec<u32>, ModelError> {
+        let chat = self.chat(&[Message { role: "user".into(), content: HERE.into() }])?;
+        let Some((before, after)) = chat.split_once(HERE) else {
+            let what = "it leaves out what the user says; use a model with another template".into();
+            return Err(ModelError::Template { what });
+        };
+        let mut tokens = self.encode(before, Specials::Written)?;
+        tokens.extend(self.encode(content, Specials::Literal)?);
+        tokens.extend(self.encode(after, Specials::Written)?);
+        Ok(tokens)
+    }
+
     /// Whether [`Text::chat`] can work.
     pub fn has_template(&self) -> bool {
         self.template.is_some()
@@ -204,6 +218,9 @@ impl Text {
         &self.tokenizer
     }
 }
+
+/// Stands for the user's text while the chat template is rendered: private-use characters, in no text.
+const HERE: &str = "\u{F8FF}text\u{F8FF}";
 
 fn literal(tokenizer: &Tokenizer) -> Tokenizer {
     let mut tokenizer = tokenizer.clone();

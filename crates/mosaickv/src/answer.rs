@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Decoder, Message, Model, Sequence, Specials, Text};
+use mosaickv_model::{Decoder, Model, Sequence, Text, greedy};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -96,23 +96,13 @@ pub fn answer(
     Ok(Answer { answer, finish_reason, bill })
 }
 
-/// Stands for the user's text while the chat template is rendered: private-use characters, in no text.
-const HERE: &str = "\u{F8FF}text\u{F8FF}";
-
 /// The prompt's tokens, refused if they and the answer exceed the model's context.
 fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
     let content = match asked.document {
         Some(document) => format!("{}\n{}", document.trim_end(), asked.question),
         None => asked.question.to_owned(),
     };
-    // The template's special tokens are meant; those that somebody wrote into a document are letters like any other.
-    let chat = text.chat(&[Message { role: "user".into(), content: HERE.into() }])?;
-    let Some((before, after)) = chat.split_once(HERE) else {
-        bail!("the model's chat template leaves out what the user says; use a model with another template");
-    };
-    let mut tokens = text.encode(before, Specials::Written)?;
-    tokens.extend(text.encode(&content, Specials::Literal)?);
-    tokens.extend(text.encode(after, Specials::Written)?);
+    let tokens = text.encode_chat(&content)?;
     let context = model.context();
     if tokens.len() + asked.max_tokens > context {
         bail!(
@@ -123,17 +113,6 @@ fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
         );
     }
     Ok(tokens)
-}
-
-/// The most probable token; the first of equals.
-pub fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
 }
 
 /// A progress bar on stderr; hidden where that is no terminal.

@@ -2,13 +2,13 @@
 
 use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
-use crate::answer::{bar, greedy, load};
+use crate::answer::{bar, load};
 use crate::bill::peak_rss;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvFormat, KvFormats};
-use mosaickv_model::{Model, Sequence, Specials, Text};
+use mosaickv_model::{greedy, Model, Sequence, Specials, Text};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::time::Instant;

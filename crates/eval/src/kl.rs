@@ -1,0 +1,203 @@
+//! How far do next-token distributions move when the cache is compressed?
+//!
+//! All formats read the same tokens in lockstep with the exact cache, each from its own copy of one prompt, so no
+//! distribution is ever stored. The text's own tokens are fed whatever a format would have said (teacher forcing).
+//! Needles hidden in the text are asked for *after* compression: a format that threw them away cannot know.
+
+use crate::results::{Cost, KlRow, Row};
+use crate::run::{Run, cost, plain};
+use crate::{EvalError, needles};
+use mosaickv_kv::KvFormat;
+use mosaickv_model::{Sequence, Specials, greedy};
+use std::time::Instant;
+
+/// A text to predict, and how much of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Document<'a> {
+    /// What rows call it.
+    pub name: &'a str,
+    /// Its text.
+    pub content: &'a str,
+    /// Tokens that are read exactly and then compressed.
+    pub prefix: usize,
+    /// Tokens that are predicted after them, each from the compressed cache.
+    pub score: usize,
+}
+
+/// Which layers are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layers {
+    /// All of them together.
+    All,
+    /// One at a time, the others staying exact: as many rows a format as the model has layers.
+    Each,
+}
+
+impl<'a> Run<'a> {
+    /// One row a format, or one a format and layer: the text's next tokens.
+    pub fn kl(&mut self, document: Document, layers: Layers) -> Result<Vec<Row>, EvalError> {
+        let Document { name, prefix, score, .. } = document;
+        let tokens = plain(self.text, document.content)?;
+        // The token after the prefix is fed, not predicted: its prediction is the exact prompt's.
+        let wanted = prefix + score + 1;
+        self.fits(name, wanted)?;
+        if tokens.len() < wanted {
+            return Err(EvalError::TooShort { which: name.to_owned(), tokens: tokens.len(), wanted });
+        }
+        let (mut exact, _) = self.read(&tokens[..prefix])?;
+        let mut forks = self.forks(&exact, layers)?;
+        self.compare(&mut exact, &mut forks, &tokens[prefix..wanted], 0)?;
+        Ok(forks.into_iter().map(|fork| fork.row(name.to_owned(), None)).collect())
+    }
+
+    /// `count` needles in one copy of the text's beginning, each asked for on forks of the same caches, compressed
+    /// before any question is known: per needle one row a format, over the tokens of the right answer.
+    pub fn ask(&mut self, document: Document, count: usize, seed: u64) -> Result<Vec<Row>, EvalError> {
+        let tokens = plain(self.text, document.content)?;
+        let text = self.text.decode(&tokens[..tokens.len().min(document.prefix)])?;
+        let hidden = needles::hide(&text, count, seed);
+        let prompt = plain(self.text, &hidden.prompt)?;
+        let (exact, _) = self.read(&prompt)?;
+        let forks = self.forks(&exact, Layers::All)?;
+        let mut rows = Vec::new();
+        for (i, needle) in hidden.needles.iter().enumerate() {
+            let question = self.text.encode(&needle.question, Specials::Literal)?;
+            let answer = self.text.encode(&needle.answer, Specials::Literal)?;
+            let asked = [question.as_slice(), &answer].concat();
+            self.fits(document.name, prompt.len() + asked.len())?;
+            let (mut exact, mut forks) = (exact.clone(), forks.clone());
+            self.compare(&mut exact, &mut forks, &asked, question.len() - 1)?;
+            let name = format!("{} ask {}", document.name, i + 1);
+            rows.extend(forks.into_iter().map(|fork| fork.row(name.clone(), Some(needle.depth))));
+        }
+        Ok(rows)
+    }
+
+    fn fits(&self, which: &str, tokens: usize) -> Result<(), EvalError> {
+        let context = self.model.context();
+        if tokens > context {
+            return Err(EvalError::TooLong { which: which.to_owned(), tokens, context });
+        }
+        Ok(())
+    }
+
+    /// Compressed copies of the exact sequence, one a row.
+    fn forks(&mut self, exact: &Sequence<'a>, layers: Layers) -> Result<Vec<Fork<'a>>, EvalError> {
+        let which: Vec<Option<usize>> = match layers {
+            Layers::All => vec![None],
+            Layers::Each => (0..self.model.config.layers).map(Some).collect(),
+        };
+        let formats = self.formats;
+        let mut forks = Vec::with_capacity(formats.len() * which.len());
+        for (&format, &layer) in formats.iter().flat_map(|f| which.iter().map(move |l| (f, l))) {
+            forks.push(Fork::new(format, layer, self.fork(exact, format, layer)?));
+        }
+        Ok(forks)
+    }
+
+    /// Feeds `tokens`, each but the last, to the exact sequence and the forks, and adds up what they say of the next
+    /// ones; of the first `unscored` nothing is added.
+    fn compare(
+        &mut self,
+        exact: &mut Sequence,
+        forks: &mut [Fork],
+        tokens: &[u32],
+        unscored: usize,
+    ) -> Result<(), EvalError> {
+        let start = Instant::now();
+        for (i, next) in tokens.windows(2).enumerate() {
+            let logits = exact.step(next[0])?;
+            let reference = Said::new(&logits, next[1]);
+            for fork in &mut *forks {
+                let logits = fork.sequence.step(next[0])?;
+                if i >= unscored {
+                    fork.add(&reference, &Said::new(&logits, next[1]));
+                }
+            }
+        }
+        self.times.decode += start.elapsed();
+        Ok(())
+    }
+}
+
+/// A next-token distribution, and what came.
+struct Said {
+    /// Log-probabilities `[vocab]`, nats.
+    log_p: Vec<f64>,
+    top: u32,
+    /// Negative log-likelihood of the token that came, nats.
+    nll: f64,
+}
+
+impl Said {
+    fn new(logits: &[f32], came: u32) -> Said {
+        let top = greedy(logits);
+        let max = f64::from(logits[top as usize]);
+        let sum: f64 = logits.iter().map(|&x| (f64::from(x) - max).exp()).sum();
+        let log_sum = max + sum.ln();
+        let log_p: Vec<f64> = logits.iter().map(|&x| f64::from(x) - log_sum).collect();
+        Said { nll: -log_p[came as usize], log_p, top }
+    }
+}
+
+/// A compressed copy and the sums over what it predicted.
+#[derive(Clone)]
+struct Fork<'a> {
+    format: KvFormat,
+    layer: Option<usize>,
+    sequence: Sequence<'a>,
+    cost: Cost,
+    /// Tokens held and bytes read when the prompt was in.
+    before: (usize, u64),
+    tokens: usize,
+    kl: f64,
+    agreed: usize,
+    nll: f64,
+    exact_nll: f64,
+}
+
+impl<'a> Fork<'a> {
+    fn new(format: KvFormat, layer: Option<usize>, sequence: Sequence<'a>) -> Fork<'a> {
+        let (cost, cache) = (cost(&sequence), sequence.cache());
+        let before = (cache.tokens(), cache.bytes_read());
+        Fork {
+            format,
+            layer,
+            sequence,
+            cost,
+            before,
+            tokens: 0,
+            kl: 0.0,
+            agreed: 0,
+            nll: 0.0,
+            exact_nll: 0.0,
+        }
+    }
+
+    fn add(&mut self, exact: &Said, here: &Said) {
+        self.tokens += 1;
+        self.kl += exact.log_p.iter().zip(&here.log_p).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+        self.agreed += usize::from(exact.top == here.top);
+        self.nll += here.nll;
+        self.exact_nll += exact.nll;
+    }
+
+    fn row(self, text: String, depth: Option<f64>) -> Row {
+        let cache = self.sequence.cache();
+        let (tokens, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
+        let mean = |sum: f64| sum / self.tokens as f64;
+        Row::Kl(KlRow {
+            text,
+            kv: self.format.to_string(),
+            layer: self.layer,
+            cost: Cost { bytes_read_per_step: Some(read as f64 / tokens as f64), ..self.cost },
+            tokens: self.tokens,
+            kl: mean(self.kl),
+            top1: mean(self.agreed as f64),
+            nll: mean(self.nll),
+            dnll: mean(self.nll - self.exact_nll),
+            perplexity: mean(self.nll).exp(),
+            depth,
+        })
+    }
+}

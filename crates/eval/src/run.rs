@@ -1,0 +1,158 @@
+//! What does each KV format make of the same prompt?
+//!
+//! A prompt is read once, exactly. Every format then gets a compressed copy of that one cache and goes on by itself,
+//! so that differences between rows of one sample are the format's doing and nothing else's. The first token of an
+//! answer follows from the exact prompt in all of them; what comes after it reads the compressed cache.
+
+use crate::results::{AnswerRow, Cost, Row};
+use crate::{EvalError, Sample};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::KvFormat;
+use mosaickv_model::{Decoder, Model, Sequence, Specials, Text, greedy};
+use std::time::{Duration, Instant};
+
+/// A model and the formats that are compared on it.
+pub struct Run<'a> {
+    /// The model.
+    pub model: &'a Model,
+    /// Its tokenizer.
+    pub text: &'a Text,
+    /// The threads to compute on.
+    pub pool: &'a Pool,
+    /// The formats, in the order of their rows.
+    pub formats: &'a [KvFormat],
+    /// Where the time went so far.
+    pub times: Times,
+}
+
+/// Where a run's time went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Reading prompts, shared by all formats.
+    pub prefill: Duration,
+    /// Making compressed copies.
+    pub compress: Duration,
+    /// Decode steps of all formats.
+    pub decode: Duration,
+}
+
+impl<'a> Run<'a> {
+    /// Nothing run yet.
+    pub fn new(model: &'a Model, text: &'a Text, pool: &'a Pool, formats: &'a [KvFormat]) -> Run<'a> {
+        Run { model, text, pool, formats, times: Times::default() }
+    }
+
+    /// Lets every format answer the sample greedily: one row a format, in their order.
+    pub fn answers(&mut self, sample: &Sample) -> Result<Vec<Row>, EvalError> {
+        let prompt = self.prompt(sample)?;
+        let (exact, logits) = self.read(&prompt)?;
+        let mut rows = Vec::with_capacity(self.formats.len());
+        for &format in self.formats {
+            let mut fork = self.fork(&exact, format, None)?;
+            let mut cost = cost(&fork);
+            let prediction = self.generate(&mut fork, &logits, sample, &mut cost)?;
+            rows.push(Row::Answer(AnswerRow {
+                task: sample.task.clone(),
+                length: sample.length,
+                sample: sample.index,
+                kv: format.to_string(),
+                cost,
+                depth: sample.depth,
+                score: sample.metric.score(&prediction, &sample.answers),
+                prediction,
+                answers: sample.answers.clone(),
+            }));
+        }
+        Ok(rows)
+    }
+
+    /// The prompt's tokens; an error if they and the answer exceed the model's context.
+    fn prompt(&self, sample: &Sample) -> Result<Vec<u32>, EvalError> {
+        let tokens = match sample.chat && self.text.has_template() {
+            true => self.text.encode_chat(&sample.prompt)?,
+            false => plain(self.text, &sample.prompt)?,
+        };
+        let (tokens_in_all, context) = (tokens.len() + sample.max_new_tokens, self.model.context());
+        if tokens_in_all > context {
+            let which = format!("{} {}", sample.task, sample.index);
+            return Err(EvalError::TooLong { which, tokens: tokens_in_all, context });
+        }
+        Ok(tokens)
+    }
+
+    /// Reads a prompt exactly: the sequence, and the logits `[vocab]` that follow.
+    pub(crate) fn read(&mut self, prompt: &[u32]) -> Result<(Sequence<'a>, Vec<f32>), EvalError> {
+        let start = Instant::now();
+        let mut exact = Sequence::new(self.model, self.pool, KvFormat::Exact)?.remember_queries();
+        let logits = exact.prefill(prompt, &mut |_, _| ())?;
+        self.times.prefill += start.elapsed();
+        Ok((exact, logits))
+    }
+
+    /// A copy that is compressed, in all layers or in one.
+    pub(crate) fn fork(
+        &mut self,
+        exact: &Sequence<'a>,
+        format: KvFormat,
+        layer: Option<usize>,
+    ) -> Result<Sequence<'a>, EvalError> {
+        let start = Instant::now();
+        let fork = match layer {
+            None => exact.compressed(format)?,
+            Some(layer) => exact.compressed_layer(layer, format)?,
+        };
+        self.times.compress += start.elapsed();
+        Ok(fork)
+    }
+
+    /// Goes on greedily after `logits` until the answer ends; adds the mean bytes read to `cost`.
+    fn generate(
+        &mut self,
+        fork: &mut Sequence,
+        logits: &[f32],
+        sample: &Sample,
+        cost: &mut Cost,
+    ) -> Result<String, EvalError> {
+        let start = Instant::now();
+        let (read, held) = (fork.cache().bytes_read(), fork.cache().tokens());
+        let (mut decoder, mut answer) = (Decoder::new(), String::new());
+        let mut next = greedy(logits);
+        for made in 1.. {
+            if self.text.eos().contains(&next) {
+                break;
+            }
+            answer += &decoder.push(self.text, next)?;
+            let line_is_over = sample.one_line && answer.trim_start_matches('\n').contains('\n');
+            if made >= sample.max_new_tokens || line_is_over {
+                break;
+            }
+            next = greedy(&fork.step(next)?);
+        }
+        answer += &decoder.finish(self.text)?;
+        self.times.decode += start.elapsed();
+        let steps = fork.cache().tokens() - held;
+        let read = fork.cache().bytes_read() - read;
+        cost.bytes_read_per_step = (steps > 0).then(|| read as f64 / steps as f64);
+        Ok(answer)
+    }
+}
+
+/// The tokens of a bare text: those the model wants around it, and special tokens in it taken as letters.
+pub(crate) fn plain(text: &Text, content: &str) -> Result<Vec<u32>, EvalError> {
+    let mut tokens = text.encode("", Specials::Added)?;
+    tokens.extend(text.encode(content, Specials::Literal)?);
+    Ok(tokens)
+}
+
+/// What the cache holds now; nothing read yet.
+pub(crate) fn cost(sequence: &Sequence) -> Cost {
+    let cache = sequence.cache();
+    let (tokens, bytes) = (cache.tokens(), cache.bytes().total());
+    Cost {
+        prompt_tokens: tokens,
+        kv_bytes: bytes,
+        ratio: cache.exact_bytes() as f64 / bytes as f64,
+        bits_per_scalar: bytes as f64 * 8.0 / cache.scalars() as f64,
+        bytes_read_per_step: None,
+    }
+}

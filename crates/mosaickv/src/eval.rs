@@ -1,0 +1,229 @@
+//! Evaluation commands: what does a KV format cost in quality, paired sample by sample with the exact cache?
+
+mod kl;
+mod longbench;
+mod observe;
+mod report;
+mod ruler;
+
+use crate::{ModelArgs, answer};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use mosaickv_eval::results::{Results, Row, Settings};
+use mosaickv_eval::{Run, Times, report::table};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{KvFormat, KvFormats};
+use mosaickv_model::{Model, Text};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+#[derive(Subcommand)]
+pub enum EvalCommand {
+    /// How far next-token distributions move: KL to the exact cache, top-1 agreement, perplexity
+    Kl(kl::KlArgs),
+    /// RULER's 13 tasks, generated here or read from files
+    Ruler(ruler::RulerArgs),
+    /// LongBench with its own prompts, limits and metrics
+    Longbench(longbench::LongbenchArgs),
+    /// Tables and plots of results files
+    Report(report::ReportArgs),
+    /// Whether one choice of channels suits every vector: the observation that the paper starts from
+    Observe(observe::ObserveArgs),
+}
+
+pub fn eval(command: &EvalCommand) -> Result<()> {
+    match command {
+        EvalCommand::Kl(args) => kl::kl(args),
+        EvalCommand::Ruler(args) => ruler::ruler(args),
+        EvalCommand::Longbench(args) => longbench::longbench(args),
+        EvalCommand::Report(args) => report::report(args),
+        EvalCommand::Observe(args) => observe::observe(args),
+    }
+}
+
+/// What all runs take.
+#[derive(Args)]
+struct RunArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// KV formats to compare, separated by commas, such as exact,packed,packed:kept=0.5,q8_0,kivi4,snapkv
+    #[arg(long, default_value = "exact,packed", value_name = "FORMATS")]
+    kv: KvFormats,
+    /// Where results go, one JSON object a line; an interrupted run goes on from there
+    /// [default: eval-<suite>-<settings>.jsonl]
+    #[arg(short, long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Print rows as JSON lines instead of a table
+    #[arg(long)]
+    json: bool,
+    /// What random choices depend on
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Begin no further sample after this time; the same command goes on later
+    #[arg(long, value_name = "SECONDS")]
+    max_seconds: Option<u64>,
+}
+
+/// A run's model, ready, and the name its results carry.
+struct Loaded {
+    model: Model,
+    text: Text,
+    pool: Pool,
+    name: String,
+}
+
+impl RunArgs {
+    fn load(&self) -> Result<Loaded> {
+        let pool = self.model.threads.pool();
+        let (model, text) = answer::load(&self.model.model)?;
+        let name = Path::new(&self.model.model);
+        let name = name.file_stem().filter(|_| name.exists()).unwrap_or(name.as_os_str());
+        Ok(Loaded { model, text, pool, name: name.to_string_lossy().into_owned() })
+    }
+
+    /// The formats, with `exact` before them if it is missing: answers are paired with its answers.
+    fn paired(&self) -> Vec<KvFormat> {
+        let mut formats = self.kv.0.clone();
+        if !formats.contains(&KvFormat::Exact) {
+            eprintln!("exact added to --kv: every difference is to its answer");
+            formats.insert(0, KvFormat::Exact);
+        }
+        formats
+    }
+
+    fn settings(&self, suite: &str, model: &str, formats: &[KvFormat], options: &[(&str, String)]) -> Settings {
+        let options: BTreeMap<String, String> =
+            options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        Settings {
+            suite: suite.to_owned(),
+            model: model.to_owned(),
+            kv: formats.iter().map(KvFormat::to_string).collect(),
+            options,
+        }
+    }
+}
+
+/// The work of a run: `units` of `rows_per_unit` rows each.
+struct Work<'a> {
+    args: &'a RunArgs,
+    settings: Settings,
+    units: usize,
+    rows_per_unit: usize,
+    /// What a unit is called, in the plural.
+    unit: &'static str,
+}
+
+/// Measures the units that the results file lacks, appends each as it is done, and prints what came of all of them.
+fn measure(
+    work: &Work,
+    run: &mut Run,
+    each: &mut dyn FnMut(&mut Run, usize) -> Result<Vec<Row>>,
+) -> Result<()> {
+    let path = work.args.out.clone().unwrap_or_else(|| default_path(&work.settings));
+    let mut results = Results::open(&path, &work.settings, work.rows_per_unit)?;
+    let done = results.done();
+    if done > 0 {
+        eprintln!("{}: {done} of {} {} are there; going on", path.display(), work.units, work.unit);
+    }
+    let style = format!("{{msg}} [{{bar:30}}] {{pos}}/{{len}} {}, {{elapsed}} (about {{eta}} left)", work.unit);
+    let bar = ProgressBar::new(work.units as u64)
+        .with_message(work.settings.suite.clone())
+        .with_style(ProgressStyle::with_template(&style)?.progress_chars("=> "))
+        .with_position(done as u64);
+    bar.reset_eta();
+    bar.enable_steady_tick(Duration::from_secs(1));
+    let (start, limit) = (Instant::now(), work.args.max_seconds.map(Duration::from_secs));
+    let mut stopped = None;
+    for i in done..work.units {
+        if limit.is_some_and(|limit| start.elapsed() >= limit) {
+            stopped = Some(i);
+            break;
+        }
+        let rows = each(run, i)?;
+        results.append(&rows)?;
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    show(results.rows(), work.args.json)?;
+    eprintln!("{}", share(run.times, start.elapsed()));
+    if let Some(i) = stopped {
+        eprintln!("stopped after {i} of {} {} (--max-seconds); the same command goes on", work.units, work.unit);
+    }
+    eprintln!("results in {}", path.display());
+    Ok(())
+}
+
+/// A name that belongs to these settings, so that the same command finds it again and no other does.
+fn default_path(settings: &Settings) -> PathBuf {
+    let json = serde_json::to_vec(settings).expect("settings are plain text");
+    let digest = Sha256::digest(&json);
+    PathBuf::from(format!("eval-{}-{:02x}{:02x}{:02x}.jsonl", settings.suite, digest[0], digest[1], digest[2]))
+}
+
+fn show(rows: &[Row], json: bool) -> Result<()> {
+    let mut out = io::stdout().lock();
+    if json {
+        for row in rows {
+            writeln!(out, "{}", serde_json::to_string(row)?)?;
+        }
+    } else {
+        writeln!(out, "{}", table(rows))?;
+    }
+    Ok(())
+}
+
+fn share(times: Times, all: Duration) -> String {
+    let percent = |part: Duration| 100.0 * part.as_secs_f64() / all.as_secs_f64().max(1e-9);
+    format!(
+        "{:.1} s: prefill {:.0} %, compression {:.0} %, decode {:.0} %",
+        all.as_secs_f64(),
+        percent(times.prefill),
+        percent(times.compress),
+        percent(times.decode)
+    )
+}
+
+/// Which samples to run: `samples` of each task and length, in turns, so that a run stopped early has some of all.
+fn in_turns(groups: &[usize], samples: Option<usize>) -> Vec<(usize, usize)> {
+    let count = |available: usize| samples.map_or(available, |wanted| wanted.min(available));
+    let most = groups.iter().map(|&available| count(available)).max().unwrap_or(0);
+    (0..most)
+        .flat_map(|i| (0..groups.len()).map(move |group| (group, i)))
+        .filter(|&(group, i)| i < count(groups[group]))
+        .collect()
+}
+
+/// Reports lines that could not be read; an error if nothing else is there.
+fn warn_malformed<M: std::fmt::Display>(malformed: &[M], read: usize) -> Result<()> {
+    const SHOWN: usize = 10;
+    for line in malformed.iter().take(SHOWN) {
+        eprintln!("malformed: {line}");
+    }
+    if !malformed.is_empty() {
+        eprintln!("{} malformed lines left out, {read} samples read", malformed.len());
+    }
+    if read == 0 {
+        bail!("no sample could be read");
+    }
+    Ok(())
+}
+
+fn write(path: &Path, content: &str) -> Result<()> {
+    std::fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_turns_until_each_group_is_done() {
+        assert_eq!(in_turns(&[1, 3], Some(2)), [(0, 0), (1, 0), (1, 1)]);
+        assert_eq!(in_turns(&[1, 2], None), [(0, 0), (1, 0), (1, 1)]);
+        assert_eq!(in_turns(&[], None), []);
+    }
+}

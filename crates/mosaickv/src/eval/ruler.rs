@@ -1,0 +1,178 @@
+//! `mosaickv eval ruler`: RULER's tasks, generated with the model's own tokenizer or read from files.
+
+use super::{RunArgs, Work, in_turns, measure, warn_malformed};
+use crate::demo::DOCUMENT;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use mosaickv_eval::ruler::{self, Generator, Sources, Task};
+use mosaickv_eval::{Run, Sample};
+use mosaickv_model::Text;
+use std::path::PathBuf;
+
+#[derive(Args)]
+#[command(after_help = "Examples:\n  \
+    mosaickv eval ruler --model smollm2-135m --length 4096 --samples 20 --kv exact,packed,q8_0,snapkv\n  \
+    mosaickv eval ruler --model smollm2-135m --length 2048,4096 --tasks niah_single_1,vt,cwe --kv exact,packed\n  \
+    mosaickv eval ruler --model smollm2-135m --length 4096 --sources ./ruler-sources --tasks qa_1,qa_2\n  \
+    mosaickv eval ruler --model smollm2-135m --data ./ruler --length 4096 --samples 10")]
+pub struct RulerArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Tokens of prompt and answer; with --data the names of the folders to read
+    #[arg(long, default_value = "4096", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    length: Vec<u32>,
+    /// Tasks, separated by commas, or all
+    #[arg(long, default_value = "all", value_delimiter = ',')]
+    tasks: Vec<String>,
+    /// Samples of each task and length
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    /// Folder with PaulGrahamEssays.json, squad_dev-v2.0.json and hotpot_dev_distractor_v1.json, or those with .xz;
+    /// without it needles hide in a built-in text, and qa_1 and qa_2 can't be made
+    #[arg(long, value_name = "DIR")]
+    sources: Option<PathBuf>,
+    /// Read samples instead of generating them: DIR/<length>/<task>.jsonl, as RULER's own generator writes them
+    #[arg(long, value_name = "DIR", conflicts_with = "sources")]
+    data: Option<PathBuf>,
+}
+
+pub fn ruler(args: &RulerArgs) -> Result<()> {
+    let tasks = tasks(&args.tasks)?;
+    let lengths: Vec<usize> = args.length.iter().map(|&n| n as usize).collect();
+    let origin = match &args.data {
+        Some(dir) => read(dir, &lengths, &tasks)?,
+        None => generate(args, &lengths, &tasks)?,
+    };
+    let loaded = args.run.load()?;
+    let formats = args.run.paired();
+    let samples = args.samples as usize;
+    let units = in_turns(&origin.available(samples), Some(samples));
+    let join = |names: Vec<String>| names.join(" ");
+    let work = Work {
+        settings: args.run.settings(
+            "ruler",
+            &loaded.name,
+            &formats,
+            &[
+                ("length", join(lengths.iter().map(usize::to_string).collect())),
+                ("tasks", join(tasks.iter().map(Task::to_string).collect())),
+                ("samples", samples.to_string()),
+                ("seed", args.run.seed.to_string()),
+                ("data", args.data.as_ref().map_or("generated".into(), |dir| dir.display().to_string())),
+                ("essays", if args.sources.is_some() { "given" } else { "built in" }.to_owned()),
+            ],
+        ),
+        args: &args.run,
+        units: units.len(),
+        rows_per_unit: formats.len(),
+        unit: "samples",
+    };
+    let mut run = Run::new(&loaded.model, &loaded.text, &loaded.pool, &formats);
+    measure(&work, &mut run, &mut |run, i| {
+        let (group, index) = units[i];
+        let sample = origin.sample(group, index, &loaded.text)?;
+        Ok(run.answers(&sample)?)
+    })
+}
+
+fn tasks(names: &[String]) -> Result<Vec<Task>> {
+    if names == ["all"] {
+        return Ok(Task::ALL.to_vec());
+    }
+    let mut tasks = Vec::new();
+    for name in names {
+        let task: Task = name.parse()?;
+        if !tasks.contains(&task) {
+            tasks.push(task);
+        }
+    }
+    Ok(tasks)
+}
+
+/// Where samples come from, in groups of one task and length.
+enum Origin {
+    Generated { generator: Generator, groups: Vec<(Task, usize)> },
+    Read(Vec<Vec<Sample>>),
+}
+
+impl Origin {
+    /// Samples that each group can give, if at most `wanted` are.
+    fn available(&self, wanted: usize) -> Vec<usize> {
+        match self {
+            Origin::Generated { groups, .. } => vec![wanted; groups.len()],
+            Origin::Read(groups) => groups.iter().map(Vec::len).collect(),
+        }
+    }
+
+    fn sample(&self, group: usize, index: usize, text: &Text) -> Result<Sample> {
+        match self {
+            Origin::Read(groups) => Ok(groups[group][index].clone()),
+            Origin::Generated { generator, groups } => {
+                let (task, length) = groups[group];
+                let mut failed = None;
+                let mut count = |prompt: &str| match mosaickv_eval::prompt_tokens(text, prompt) {
+                    Ok(tokens) => tokens.len(),
+                    Err(error) => {
+                        failed.get_or_insert(error);
+                        0
+                    }
+                };
+                let sample = generator.sample(task, length, index, &mut count);
+                match failed {
+                    Some(error) => Err(error.into()),
+                    None => Ok(sample?),
+                }
+            }
+        }
+    }
+}
+
+/// A generator for the tasks that the sources suffice for; with `all`, the others are left out with a line.
+fn generate(args: &RulerArgs, lengths: &[usize], tasks: &[Task]) -> Result<Origin> {
+    let mut sources = match &args.sources {
+        Some(dir) => Sources::load(dir, tasks)?,
+        None => Sources::default(),
+    };
+    if !sources.has_haystack() {
+        eprintln!("no --sources with PaulGrahamEssays.json: needles hide in the built-in text, chapters of a novel");
+        sources = sources.with_haystack(DOCUMENT);
+    }
+    let (can, cannot): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|&&task| sources.suffice(task));
+    if !cannot.is_empty() {
+        let names: Vec<String> = cannot.iter().map(Task::to_string).collect();
+        let names = names.join(", ");
+        if args.tasks != ["all"] {
+            bail!(
+                "{names}: no source of questions; give --sources a folder with squad_dev-v2.0.json and \
+                 hotpot_dev_distractor_v1.json"
+            );
+        }
+        eprintln!("left out, as --sources has no questions for them: {names}");
+    }
+    let groups = lengths.iter().flat_map(|&length| can.iter().map(move |&task| (task, length))).collect();
+    Ok(Origin::Generated { generator: Generator::new(sources, args.run.seed), groups })
+}
+
+fn read(dir: &std::path::Path, lengths: &[usize], tasks: &[Task]) -> Result<Origin> {
+    let mut groups = Vec::new();
+    let (mut malformed, mut count) = (Vec::new(), 0);
+    for &length in lengths {
+        let folder = dir.join(length.to_string());
+        let read = ruler::read_dir(&folder, tasks)
+            .with_context(|| format!("cannot read RULER samples in {}", folder.display()))?;
+        for task in &read.missing {
+            eprintln!("{}: no file of {task}", folder.display());
+        }
+        for &task in tasks {
+            let samples: Vec<Sample> =
+                read.samples.iter().filter(|sample| sample.task == task.name()).cloned().collect();
+            count += samples.len();
+            if !samples.is_empty() {
+                groups.push(samples);
+            }
+        }
+        malformed.extend(read.malformed);
+    }
+    warn_malformed(&malformed, count)?;
+    Ok(Origin::Read(groups))
+}
