@@ -7,9 +7,11 @@
 #![deny(unsafe_code)]
 
 pub mod longbench;
+mod malformed;
 pub mod report;
 pub mod results;
 pub mod ruler;
 mod sample;
 
+pub use malformed::Malformed;
 pub use sample::{Metric, Sample};
