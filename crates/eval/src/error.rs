@@ -20,7 +20,9 @@ pub enum EvalError {
         context: usize,
     },
     /// A text has fewer tokens than are to be read and predicted.
-    #[error("{which} has {tokens} tokens, wanted {wanted} (prefix, score and one more); give a longer text, or lower --prefix or --score")]
+    #[error(
+        "{which} has {tokens} tokens, wanted {wanted} (prefix, score and one more); give a longer text, or lower --prefix or --score"
+    )]
     TooShort {
         /// Which text.
         which: String,

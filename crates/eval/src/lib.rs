@@ -9,6 +9,7 @@
 mod error;
 pub mod kl;
 pub mod longbench;
+mod malformed;
 pub mod report;
 pub mod results;
 pub mod ruler;
@@ -17,5 +18,6 @@ mod sample;
 
 pub use error::EvalError;
 pub use kl::{Document, Layers};
+pub use malformed::Malformed;
 pub use run::{Run, Times};
 pub use sample::{Metric, Sample};

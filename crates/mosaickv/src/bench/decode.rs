@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvFormat, KvFormats};
-use mosaickv_model::{greedy, Model, Sequence, Specials, Text};
+use mosaickv_model::{Model, Sequence, Specials, Text, greedy};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::time::Instant;
