@@ -52,6 +52,7 @@ QA = [
     ("the\u203fend", ["end"]),
     ("the\u2013end", ["the end", "end"]),
     ("the\u2019s end", ["s end", "\u2019s end"]),
+    ("a\u0301", ["\u0301"]),
     ("a\u0301n the\u0301 end", ["\u0301n", "end"]),
     ("\u00e1n th\u00e9 end", ["an", "end"]),
     ("a\u00b2 + b\u00b2", ["\u00b2 \u00b2", "a\u00b2 b\u00b2"]),
