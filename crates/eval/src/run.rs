@@ -4,6 +4,7 @@
 //! so that differences between rows of one sample are the format's doing and nothing else's. The first token of an
 //! answer follows from the exact prompt in all of them; what comes after it reads the compressed cache.
 
+use crate::longbench::Item;
 use crate::results::{AnswerRow, Cost, Row};
 use crate::{EvalError, Sample};
 use mosaickv_kernels::Pool;
@@ -66,11 +67,31 @@ impl<'a> Run<'a> {
         Ok(rows)
     }
 
+    /// A LongBench item's sample, truncated in the middle to what the model's context leaves for a prompt, and whether
+    /// it had to be.
+    pub fn longbench(&self, item: &Item) -> Result<(Sample, bool), EvalError> {
+        let encode = |text: &str| prompt_tokens(self.text, text);
+        let decode = |tokens: &[u32]| Ok::<_, EvalError>(self.text.decode(tokens)?);
+        let (mut sample, tokens) = item.sample(encode, decode, usize::MAX)?;
+        // What is left of the context shows once the chat template is around the prompt, and the two halves of a
+        // truncated one may have a token more than they were cut to: cut again until it fits.
+        let (mut limit, mut truncated) = (tokens, false);
+        while let Err(error) = self.prompt(&sample) {
+            let EvalError::TooLong { tokens, context, .. } = error else { return Err(error) };
+            if limit < 2 + tokens - context {
+                return Err(error);
+            }
+            limit -= tokens - context;
+            (sample, truncated) = (item.sample(encode, decode, limit)?.0, true);
+        }
+        Ok((sample, truncated))
+    }
+
     /// The prompt's tokens; an error if they and the answer exceed the model's context.
     fn prompt(&self, sample: &Sample) -> Result<Vec<u32>, EvalError> {
         let tokens = match sample.chat && self.text.has_template() {
             true => self.text.encode_chat(&sample.prompt)?,
-            false => plain(self.text, &sample.prompt)?,
+            false => prompt_tokens(self.text, &sample.prompt)?,
         };
         let (tokens_in_all, context) = (tokens.len() + sample.max_new_tokens, self.model.context());
         if tokens_in_all > context {
@@ -123,7 +144,8 @@ impl<'a> Run<'a> {
             }
             answer += &decoder.push(self.text, next)?;
             let line_is_over = sample.one_line && answer.trim_start_matches('\n').contains('\n');
-            if made >= sample.max_new_tokens || line_is_over {
+            let is_over = line_is_over || sample.metric.is_settled(&answer, &sample.answers);
+            if made >= sample.max_new_tokens || is_over {
                 break;
             }
             next = greedy(&fork.step(next)?);
@@ -138,7 +160,7 @@ impl<'a> Run<'a> {
 }
 
 /// The tokens of a bare text: those the model wants around it, and special tokens in it taken as letters.
-pub(crate) fn plain(text: &Text, content: &str) -> Result<Vec<u32>, EvalError> {
+pub fn prompt_tokens(text: &Text, content: &str) -> Result<Vec<u32>, EvalError> {
     let mut tokens = text.encode("", Specials::Added)?;
     tokens.extend(text.encode(content, Specials::Literal)?);
     Ok(tokens)

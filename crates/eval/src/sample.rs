@@ -47,4 +47,13 @@ impl Metric {
             Metric::LongBench(metric) => metric.score(prediction, answers),
         }
     }
+
+    /// Whether no further word can change the score: both of RULER's count answers that occur, so that a prediction
+    /// with all of them is as good as it gets.
+    pub fn is_settled(&self, prediction: &str, answers: &[String]) -> bool {
+        match self {
+            Metric::MatchAll | Metric::MatchPart => self.score(prediction, answers) == 1.0,
+            Metric::LongBench(_) => false,
+        }
+    }
 }

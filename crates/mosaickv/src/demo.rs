@@ -10,7 +10,7 @@ use mosaickv_kv::KvFormat;
 use std::io::{self, Write};
 
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
-const DOCUMENT: &str = include_str!("../demo/document.txt");
+pub const DOCUMENT: &str = include_str!("../demo/document.txt");
 
 const QUESTIONS: [&str; 2] = [
     "What was the name of the professor of Low Dutch and High German?",

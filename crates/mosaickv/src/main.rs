@@ -6,6 +6,7 @@ mod answer;
 mod bench;
 mod bill;
 mod demo;
+mod eval;
 mod fetch;
 
 use anyhow::{Context, Result, bail};
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 #[command(after_help = "Examples:\n  \
     mosaickv demo\n  \
     mosaickv run --model smollm2-135m --file report.txt --kv packed \"What was decided?\"\n  \
+    mosaickv eval kl --model smollm2-135m --text novel.txt --kv exact,packed,q8_0\n  \
     mosaickv bench attention --context 4096,32768 --kv exact,packed")]
 struct Cli {
     #[command(subcommand)]
@@ -37,6 +39,9 @@ enum Command {
     /// Measure speed beside what the machine can do
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Measure what compression costs in quality
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
 }
 
 #[derive(Args)]
@@ -97,6 +102,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(command) => bench::bench(&command),
+        Command::Eval(command) => eval::eval(&command),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
