@@ -1,0 +1,190 @@
+//! What did the official generator make? Its files, one JSON object a line, whatever may be wrong with some lines.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::Task;
+use crate::Sample;
+
+/// Most bytes of a line: prompts of a million tokens have about five million.
+const MOST_BYTES: usize = 32 << 20;
+
+/// A line that is no sample.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// The file.
+    pub path: PathBuf,
+    /// The line, from 1.
+    pub line: usize,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}", self.path.display(), self.line, self.reason)
+    }
+}
+
+/// What a folder of RULER's files holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Folder {
+    /// Samples, task by task in the order asked for.
+    pub samples: Vec<Sample>,
+    /// Lines that are none.
+    pub malformed: Vec<Malformed>,
+    /// Tasks without a file.
+    pub missing: Vec<Task>,
+}
+
+/// Reads `DIR/TASK.jsonl` or `DIR/TASK/validation.jsonl` of each task. The samples' length is the folder's name if
+/// that is a number (RULER writes a folder a length), else 0.
+pub fn read_dir(dir: &Path, tasks: &[Task]) -> io::Result<Folder> {
+    std::fs::read_dir(dir)?;
+    let named = std::path::absolute(dir)?;
+    let length = named.file_name().and_then(|name| name.to_str()?.parse().ok()).unwrap_or(0);
+    let mut folder = Folder::default();
+    for &task in tasks {
+        let paths = [dir.join(format!("{task}.jsonl")), dir.join(task.name()).join("validation.jsonl")];
+        let Some(path) = paths.into_iter().find(|path| path.is_file()) else {
+            folder.missing.push(task);
+            continue;
+        };
+        let (samples, malformed) = read_jsonl(&path, task, length)?;
+        folder.samples.extend(samples);
+        folder.malformed.extend(malformed);
+    }
+    Ok(folder)
+}
+
+/// Reads one file of `task`'s samples and gives them `length`. Lines that are no sample are told; blank ones are not.
+pub fn read_jsonl(path: &Path, task: Task, length: usize) -> io::Result<(Vec<Sample>, Vec<Malformed>)> {
+    let mut file = BufReader::new(File::open(path)?);
+    let (mut samples, mut malformed) = (Vec::new(), Vec::new());
+    let mut lines_of = HashMap::new();
+    let mut bytes = Vec::new();
+    for line in 1.. {
+        let sample = match next_line(&mut file, &mut bytes)? {
+            Line::End => break,
+            Line::TooLong => Err(format!("more than {MOST_BYTES} bytes")),
+            Line::Whole if bytes.iter().all(u8::is_ascii_whitespace) => continue,
+            Line::Whole => sample(&bytes, task, length),
+        };
+        let sample = sample.and_then(|sample| match lines_of.insert(sample.index, line) {
+            None => Ok(sample),
+            Some(first) => Err(format!("index {} was that of line {first}", sample.index)),
+        });
+        match sample {
+            Ok(sample) => samples.push(sample),
+            Err(reason) => malformed.push(Malformed { path: path.to_path_buf(), line, reason }),
+        }
+    }
+    Ok((samples, malformed))
+}
+
+enum Line {
+    Whole,
+    TooLong,
+    End,
+}
+
+fn next_line(file: &mut impl BufRead, bytes: &mut Vec<u8>) -> io::Result<Line> {
+    bytes.clear();
+    let read = file.by_ref().take(MOST_BYTES as u64 + 1).read_until(b'\n', bytes)?;
+    Ok(match read {
+        0 => Line::End,
+        _ if bytes.ends_with(b"\n") || read <= MOST_BYTES => Line::Whole,
+        _ => {
+            file.skip_until(b'\n')?;
+            Line::TooLong
+        }
+    })
+}
+
+/// The fields that matter; the official `length` counts another model's tokens.
+#[derive(Deserialize)]
+struct Record {
+    index: usize,
+    input: String,
+    outputs: Vec<String>,
+    #[serde(default)]
+    answer_prefix: String,
+}
+
+fn sample(line: &[u8], task: Task, length: usize) -> Result<Sample, String> {
+    let record: Record = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if record.input.trim().is_empty() {
+        return Err("its input is empty".to_string());
+    }
+    if record.outputs.is_empty() || record.outputs.iter().any(|answer| answer.trim().is_empty()) {
+        return Err("its outputs hold no answer, or an empty one".to_string());
+    }
+    Ok(task.sample(length, record.index, record.input + &record.answer_prefix, record.outputs))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    const GOOD: &str = r#"{"index": 3, "input": "One of the special magic numbers for a-b is: 17.\nWhat", "outputs":
+        ["17"], "length": 99, "answer_prefix": " It is"}"#;
+
+    #[test]
+    fn malformed_lines_are_told_one_by_one() {
+        let good = GOOD.replace('\n', " ").replace("a-b is: 17. ", "a-b is: 17.\\n");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("niah_single_1.jsonl");
+        let mut bytes = Vec::new();
+        for line in [
+            &good,
+            "",
+            "{not json",
+            r#"{"index": 4, "input": "x"}"#,
+            r#"{"index": 5, "input": "x", "outputs": []}"#,
+            r#"{"index": 6, "input": " ", "outputs": ["y"]}"#,
+            r#"{"index": 7, "input": "x", "outputs": [3]}"#,
+            r#"{"index": -1, "input": "x", "outputs": ["y"]}"#,
+            &good,
+            "[[[[",
+        ] {
+            bytes.extend(line.as_bytes());
+            bytes.push(b'\n');
+        }
+        bytes.extend(b"{\"index\": 8, \"input\": \"\xff\", \"outputs\": [\"y\"]}\n");
+        bytes.extend(vec![b' '; MOST_BYTES + 10]);
+        bytes.extend(b"\n{\"index\": 9, \"input\": \"x\", \"outputs\": [\"y\"]}");
+        fs::write(&path, bytes).unwrap();
+        let (samples, malformed) = read_jsonl(&path, Task::NiahSingle1, 64).unwrap();
+        assert_eq!(samples.iter().map(|sample| sample.index).collect::<Vec<_>>(), [3, 9]);
+        assert_eq!(
+            malformed.iter().map(|line| line.line).collect::<Vec<_>>(),
+            [3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+        );
+        assert!(malformed[6].reason.contains("line 1"), "{}", malformed[6]);
+        assert!(malformed[0].to_string().contains("niah_single_1.jsonl:3: "), "{}", malformed[0]);
+        assert_eq!(samples[0].prompt, "One of the special magic numbers for a-b is: 17.\nWhat It is");
+        assert_eq!((samples[0].length, samples[0].max_new_tokens, samples[0].depth), (64, 128, Some(0.0)));
+    }
+
+    #[test]
+    fn folders_have_both_layouts() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("4096");
+        fs::create_dir_all(folder.join("vt")).unwrap();
+        let line = r#"{"index": 0, "input": "x", "outputs": ["y"]}"#;
+        fs::write(folder.join("cwe.jsonl"), line).unwrap();
+        fs::write(folder.join("vt").join("validation.jsonl"), line).unwrap();
+        let read = read_dir(&folder, &[Task::Vt, Task::Fwe, Task::Cwe]).unwrap();
+        let names: Vec<(&str, usize)> = read.samples.iter().map(|s| (s.task.as_str(), s.length)).collect();
+        assert_eq!(names, [("vt", 4096), ("cwe", 4096)]);
+        assert_eq!((read.missing, read.malformed.len()), (vec![Task::Fwe], 0));
+        assert!(read_dir(&dir.path().join("none"), &Task::ALL).is_err());
+    }
+}
