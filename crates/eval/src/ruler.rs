@@ -26,6 +26,7 @@ use crate::{Metric, Sample};
 mod draw;
 mod fit;
 mod haystack;
+mod hide;
 mod jsonl;
 mod niah;
 mod qa;
@@ -33,7 +34,8 @@ mod sources;
 mod vt;
 mod words;
 
-pub use jsonl::{Folder, Malformed, read_dir, read_jsonl};
+pub use hide::{Hidden, Needle, hide};
+pub use jsonl::{Folder, read_dir, read_jsonl};
 pub use sources::Sources;
 
 use draw::Draw;

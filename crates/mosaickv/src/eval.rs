@@ -95,7 +95,13 @@ impl RunArgs {
         formats
     }
 
-    fn settings(&self, suite: &str, model: &str, formats: &[KvFormat], options: &[(&str, String)]) -> Settings {
+    fn settings(
+        &self,
+        suite: &str,
+        model: &str,
+        formats: &[KvFormat],
+        options: &[(&str, String)],
+    ) -> Settings {
         let options: BTreeMap<String, String> =
             options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
         Settings {
@@ -129,7 +135,8 @@ fn measure(
     if done > 0 {
         eprintln!("{}: {done} of {} {} are there; going on", path.display(), work.units, work.unit);
     }
-    let style = format!("{{msg}} [{{bar:30}}] {{pos}}/{{len}} {}, {{elapsed}} (about {{eta}} left)", work.unit);
+    let style =
+        format!("{{msg}} [{{bar:30}}] {{pos}}/{{len}} {}, {{elapsed}} (about {{eta}} left)", work.unit);
     let bar = ProgressBar::new(work.units as u64)
         .with_message(work.settings.suite.clone())
         .with_style(ProgressStyle::with_template(&style)?.progress_chars("=> "))
@@ -151,7 +158,10 @@ fn measure(
     show(results.rows(), work.args.json)?;
     eprintln!("{}", share(run.times, start.elapsed()));
     if let Some(i) = stopped {
-        eprintln!("stopped after {i} of {} {} (--max-seconds); the same command goes on", work.units, work.unit);
+        eprintln!(
+            "stopped after {i} of {} {} (--max-seconds); the same command goes on",
+            work.units, work.unit
+        );
     }
     eprintln!("results in {}", path.display());
     Ok(())
@@ -161,7 +171,10 @@ fn measure(
 fn default_path(settings: &Settings) -> PathBuf {
     let json = serde_json::to_vec(settings).expect("settings are plain text");
     let digest = Sha256::digest(&json);
-    PathBuf::from(format!("eval-{}-{:02x}{:02x}{:02x}.jsonl", settings.suite, digest[0], digest[1], digest[2]))
+    PathBuf::from(format!(
+        "eval-{}-{:02x}{:02x}{:02x}.jsonl",
+        settings.suite, digest[0], digest[1], digest[2]
+    ))
 }
 
 fn show(rows: &[Row], json: bool) -> Result<()> {

@@ -13,7 +13,10 @@ fn model() -> Option<PathBuf> {
             .join(".cache/mosaickv/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf"),
     };
     if !path.exists() {
-        eprintln!("SKIPPED: no model at {} (run `mosaickv demo`, or set MOSAICKV_TEST_MODEL)", path.display());
+        eprintln!(
+            "SKIPPED: no model at {} (run `mosaickv demo`, or set MOSAICKV_TEST_MODEL)",
+            path.display()
+        );
         return None;
     }
     Some(path)
@@ -87,7 +90,8 @@ fn exact_is_exact_and_8_bits_nearly() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("kl.jsonl").to_str().unwrap().to_owned();
     let text = document();
-    let args = ["kl", "--text", &text, "--prefix", "768", "--score", "48", "--ask", "2", "--json", "-o", &out];
+    let args =
+        ["kl", "--text", &text, "--prefix", "768", "--score", "48", "--ask", "2", "--json", "-o", &out];
     let rows = run(&[&args[..], &["--kv", "exact,q8_0,packed,snapkv"]].concat(), &model);
     let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(rows.len(), 4 * (1 + 2));
@@ -112,7 +116,8 @@ fn one_layer_loses_less_than_all() {
     let text = document();
     let kl = |name: &str, more: &[&str]| -> Vec<f64> {
         let out = folder.path().join(name).to_str().unwrap().to_owned();
-        let args = ["kl", "--text", &text, "--prefix", "400", "--score", "12", "--json", "--kv", "packed", "-o"];
+        let args =
+            ["kl", "--text", &text, "--prefix", "400", "--score", "12", "--json", "--kv", "packed", "-o"];
         let rows = run(&[&args[..], &[&out], more].concat(), &model);
         rows.lines()
             .map(|line| serde_json::from_str::<Value>(line).unwrap()["kl"].as_f64().unwrap())

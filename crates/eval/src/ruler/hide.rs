@@ -2,7 +2,7 @@
 
 use super::draw::Draw;
 use super::haystack::{Haystack, sentences};
-use super::niah::{Kind, fresh, needle_sentence};
+use super::niah::{Kind, fresh, needle_sentence, question};
 use std::collections::HashSet;
 
 /// A text with needles in it.
@@ -30,11 +30,12 @@ pub struct Needle {
 pub fn hide(text: &str, count: usize, seed: u64) -> Hidden {
     let mut draw = Draw::new([seed, count as u64, 0, 0]);
     let mut seen = HashSet::new();
-    let text = Haystack::new(text).map_or(String::new(), |haystack| haystack.text().to_owned());
+    let text = Haystack::new(text).map_or(String::new(), |haystack| haystack.text);
     let sentences = sentences(&text);
-    let mut prompt = "Some special magic numbers are hidden within the following text. Make sure to memorize them. I \
+    let mut prompt =
+        "Some special magic numbers are hidden within the following text. Make sure to memorize them. I \
                       will quiz you about the numbers afterwards.\n"
-        .to_owned();
+            .to_owned();
     let mut begins = Vec::new();
     let mut from = 0;
     for i in 0..count {
@@ -53,10 +54,7 @@ pub fn hide(text: &str, count: usize, seed: u64) -> Hidden {
     prompt.push_str(&sentences[from..].join(" "));
     let prompt = prompt.trim_end().to_owned();
     let needle = |(begin, key, value): (usize, String, String)| Needle {
-        question: format!(
-            "\nWhat is the special magic number for {key} mentioned in the provided text? The special magic number \
-             for {key} mentioned in the provided text is"
-        ),
+        question: question(Kind::Number, &key),
         answer: format!(" {value}"),
         depth: begin as f64 / prompt.len() as f64,
     };

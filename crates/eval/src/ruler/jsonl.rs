@@ -1,35 +1,17 @@
 //! What did the official generator make? Its files, one JSON object a line, whatever may be wrong with some lines.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 
 use super::Task;
-use crate::Sample;
+use crate::{Malformed, Sample};
 
 /// Most bytes of a line: prompts of a million tokens have about five million.
 const MOST_BYTES: usize = 32 << 20;
-
-/// A line that is no sample.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Malformed {
-    /// The file.
-    pub path: PathBuf,
-    /// The line, from 1.
-    pub line: usize,
-    /// What is wrong with it.
-    pub reason: String,
-}
-
-impl fmt::Display for Malformed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", self.path.display(), self.line, self.reason)
-    }
-}
 
 /// What a folder of RULER's files holds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -81,7 +63,7 @@ pub fn read_jsonl(path: &Path, task: Task, length: usize) -> io::Result<(Vec<Sam
         });
         match sample {
             Ok(sample) => samples.push(sample),
-            Err(reason) => malformed.push(Malformed { path: path.to_path_buf(), line, reason }),
+            Err(reason) => malformed.push(Malformed::new(path, line, reason)),
         }
     }
     Ok((samples, malformed))

@@ -139,10 +139,10 @@ impl Recipe for Needles {
         let (context, query) = (self.context(size), &self.query);
         let kind = value_name(self.design.value);
         if self.answers.len() == 1 {
+            let question = question(self.design.value, query);
             format!(
                 "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you \
-                 about the {kind} afterwards.\n{context}\nWhat is the special magic {kind} for {query} mentioned in the \
-                 provided text? The special magic {kind} for {query} mentioned in the provided text is"
+                 about the {kind} afterwards.\n{context}{question}"
             )
         } else {
             format!(
@@ -160,7 +160,7 @@ impl Recipe for Needles {
 }
 
 /// A key or value that no needle of this sample has.
-fn fresh(kind: Kind, seen: &mut Seen, draw: &mut Draw) -> String {
+pub(super) fn fresh(kind: Kind, seen: &mut Seen, draw: &mut Draw) -> String {
     loop {
         let new = match kind {
             Kind::Words => words::key(draw),
@@ -181,10 +181,19 @@ fn value_name(kind: Kind) -> &'static str {
     }
 }
 
+/// What asks for one value, up to the answer.
+pub(super) fn question(value_kind: Kind, key: &str) -> String {
+    let kind = value_name(value_kind);
+    format!(
+        "\nWhat is the special magic {kind} for {key} mentioned in the provided text? The special magic {kind} for {key} \
+         mentioned in the provided text is"
+    )
+}
+
 /// How a needle begins.
 const NEEDLE: &str = "One of the special magic ";
 
-fn needle_sentence(value_kind: Kind, key: &str, value: &str) -> String {
+pub(super) fn needle_sentence(value_kind: Kind, key: &str, value: &str) -> String {
     format!("{NEEDLE}{}s for {key} is: {value}.", value_name(value_kind))
 }
 

@@ -89,6 +89,14 @@ impl Sources {
         self.haystack.is_some()
     }
 
+    /// Whether everything that the task needs is there.
+    pub fn suffice(&self, task: Task) -> bool {
+        let needs = |origin: &Origin| origin.tasks.contains(&task);
+        !(needs(&ESSAYS) && self.haystack.is_none()
+            || needs(&SQUAD) && self.squad.is_none()
+            || needs(&HOTPOT) && self.hotpot.is_none())
+    }
+
     pub(super) fn haystack(&self, task: Task) -> Result<Arc<Haystack>, RulerError> {
         self.haystack.clone().ok_or_else(|| missing(task, &ESSAYS))
     }

@@ -33,7 +33,11 @@ pub fn longbench(args: &LongbenchArgs) -> Result<()> {
     let folder = longbench::read_dir(&args.data, &tasks)?;
     if args.tasks != ["all"] && !folder.missing.is_empty() {
         let names: Vec<String> = folder.missing.iter().map(Task::to_string).collect();
-        bail!("{} has no file of {}; give the folder with LongBench's data", args.data.display(), names.join(", "));
+        bail!(
+            "{} has no file of {}; give the folder with LongBench's data",
+            args.data.display(),
+            names.join(", ")
+        );
     }
     warn_malformed(&folder.malformed, folder.items.len())?;
     let loaded = args.run.load()?;

@@ -8,9 +8,11 @@ use mosaickv_model::{Sequence, Specials};
 use std::path::PathBuf;
 
 #[derive(Args)]
-#[command(after_help = "The paper (s. 3) finds 62.28 % for a quarter, after rotation on 256 tokens of Llama 3.1 8B.\n\n\
+#[command(
+    after_help = "The paper (s. 3) finds 62.28 % for a quarter, after rotation on 256 tokens of Llama 3.1 8B.\n\n\
     Examples:\n  mosaickv eval observe --model smollm2-135m --text novel.txt\n  \
-    mosaickv eval observe --model smollm2-135m --text novel.txt --share 0.5 --window 1024")]
+    mosaickv eval observe --model smollm2-135m --text novel.txt --share 0.5 --window 1024"
+)]
 pub struct ObserveArgs {
     #[command(flatten)]
     model: ModelArgs,

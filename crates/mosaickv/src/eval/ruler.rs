@@ -134,7 +134,9 @@ fn generate(args: &RulerArgs, lengths: &[usize], tasks: &[Task]) -> Result<Origi
         None => Sources::default(),
     };
     if !sources.has_haystack() {
-        eprintln!("no --sources with PaulGrahamEssays.json: needles hide in the built-in text, chapters of a novel");
+        eprintln!(
+            "no --sources with PaulGrahamEssays.json: needles hide in the built-in text, chapters of a novel"
+        );
         sources = sources.with_haystack(DOCUMENT);
     }
     let (can, cannot): (Vec<Task>, Vec<Task>) = tasks.iter().partition(|&&task| sources.suffice(task));
