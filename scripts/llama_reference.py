@@ -2,6 +2,9 @@
 """What does llama.cpp compute for this model? Writes the numbers that the model crate's tests are held to.
 
 usage: llama_reference.py --llama DIR --model Q4_1.gguf [--f32 F32.gguf] [--release TEXT] [--threads 2] [--out JSON]
+       [--about NAME] [--kind q4_1] [--tokens 2000] [--base BOS]
+
+The defaults are SmolLM2's. --base is for a base model: its BOS token, written before every text; no chat prompt.
 
 DIR is a llama.cpp source tree built in DIR/build with shared libraries. llama_reference.cpp (beside this file) is
 compiled against it. The F32 file is the same model, dequantized:
@@ -20,7 +23,6 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 DATA = HERE.parent / "crates/model/tests/data"
-TOKENS = 2000  # of the text, scored
 STEPS = 96  # of each greedy continuation
 CONTEXT = 2048
 BATCH = 512
@@ -61,9 +63,7 @@ class Llama:
         return self.answer()
 
     def greedy(self, text, folder):
-        path = folder / "prompt.txt"
-        path.write_bytes(text.encode())
-        found = self.ask(f"greedy {STEPS} {path}")
+        found = self.ask(f"greedy {STEPS} {written(text, folder)}")
         gaps = [step[1] - step[3] for step in found["top2"]]
         return {
             "prompt_ids": found["prompt"],
@@ -76,6 +76,12 @@ class Llama:
     def close(self):
         self.process.stdin.close()
         self.process.wait()
+
+
+def written(text, folder):
+    path = folder / "text.txt"
+    path.write_bytes(text.encode())
+    return path
 
 
 def build(llama, folder):
@@ -111,20 +117,25 @@ def perplexity(run):
 
 def measure(arguments, program, folder):
     """All runs by name, the greedy continuations by weights, and the system line."""
-    runs, greedy, system = {}, {}, ""
-    kinds = [("q4_1", arguments.model, BATCH, False), ("q4_1_flash", arguments.model, BATCH, True)]
-    kinds.append(("q4_1_one_by_one", arguments.model, 1, False))
+    runs, greedy, system, kind = {}, {}, "", arguments.kind
+    kinds = [(kind, arguments.model, BATCH, False), (f"{kind}_flash", arguments.model, BATCH, True)]
+    kinds.append((f"{kind}_one_by_one", arguments.model, 1, False))
     if arguments.f32:
         kinds.append(("f32", arguments.f32, BATCH, False))
+    text = arguments.base + (DATA / "thursday.txt").read_bytes().decode()
     for name, model, batch, flash in kinds:
         print(f"{name}: n_batch {batch}, flash attention {flash}", flush=True)
         llama = Llama(program, model, batch, flash, arguments.threads)
-        runs[name] = llama.ask(f"score {TOKENS} {DATA / 'thursday.txt'}")
-        if name in ("q4_1", "f32"):
-            greedy[name] = {kind: llama.greedy(text, folder) for kind, text in PROMPTS.items()}
+        runs[name] = llama.ask(f"score {arguments.tokens} {written(text, folder)}")
+        if name in (kind, "f32"):
+            greedy[name] = {prompt: llama.greedy(text, folder) for prompt, text in prompts(arguments.base).items()}
         system = llama.system
         llama.close()
     return runs, greedy, system
+
+
+def prompts(base):
+    return {name: base + text for name, text in PROMPTS.items() if not (base and name == "chat")}
 
 
 def parse():
@@ -133,6 +144,10 @@ def parse():
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--f32", type=pathlib.Path)
     parser.add_argument("--release", default="unnamed", help="which release of llama.cpp this is, for the record")
+    parser.add_argument("--about", default="SmolLM2-135M-Instruct Q4_1", help="the model, for the record")
+    parser.add_argument("--kind", default="q4_1", help="type of the weights, in the names of the runs")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens of the text that are scored")
+    parser.add_argument("--base", default="", metavar="BOS", help="a base model, and its BOS token")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, default=DATA / "smollm2_reference.json")
     return parser.parse_args()
@@ -145,11 +160,14 @@ def main():
         runs, greedy, system = measure(arguments, build(arguments.llama, folder), folder)
     f32 = f" --f32 {arguments.f32.name}" if arguments.f32 else ""
     command = f"scripts/llama_reference.py --llama LLAMA_CPP --model {arguments.model.name}{f32}"
+    kind, base = arguments.kind, arguments.base
+    if base:
+        command += f" --about '{arguments.about}' --kind {kind} --tokens {arguments.tokens} --base '{base}'"
     record = {
-        "about": "llama.cpp on SmolLM2-135M-Instruct Q4_1; natural logarithms; logprobs[i] is that of ids[i + 1] "
-        "after ids[..= i], top1[i] the most probable id there; no BOS; KV cache f16; runs by name: "
-        f"q4_1 and f32 with n_batch = n_ubatch = {BATCH} and flash attention off, q4_1_flash with it on, "
-        "q4_1_one_by_one with n_batch 1 (decode); greedy continuations feed the prompt in one batch, then one "
+        "about": f"llama.cpp on {arguments.about}; natural logarithms; logprobs[i] is that of ids[i + 1] "
+        f"after ids[..= i], top1[i] the most probable id there; {base or 'no BOS'} before every text; KV cache f16; "
+        f"runs by name: {kind} and f32 with n_batch = n_ubatch = {BATCH} and flash attention off, {kind}_flash with it "
+        f"on, {kind}_one_by_one with n_batch 1 (decode); greedy continuations feed the prompt in one batch, then one "
         f"token at a time, stop after an end token, top2 = [id, logprob, id, logprob], near_ties = steps whose "
         f"two best are less than {NEAR_TIE} apart",
         "command": f"{command} --threads {arguments.threads}",
@@ -157,17 +175,17 @@ def main():
         "system": system,
         "text": "thursday.txt",
         "perplexity": {name: perplexity(run) for name, run in runs.items()},
-        "distance_to_q4_1": {name: distance(runs["q4_1"], run) for name, run in runs.items() if name != "q4_1"},
-        "ids": runs["q4_1"]["ids"],
+        f"distance_to_{kind}": {name: distance(runs[kind], run) for name, run in runs.items() if name != kind},
+        "ids": runs[kind]["ids"],
         "runs": {
             name: {"logprobs": [round(value, 6) for value in run["logprobs"]], "top1": run["top1"]}
             for name, run in runs.items()
         },
-        "prompts": PROMPTS,
+        "prompts": prompts(base),
         "greedy": greedy,
     }
     arguments.out.write_text(write(record))
-    print(json.dumps({key: record[key] for key in ("perplexity", "distance_to_q4_1")}, indent=1))
+    print(json.dumps({key: record[key] for key in ("perplexity", f"distance_to_{kind}")}, indent=1))
 
 
 def write(record):

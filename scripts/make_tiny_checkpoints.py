@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 VOCAB = 288
@@ -53,6 +55,14 @@ MODELS = {
     "smollm3": SmolLM3Config(
         **SIZES | dict(num_hidden_layers=4), rope_parameters=PLAIN, no_rope_layer_interval=4, tie_word_embeddings=True
     ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES | dict(num_hidden_layers=4), sliding_window=9, query_pre_attn_scalar=16, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": dict(rope_type="linear", rope_theta=1000000.0, factor=8.0),
+            "sliding_attention": dict(rope_type="default", rope_theta=10000.0),
+        },
+    ),
 }
 
 
@@ -81,8 +91,8 @@ def randomize(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                values = 1 + 0.15 * noise
+            if "norm" in name:  # Gemma's are stored less 1
+                values = (0 if model.config.model_type == "gemma3_text" else 1) + 0.15 * noise
             elif name.endswith("bias"):
                 values = 0.2 * noise
             else:
@@ -105,7 +115,13 @@ NAMES = {
 }
 
 
-def gguf_name(name):
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name, family):
     fixed = {
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
         "lm_head.weight": "output.weight",
@@ -114,7 +130,7 @@ def gguf_name(name):
         return fixed[name]
     _, _, layer, rest = name.split(".", 3)
     part, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
+    return f"blk.{layer}.{(GEMMA_NAMES if family == 'gemma3' else NAMES)[part]}.{kind}"
 
 
 def write_gguf(path, family, config, tensors, inverse_frequencies, vocabulary):
@@ -133,13 +149,19 @@ def write_gguf(path, family, config, tensors, inverse_frequencies, vocabulary):
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if family == "mistral":
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if family in ("mistral", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
+    if family == "gemma3":
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", config.layer_types.index("full_attention") + 1)
     tokens = sorted(vocabulary.get_vocab().items(), key=lambda item: item[1])
     merges = json.loads(vocabulary.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -160,8 +182,10 @@ def write_gguf(path, family, config, tensors, inverse_frequencies, vocabulary):
         if arch in ("llama", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             values = permute(values, heads)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
         matrix = values.ndim == 2
-        writer.add_tensor(gguf_name(name), values.astype(np.float16 if matrix else np.float32))
+        writer.add_tensor(gguf_name(name, family), values.astype(np.float16 if matrix else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -201,7 +225,8 @@ def write_model(folder, family, config, vocabulary):
     vocabulary.save(str(out / "tokenizer.json"), pretty=False)
     named = {"bos_token": SPECIAL[0], "eos_token": {"content": SPECIAL[2]}, "chat_template": TEMPLATE}
     (out / "tokenizer_config.json").write_text(json.dumps(named, indent=1) + "\n")
-    frequencies = model.model.rotary_emb.inv_freq.numpy().astype(np.float64)
+    rotary = model.model.rotary_emb
+    frequencies = None if family == "gemma3" else rotary.inv_freq.numpy().astype(np.float64)
     write_gguf(folder / f"{family}.gguf", family, config, tensors, frequencies, vocabulary)
     rows = [[float(f"{x:.7g}") for x in logits[i].tolist()] for i in SHOWN]
     expected = {"tokens": TOKENS, "positions": SHOWN, "logits": rows}
@@ -247,9 +272,11 @@ def main():
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = tokenizer()
-    for family, config in MODELS.items():
-        write_model(folder, family, config, vocabulary)
-    write_rope(folder)
+    # Families after the folder: only these. (Not in the text above, which the tokenizer is trained on.)
+    for family in sys.argv[2:] or MODELS:
+        write_model(folder, family, MODELS[family], vocabulary)
+    if not sys.argv[2:]:
+        write_rope(folder)
 
 
 main()

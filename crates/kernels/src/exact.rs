@@ -14,6 +14,7 @@ use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::{AttnState, fold_scores};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// Tokens in a page.
 pub const PAGE_TOKENS: usize = 64;
@@ -161,7 +162,7 @@ fn to_f16(from: &[f32], to: &mut [f16; HEAD_DIM_STEP]) {
     to.convert_from_f32_slice(&clamped);
 }
 
-/// How many tokens of a page each query row may see.
+/// Which tokens of a page each query row may see.
 #[derive(Clone, Copy, Debug)]
 pub enum Visible {
     /// All of them.
@@ -174,15 +175,28 @@ pub enum Visible {
         /// Tokens of this page up to and including the first position.
         first: isize,
     },
+    /// As `Causal`, but a position sees only the newest `window` tokens, itself included.
+    Window {
+        /// Rows that share a position.
+        rows_per_token: usize,
+        /// Tokens of this page up to and including the first position.
+        first: isize,
+        /// Tokens that a position sees at most.
+        window: usize,
+    },
 }
 
 impl Visible {
+    /// The tokens that `row` sees of a page of `tokens`; both ends rise with the row.
     #[inline(always)]
-    fn to_row(self, row: usize, tokens: usize) -> usize {
+    fn to_row(self, row: usize, tokens: usize) -> Range<usize> {
+        let inside = |at: isize| at.clamp(0, tokens as isize) as usize;
         match self {
-            Visible::All => tokens,
-            Visible::Causal { rows_per_token, first } => {
-                (first + (row / rows_per_token) as isize).clamp(0, tokens as isize) as usize
+            Visible::All => 0..tokens,
+            Visible::Causal { rows_per_token, first } => 0..inside(first + (row / rows_per_token) as isize),
+            Visible::Window { rows_per_token, first, window } => {
+                let end = first + (row / rows_per_token) as isize;
+                inside(end.saturating_sub_unsigned(window))..inside(end)
             }
         }
     }
@@ -264,9 +278,9 @@ fn fold_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, row: usize) {
         _ => 0,
     };
     let (keys_ahead, values_ahead) = (ahead(keys, next_keys), ahead(values, next_values));
-    // Later rows see no less than earlier ones.
-    let seen = a.visible.to_row(row + R - 1, tokens);
-    if seen == 0 {
+    // What the rows see rises with them: from the start of the first to the end of the last.
+    let seen = a.visible.to_row(row + R - 1, tokens).end;
+    if seen == 0 || a.visible.to_row(row, tokens).start == tokens {
         return;
     }
     let mut weights = [[0.0; PAGE_TOKENS]; R];
@@ -274,8 +288,9 @@ fn fold_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, row: usize) {
     let mut rescale = [1.0; R];
     for r in 0..R {
         let visible = a.visible.to_row(row + r, tokens);
-        weights[r][visible..].fill(f32::NEG_INFINITY);
-        if visible > 0 {
+        weights[r][..visible.start].fill(f32::NEG_INFINITY);
+        weights[r][visible.end..].fill(f32::NEG_INFINITY);
+        if !visible.is_empty() {
             let (max, sum) = (&mut a.state.max[row + r], &mut a.state.sum[row + r]);
             rescale[r] = fold_scores(s, &mut weights[r], max, sum);
         } else {
@@ -451,12 +466,12 @@ mod tests {
         page
     }
 
-    /// What the oracle says of `row` over the first `seen[i]` tokens of each page.
-    fn expected(query: &[f32], pages: &[(&ExactPage, usize)]) -> Vec<f64> {
+    /// What the oracle says of `query` over these tokens of each page.
+    fn expected(query: &[f32], pages: &[(&ExactPage, Range<usize>)]) -> Vec<f64> {
         let d = query.len();
         let (mut keys, mut values, mut row) = (vec![], vec![], vec![0.0; d]);
-        for &(page, seen) in pages {
-            for t in 0..seen {
+        for (page, seen) in pages {
+            for t in seen.clone() {
                 page.key(t, &mut row);
                 keys.extend(row.iter().map(|&x| f64::from(x)));
                 page.value(t, &mut row);
@@ -488,7 +503,7 @@ mod tests {
                     let mut out = vec![0.0; rows * d];
                     state.finish(&mut out);
                     for (q, o) in queries.chunks(d).zip(out.chunks(d)) {
-                        let want = expected(q, &[(&pages[0], 64), (&pages[1], tokens)]);
+                        let want = expected(q, &[(&pages[0], 0..64), (&pages[1], 0..tokens)]);
                         close(o, &want, &format!("{isa:?} D={d} R={rows} T={tokens}"));
                     }
                 }
@@ -516,8 +531,41 @@ mod tests {
                 state.finish(&mut out);
                 for r in 0..rows {
                     let seen = (first + (r / per_token) as isize).clamp(0, 50) as usize;
-                    let want = expected(&queries[r * d..][..d], &[(&page, seen)]);
+                    let want = expected(&queries[r * d..][..d], &[(&page, 0..seen)]);
                     close(&out[r * d..][..d], &want, &format!("{isa:?} first={first} row={r}"));
+                }
+            }
+        }
+    }
+
+    /// A block of positions against several pages, as prefill goes: every row's window, at every place that a
+    /// window's edges can have in a page, windows smaller and larger than a page, and pages nobody sees.
+    #[test]
+    fn windowed_rows_see_their_newest_tokens() {
+        for &isa in Isa::available() {
+            for (d, per_token, positions) in [(16, 1, 5), (64, 3, 11), (256, 4, 16)] {
+                let pages = [filled(d, 64, 3), filled(d, 64, 1003), filled(d, 37, 2003)];
+                let queries = noise(5, per_token * positions * d);
+                for (start, window) in
+                    [(0, 1), (0, 7), (3, 64), (60, 5), (64, 64), (100, 33), (149, 1), (149, 100), (120, 1000)]
+                {
+                    let mut state = AttnState::new(per_token * positions, d);
+                    for (i, page) in pages.iter().enumerate() {
+                        let first = start as isize + 1 - 64 * i as isize;
+                        let visible = Visible::Window { rows_per_token: per_token, first, window };
+                        attend(isa, &queries, page, visible, &mut state);
+                    }
+                    let mut out = vec![0.0; queries.len()];
+                    state.finish(&mut out);
+                    for (r, (query, out)) in queries.chunks(d).zip(out.chunks(d)).enumerate() {
+                        let end = start + r / per_token + 1;
+                        let (from, to) = (end.saturating_sub(window), end.min(165));
+                        let seen = |i: usize| {
+                            from.clamp(64 * i, 64 * (i + 1)) - 64 * i..to.clamp(64 * i, 64 * (i + 1)) - 64 * i
+                        };
+                        let want = expected(query, &[0, 1, 2].map(|i| (&pages[i], seen(i))));
+                        close(out, &want, &format!("{isa:?} D={d} start={start} window={window} row={r}"));
+                    }
                 }
             }
         }

@@ -1,4 +1,5 @@
-//! A KV head whose tokens are all exact: the `exact` format, and every prompt until it is compressed.
+//! A KV head whose tokens are all exact: the `exact` format, every prompt until it is compressed, and layers with a
+//! sliding window, which drop the pages that no query can see any more.
 
 use crate::{KvBytes, Step, cleared};
 use mosaickv_kernels::AttnState;
@@ -20,15 +21,36 @@ pub(crate) struct ExactHead {
     sealed: Vec<Arc<ExactPage>>,
     /// The update buffer: the page that is being filled, never full.
     open: ExactPage,
+    /// Tokens that a query sees, itself included; `None`: all.
+    window: Option<usize>,
+    /// Pages before the first of `sealed`, which were dropped.
+    dropped: usize,
 }
 
 impl ExactHead {
-    pub(crate) fn new(head_dim: usize) -> ExactHead {
-        ExactHead { sealed: Vec::new(), open: ExactPage::new(head_dim, PAGE_TOKENS) }
+    pub(crate) fn new(head_dim: usize, window: Option<usize>) -> ExactHead {
+        ExactHead { sealed: Vec::new(), open: ExactPage::new(head_dim, PAGE_TOKENS), window, dropped: 0 }
     }
 
+    /// Tokens appended so far, those in dropped pages too.
     pub(crate) fn tokens(&self) -> usize {
-        self.sealed.len() * PAGE_TOKENS + self.open.tokens()
+        (self.dropped + self.sealed.len()) * PAGE_TOKENS + self.open.tokens()
+    }
+
+    /// Where the page with the first token that position `position` sees is in the sequence.
+    fn first_page(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window) / PAGE_TOKENS)
+    }
+
+    /// Drops the pages that neither the newest token nor any later one can see.
+    pub(crate) fn forget(&mut self) {
+        let seen = self.first_page(self.tokens().saturating_sub(1));
+        if seen > self.dropped {
+            self.sealed.drain(..seen - self.dropped);
+            // Else the list would stay as long as the longest prompt's.
+            self.sealed.shrink_to(2 * self.sealed.len());
+            self.dropped = seen;
+        }
     }
 
     /// Appends the elements from `offset` of each row of `keys` and `values`.
@@ -43,18 +65,29 @@ impl ExactHead {
         }
     }
 
-    /// All pages in order, the update buffer last.
+    /// All pages that are kept, in order, the update buffer last.
     pub(crate) fn pages(&self) -> impl Iterator<Item = &ExactPage> {
         self.sealed.iter().map(|page| &**page).chain([&self.open])
     }
 
+    /// Page `i` of the sequence.
     fn page(&self, i: usize) -> &ExactPage {
-        self.sealed.get(i).map_or(&self.open, |page| page)
+        let kept = i.checked_sub(self.dropped).expect("a page that some query sees was dropped");
+        self.sealed.get(kept).map_or(&self.open, |page| page)
     }
 
-    /// Pages, the update buffer included.
+    /// Pages of the sequence, dropped ones and the update buffer included.
     fn page_count(&self) -> usize {
-        self.sealed.len() + 1
+        self.dropped + self.sealed.len() + 1
+    }
+
+    /// What rows from position `position` on see of page `i`.
+    fn visible(&self, i: usize, position: usize, rows_per_token: usize) -> Visible {
+        let first = (position + 1) as isize - (i * PAGE_TOKENS) as isize;
+        match self.window {
+            Some(window) => Visible::Window { rows_per_token, first, window },
+            None => Visible::Causal { rows_per_token, first },
+        }
     }
 
     pub(crate) fn count(&self, bytes: &mut KvBytes) {
@@ -67,6 +100,9 @@ impl ExactHead {
         match self.sealed.iter().position(|page| !page.is_full()) {
             Some(i) => Err(format!("sealed page {i} holds {} tokens", self.sealed[i].tokens())),
             None if self.open.is_full() => Err("the update buffer is full and was not sealed".into()),
+            None if self.dropped > self.first_page(self.tokens().saturating_sub(1)) => {
+                Err(format!("{} pages were dropped, some inside the window {:?}", self.dropped, self.window))
+            }
             None => Ok(()),
         }
     }
@@ -76,20 +112,28 @@ impl ExactHead {
 pub(crate) fn decode(step: Step, heads: &[ExactHead], queries: &[f32], out: &mut [f32]) -> u64 {
     let (group, d) = (step.shape.group(), step.shape.head_dim);
     let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
-    let pages = heads[0].page_count();
-    let runs = pages.div_ceil(PAGES_PER_TASK);
+    let newest = heads[0].tokens().saturating_sub(1);
+    let (seen, end) = (heads[0].first_page(newest), heads[0].page_count());
+    let runs = (end - seen).div_ceil(PAGES_PER_TASK);
     let states = cleared(step.states, heads.len() * runs, group, d);
     step.pool.for_each(states, |task, state| {
-        let (g, first) = (task / runs, task % runs * PAGES_PER_TASK);
-        let pages = heads[g].pages().skip(first).take(PAGES_PER_TASK);
-        attend_pages(step.isa, &scaled[g * group * d..][..group * d], pages, state);
+        let (head, queries) = (&heads[task / runs], &scaled[task / runs * group * d..][..group * d]);
+        let first = seen + task % runs * PAGES_PER_TASK;
+        let mut pages = first..end.min(first + PAGES_PER_TASK);
+        if head.window.is_some() && first == seen {
+            // The window may begin inside its first page.
+            attend(step.isa, queries, head.page(first), head.visible(first, newest, group), state);
+            pages.start += 1;
+        }
+        attend_pages(step.isa, queries, pages.map(|i| head.page(i)), state);
     });
     for (states, out) in states.chunks_exact_mut(runs).zip(out.chunks_exact_mut(group * d)) {
         let (first, rest) = states.split_first_mut().expect("a head has at least its open page");
         rest.iter().for_each(|state| first.merge(state));
         first.finish(out);
     }
-    heads.iter().flat_map(ExactHead::pages).map(|page| page.bytes_read() as u64).sum()
+    let read = |head: &ExactHead| (seen..end).map(|i| head.page(i).bytes_read() as u64).sum::<u64>();
+    heads.iter().map(read).sum()
 }
 
 /// Many tokens: `queries` `[T, H, D]`. A task takes a block of positions in every head and never holds more
@@ -104,7 +148,7 @@ pub(crate) fn prefill(step: Step, heads: &[ExactHead], queries: &[f32], out: &mu
     step.pool.for_each(&mut blocks, |_, (block, out)| {
         let first = *block * QUERIES_PER_TASK;
         let count = out.len() / row;
-        let pages = (start + first + count).div_ceil(PAGE_TOKENS);
+        let pages = heads[0].first_page(start + first)..(start + first + count).div_ceil(PAGE_TOKENS);
         let mut local = vec![0.0; count * group * d];
         let mut state = AttnState::new(count * group, d);
         for (g, head) in heads.iter().enumerate() {
@@ -114,9 +158,8 @@ pub(crate) fn prefill(step: Step, heads: &[ExactHead], queries: &[f32], out: &mu
                 to.iter_mut().zip(from).for_each(|(x, q)| *x = q * step.scale);
             }
             state.clear();
-            for i in 0..pages {
-                let seen = (start + first + 1) as isize - (i * PAGE_TOKENS) as isize;
-                let visible = Visible::Causal { rows_per_token: group, first: seen };
+            for i in pages.clone() {
+                let visible = head.visible(i, start + first, group);
                 attend(step.isa, &local, head.page(i), visible, &mut state);
             }
             state.finish(&mut local);
@@ -125,8 +168,11 @@ pub(crate) fn prefill(step: Step, heads: &[ExactHead], queries: &[f32], out: &mu
             }
         }
     });
-    let page_bytes = heads[0].page(0).head_dim() * PAGE_TOKENS * 2 * 2;
-    let read =
-        |block: usize| (start + (block + 1) * QUERIES_PER_TASK).min(start + tokens).div_ceil(PAGE_TOKENS);
+    let page_bytes = d * PAGE_TOKENS * 2 * 2;
+    let read = |block: usize| {
+        let first = start + block * QUERIES_PER_TASK;
+        let end = (first + QUERIES_PER_TASK).min(start + tokens).div_ceil(PAGE_TOKENS);
+        end - heads[0].first_page(first)
+    };
     (0..tokens.div_ceil(QUERIES_PER_TASK)).map(|b| (read(b) * page_bytes * heads.len()) as u64).sum()
 }

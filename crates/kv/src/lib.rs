@@ -3,7 +3,8 @@
 //! A [`KvCache`] holds the keys and values of one sequence. Per layer and KV head they live one way:
 //! `update buffer -> sealed page -> compressed segment`. While a prompt is read, tokens gather in exact pages;
 //! [`KvCache::end_prompt`] compresses a layer's pages when its last prompt token is in; later tokens pass through
-//! the update buffer. The cache knows no model, no request and no clock.
+//! the update buffer. Layers with a sliding window are never compressed; they keep their window, exact, and drop
+//! the pages that it has left. The cache knows no model, no request and no clock.
 //!
 //! Sealed pages are immutable and shared: cloning a cache copies only update buffers.
 
@@ -39,6 +40,25 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// `D`, a multiple of 16.
     pub head_dim: usize,
+    /// Layers that see only the newest tokens, if there are such layers.
+    pub window: Option<Window>,
+}
+
+/// Sliding-window layers: a query sees the newest tokens alone, itself included. They are always exact, whatever
+/// the format, and remember no more than they may see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Tokens that a query sees at most; not 0.
+    pub tokens: usize,
+    /// Every so many layers one sees everything (`Some(6)`: layers 5, 11, ..); `None`: no layer does.
+    pub full_every: Option<usize>,
+}
+
+impl Window {
+    /// Whether `layer` sees only the newest tokens.
+    pub fn applies_to(self, layer: usize) -> bool {
+        self.full_every.is_none_or(|every| !(layer + 1).is_multiple_of(every))
+    }
 }
 
 impl KvShape {
@@ -47,14 +67,22 @@ impl KvShape {
         self.heads / self.kv_heads
     }
 
-    /// Bytes of `tokens` tokens as plain f16 keys and values: what every ratio is relative to.
-    pub fn exact_bytes(self, tokens: usize) -> usize {
-        tokens * self.layers * self.kv_heads * self.head_dim * 2 * 2
+    /// Tokens that a query of `layer` sees at most; `None`: all.
+    pub fn window_of(self, layer: usize) -> Option<usize> {
+        self.window.filter(|window| window.applies_to(layer)).map(|window| window.tokens)
     }
 
-    /// Scalars that `tokens` tokens have in all layers and heads.
+    /// Bytes of `tokens` tokens as plain f16 keys and values: what every ratio is relative to. A layer with a
+    /// sliding window counts no more tokens than its window has.
+    pub fn exact_bytes(self, tokens: usize) -> usize {
+        self.scalars(tokens) * 2
+    }
+
+    /// Scalars that `tokens` tokens have in all layers and heads, in a layer with a sliding window at most its
+    /// window's.
     pub fn scalars(self, tokens: usize) -> usize {
-        tokens * self.layers * self.kv_heads * self.head_dim * 2
+        let remembered = |layer| self.window_of(layer).map_or(tokens, |window| window.min(tokens));
+        (0..self.layers).map(remembered).sum::<usize>() * self.kv_heads * self.head_dim * 2
     }
 }
 
@@ -74,6 +102,9 @@ pub enum KvError {
         /// `D`
         head_dim: usize,
     },
+    /// A sliding window in which a query would not see itself, or a period of no layers.
+    #[error("a sliding window of 0 tokens, or full attention every 0 layers; wanted at least 1 of each")]
+    Window,
     /// The strategy can't be had for this shape.
     #[error("strategy: {0}")]
     Strategy(#[from] PackedError),
@@ -139,20 +170,24 @@ enum Layer {
 impl KvCache {
     /// An empty cache.
     pub fn new(shape: KvShape, format: KvFormat) -> Result<KvCache, KvError> {
-        let KvShape { layers, heads, kv_heads, head_dim } = shape;
+        let KvShape { layers, heads, kv_heads, head_dim, window } = shape;
         let divides =
             kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads) && heads / kv_heads <= MOST_QUERIES;
         if !divides || head_dim == 0 || !head_dim.is_multiple_of(HEAD_DIM_STEP) {
             return Err(KvError::Shape { heads, kv_heads, head_dim });
         }
+        if window.is_some_and(|window| window.tokens == 0 || window.full_every == Some(0)) {
+            return Err(KvError::Window);
+        }
         if let KvFormat::Packed(strategy) = format {
             strategy.shape(head_dim)?;
         }
-        let layer = || Layer::Exact((0..kv_heads).map(|_| ExactHead::new(head_dim)).collect());
+        let head = |layer| ExactHead::new(head_dim, shape.window_of(layer));
+        let layer = |layer| Layer::Exact((0..kv_heads).map(|_| head(layer)).collect());
         Ok(KvCache {
             shape,
             format,
-            layers: (0..layers).map(|_| layer()).collect(),
+            layers: (0..layers).map(layer).collect(),
             isa: Isa::current(),
             bytes_read: 0,
             states: Vec::new(),
@@ -221,8 +256,12 @@ impl KvCache {
         Ok(())
     }
 
-    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages.
+    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages. A layer with
+    /// a sliding window stays exact, and forgets what is out of sight.
     pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
+        if self.shape.window_of(layer).is_some() {
+            return self.forget(layer);
+        }
         let KvFormat::Packed(strategy) = self.format else { return };
         let Layer::Exact(exact) = &mut self.layers[layer] else { return };
         let mut heads: Vec<_> = exact.drain(..).map(|head| (Some(head), None)).collect();
@@ -232,8 +271,16 @@ impl KvCache {
         self.layers[layer] = Layer::Packed(heads.into_iter().filter_map(|(_, packed)| packed).collect());
     }
 
+    /// Drops the pages that neither the newest token nor any later one can see.
+    fn forget(&mut self, layer: usize) {
+        if let Layer::Exact(heads) = &mut self.layers[layer] {
+            heads.iter_mut().for_each(ExactHead::forget);
+        }
+    }
+
     /// Causal attention of `queries` `[T, H, D]`, after RoPE and not yet scaled, which belong to the newest `T`
-    /// tokens of the layer. Writes `out` `[T, H, D]`. A compressed layer takes one token at a time.
+    /// tokens of the layer. Writes `out` `[T, H, D]`. A compressed layer takes one token at a time. A layer with a
+    /// sliding window then forgets what the newest token does not see.
     /// The result does not depend on the number of threads.
     pub fn attend(&mut self, pool: &Pool, layer: usize, queries: &[f32], out: &mut [f32]) {
         let row = self.shape.heads * self.shape.head_dim;
@@ -251,6 +298,7 @@ impl KvCache {
                 packed::decode(step, heads, queries, out)
             }
         };
+        self.forget(layer);
     }
 
     /// Bytes that attention has read from this cache since it was made: keys, values, bitmaps, block keys and

@@ -17,10 +17,15 @@ impl KvCache {
         let mut out = vec![0.0; queries.len()];
         let span = g * group * d..(g + 1) * group * d;
         let queries: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q) * scale).collect();
-        let (keys, values) = match &self.layers[layer] {
+        let (mut keys, mut values) = match &self.layers[layer] {
             Layer::Exact(heads) => exact_rows(&heads[g]),
             Layer::Packed(heads) => heads[g].oracle_rows(&queries),
         };
+        if let Some(window) = self.shape.window_of(layer) {
+            let before = keys.len().saturating_sub(window * d);
+            keys.drain(..before);
+            values.drain(..before);
+        }
         for (query, out) in queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d)) {
             out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
         }

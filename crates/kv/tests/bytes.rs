@@ -9,7 +9,7 @@ static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 #[test]
 fn bytes_reported_are_bytes_allocated() {
     let _profiler = dhat::Profiler::builder().testing().build();
-    let shape = KvShape { layers: 3, heads: 4, kv_heads: 2, head_dim: 64 };
+    let shape = KvShape { layers: 3, heads: 4, kv_heads: 2, head_dim: 64, window: None };
     let pool = Pool::new(1);
     let row = |t: usize| -> Vec<f32> { (0..128).map(|c| ((t * 131 + c * 17) as f32).sin()).collect() };
     // Matrix products keep working memory for each thread, which is no cache's: let them have it first.

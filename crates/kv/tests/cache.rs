@@ -5,7 +5,7 @@ use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, PackedStrategy};
 
 /// 48 of whose channels are stored.
 const D: usize = 64;
-const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D };
+const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D, window: None };
 
 /// Numbers with a decaying spectrum in mixed channels, as real keys have.
 fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
@@ -199,10 +199,33 @@ fn what_is_not_finite_is_refused_and_nothing_is_stored() {
 #[test]
 fn impossible_shapes_and_strategies_are_errors() {
     for (heads, kv_heads, head_dim) in [(6, 4, 32), (0, 0, 32), (4, 0, 32), (4, 2, 0), (4, 2, 40)] {
-        let shape = KvShape { layers: 1, heads, kv_heads, head_dim };
+        let shape = KvShape { layers: 1, heads, kv_heads, head_dim, window: None };
         assert!(KvCache::new(shape, KvFormat::Exact).is_err(), "{shape:?}");
     }
     assert!(KvCache::new(SHAPE, packed(3, 8, 0.1)).is_err());
+}
+
+/// The widest heads of the supported models: 256 channels, one KV head.
+#[test]
+fn wide_heads_agree_with_the_oracle() {
+    let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 256, window: None };
+    let pool = Pool::new(2);
+    for &isa in Isa::available() {
+        for format in [KvFormat::Exact, packed(1, 8, 0.2), packed(4, 4, 1.0)] {
+            let mut cache = KvCache::new(shape, format).unwrap().with_isa(isa);
+            let (keys, values, queries) = (rows(1, 700, 256), rows(2, 700, 256), rows(3, 1, 1024));
+            cache.append(&pool, 0, &keys[..600 * 256], &values[..600 * 256]).unwrap();
+            cache.end_prompt(&pool, 0);
+            for t in 600..700 {
+                let span = t * 256..(t + 1) * 256;
+                cache.append(&pool, 0, &keys[span.clone()], &values[span]).unwrap();
+            }
+            cache.check().unwrap();
+            let mut out = vec![0.0; 1024];
+            cache.attend(&pool, 0, &queries, &mut out);
+            close(&out, &cache.oracle(0, &queries, 0), 2e-5, &format!("{format:?} {isa:?}"));
+        }
+    }
 }
 
 #[test]
@@ -210,7 +233,7 @@ fn packed_stores_what_the_paper_says() {
     // head_dim 128: 25 % of the elements at 16 bits for K and V, 96 bits of bitmap each, an eighth of a key
     // again as block keys: 5.05 bits a scalar, then page headers; rotations and the update buffer weigh less
     // the longer the context.
-    let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 128 };
+    let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 128, window: None };
     let pool = Pool::new(1);
     let mut cache = KvCache::new(shape, packed(1, 8, 0.1)).unwrap();
     let (keys, values) = (rows(1, 8192, 128), rows(2, 8192, 128));

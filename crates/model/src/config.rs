@@ -5,12 +5,15 @@
 pub(crate) mod gguf;
 pub(crate) mod hf;
 
+use mosaickv_kv::Window;
+
 use crate::ModelError;
 use crate::rope::{RopeConfig, RopeScaling};
 
-pub(crate) const SUPPORTED: &str = "llama (SmolLM2 too), mistral, qwen2 (Qwen2.5 too), qwen3, smollm3";
+pub(crate) const SUPPORTED: &str =
+    "llama (SmolLM2 too), mistral, qwen2 (Qwen2.5 too), qwen3, smollm3, gemma3 (text)";
 
-/// A supported family. All are RMSNorm, rotary grouped-query attention and a SwiGLU feed-forward.
+/// A supported family. All are RMSNorm, rotary grouped-query attention and a gated feed-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// Llama 2 and 3, SmolLM2, and everything that is saved as one of them.
@@ -23,6 +26,9 @@ pub enum Architecture {
     Qwen3,
     /// Every fourth layer without rotary embedding.
     SmolLm3,
+    /// Scaled embeddings, an RMSNorm before and after attention and feed-forward and on every query and key head,
+    /// a GELU gate, and sliding windows with a rotary base of their own in five of six layers.
+    Gemma3,
 }
 
 impl Architecture {
@@ -34,6 +40,7 @@ impl Architecture {
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
             Architecture::SmolLm3 => "smollm3",
+            Architecture::Gemma3 => "gemma3",
         }
     }
 }
@@ -63,10 +70,16 @@ pub struct ModelConfig {
     pub norm_eps: f32,
     /// Most tokens the model can attend to.
     pub context: usize,
+    /// What the token embedding is multiplied with.
+    pub embed_scale: f32,
+    /// What the scores of attention are multiplied with, usually `1 / sqrt(D)`.
+    pub attention_scale: f32,
     /// Rotary embedding.
     pub rope: RopeConfig,
-    /// Tokens that a query sees, itself included, in every layer; `None`: all before it.
-    pub sliding_window: Option<usize>,
+    /// Rotary embedding of the layers with a sliding window, where it is another one.
+    pub local_rope: Option<RopeConfig>,
+    /// Layers whose queries see only the newest tokens.
+    pub sliding_window: Option<Window>,
     /// `[L]`: whether the layer turns queries and keys at all.
     pub rope_layers: Vec<bool>,
 }
@@ -102,14 +115,20 @@ impl ModelConfig {
         if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {
             return Err(refuse("norm epsilon", self.norm_eps, "a finite number, at least 0"));
         }
-        if self.sliding_window == Some(0) {
+        if self.sliding_window.is_some_and(|window| window.tokens == 0) {
             return Err(refuse("sliding window", 0, "at least 1"));
         }
-        self.check_rope()
+        if self.sliding_window.is_some_and(|window| window.full_every == Some(0)) {
+            return Err(refuse("sliding window pattern", 0, "at least 1"));
+        }
+        if !(self.attention_scale.is_finite() && self.attention_scale > 0.0) {
+            return Err(refuse("attention scale", self.attention_scale, "a finite number above 0"));
+        }
+        self.check_rope(&self.rope)?;
+        self.local_rope.as_ref().map_or(Ok(()), |rope| self.check_rope(rope))
     }
 
-    fn check_rope(&self) -> Result<(), ModelError> {
-        let rope = &self.rope;
+    fn check_rope(&self, rope: &RopeConfig) -> Result<(), ModelError> {
         if !(rope.theta.is_finite() && rope.theta > 1.0) {
             return Err(refuse("rope theta", rope.theta, "a finite number above 1"));
         }
@@ -155,6 +174,45 @@ fn within(key: &str, got: usize, most: usize) -> Result<(), ModelError> {
 pub(crate) fn refuse(key: &str, got: impl ToString, wanted: impl Into<String>) -> ModelError {
     ModelError::Config { key: key.to_owned(), got: got.to_string(), wanted: wanted.into() }
 }
+
+/// The window of layers of which `windowed` ones have it: all, none, or all but every n-th.
+fn periodic(
+    key: &str,
+    tokens: usize,
+    windowed: &[bool],
+    layers: usize,
+) -> Result<Option<Window>, ModelError> {
+    if windowed.len() != layers {
+        return Err(refuse(
+            key,
+            format!("{} entries", windowed.len()),
+            format!("one for each of {layers} layers"),
+        ));
+    }
+    let Some(first_full) = windowed.iter().position(|&windowed| !windowed) else {
+        return Ok(Some(Window { tokens, full_every: None }));
+    };
+    let every = first_full + 1;
+    if windowed.iter().all(|&windowed| !windowed) {
+        return Ok(None);
+    }
+    if (1..=layers).all(|layer| windowed[layer - 1] != layer.is_multiple_of(every)) {
+        return Ok(Some(Window { tokens, full_every: Some(every) }));
+    }
+    let wanted = format!("every {every}th layer without a window, as the first that has none");
+    Err(refuse(key, "some layers with and some without a window in no such order", wanted))
+}
+
+/// `1 / sqrt(scalar)`: the scale of attention.
+fn inverse_root(scalar: f64) -> f32 {
+    scalar.sqrt().recip() as f32
+}
+
+/// Gemma 3: every sixth layer sees everything, unless the file says otherwise.
+const GEMMA3_FULL_EVERY: usize = 6;
+
+/// Gemma 3's rotary base in layers with a sliding window.
+const GEMMA3_LOCAL_THETA: f64 = 10_000.0;
 
 /// SmolLM3's rule: every `step`-th layer has no rotary embedding.
 fn all_but_every(layers: usize, step: usize) -> Vec<bool> {

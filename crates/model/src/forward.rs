@@ -1,12 +1,13 @@
-//! How do tokens become logits? One straight forward pass for the whole Llama family.
+//! How do tokens become logits? One straight forward pass for the whole Llama family, Gemma included.
 //!
 //! A chunk of tokens goes through the layers one after the other, all its tokens together, so that only one
 //! layer of a prompt (of up to 8,192 tokens) is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
 //! cache's business.
 
-use crate::rope::Rotation;
-use crate::weights::{Layer, Model};
-use mosaickv_kernels::activation::silu_gate;
+use crate::config::Architecture;
+use crate::rope::{Rope, Rotation};
+use crate::weights::{Layer, LayerRope, Model};
+use mosaickv_kernels::activation::{gelu_gate, silu_gate};
 use mosaickv_kernels::matrix::{Matrix, Precision, multiply_each};
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
@@ -15,8 +16,11 @@ use std::time::{Duration, Instant};
 /// Tokens of a prompt that go through the layers together; bounds the activations' memory.
 const CHUNK_TOKENS: usize = 8192;
 
-/// Tokens that go through a feed-forward layer, or through the output matrix, together.
+/// Tokens that go through a feed-forward layer together.
 const BLOCK_TOKENS: usize = 512;
+
+/// Logits that are computed together at most, unless one token has more.
+const BLOCK_LOGITS: usize = 1 << 24;
 
 /// One sequence of tokens: a model, the threads to run it on, and what it remembers. A clone goes on from the same
 /// tokens and shares their sealed pages.
@@ -72,12 +76,13 @@ impl Model {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
+            window: config.sliding_window,
         }
     }
 
-    /// Tokens that a sequence may have. A sliding window is not cut out of attention, so it is a limit too.
+    /// Tokens that a sequence may have.
     pub fn context(&self) -> usize {
-        self.config.sliding_window.map_or(self.config.context, |window| window.min(self.config.context))
+        self.config.context
     }
 }
 
@@ -162,9 +167,10 @@ impl<'a> Sequence<'a> {
         }
         let hidden = self.layers(tokens, false, &mut |_| ())?;
         let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
-        for (b, block) in hidden.chunks(BLOCK_TOKENS * width).enumerate() {
+        let together = (BLOCK_LOGITS / vocab).clamp(1, BLOCK_TOKENS);
+        for (b, block) in hidden.chunks(together * width).enumerate() {
             for (i, logits) in self.logits(block)?.chunks_exact(vocab).enumerate() {
-                each(b * BLOCK_TOKENS + i, logits);
+                each(b * together + i, logits);
             }
         }
         Ok(())
@@ -192,11 +198,15 @@ impl<'a> Sequence<'a> {
         let model = self.model;
         let hidden = model.config.hidden;
         let start = self.cache.tokens();
-        let rotations: Vec<Rotation> =
-            (start..start + tokens.len()).map(|p| model.rope.rotation(p)).collect();
+        let rotations = |rope: &Rope| (start..start + tokens.len()).map(|p| rope.rotation(p)).collect();
+        let rotations = Rotations {
+            model: rotations(&model.rope),
+            local: model.local_rope.as_ref().map(rotations).unwrap_or_default(),
+        };
         let mut x = vec![0.0; tokens.len() * hidden];
         for (&token, row) in tokens.iter().zip(x.chunks_exact_mut(hidden)) {
             model.embed.row(token as usize, row);
+            scale(row, model.config.embed_scale);
         }
         for (l, layer) in model.layers.iter().enumerate() {
             self.attention(l, layer, &rotations, &mut x)?;
@@ -213,22 +223,22 @@ impl<'a> Sequence<'a> {
         Ok(x)
     }
 
-    /// `x += wo * attention(norm(x))`
+    /// `x += norm(wo * attention(norm(x)))`, the outer norm where the layer has one.
     fn attention(
         &mut self,
         l: usize,
         layer: &Layer,
-        rotations: &[Rotation],
+        rotations: &Rotations,
         x: &mut [f32],
     ) -> Result<(), ForwardError> {
         let config = &self.model.config;
-        let (tokens, d) = (rotations.len(), config.head_dim);
+        let (tokens, d) = (x.len() / config.hidden, config.head_dim);
         let mut q = vec![0.0; tokens * config.heads * d];
         let mut k = vec![0.0; tokens * config.kv_heads * d];
         let mut v = k.clone();
         let normed = self.norm(x, &layer.attn_norm);
         self.multiply(&normed, &mut [(&layer.wq, &mut q), (&layer.wk, &mut k), (&layer.wv, &mut v)]);
-        let (rope, eps) = (&self.model.rope, config.norm_eps);
+        let eps = config.norm_eps;
         let heads = [(&mut q, &layer.bq, &layer.q_norm), (&mut k, &layer.bk, &layer.k_norm)];
         for (heads, bias, norm) in heads {
             let row = heads.len() / tokens;
@@ -237,32 +247,35 @@ impl<'a> Sequence<'a> {
                 if let Some(norm) = norm {
                     heads.chunks_exact_mut(d).for_each(|head| rms_norm(head, norm, eps));
                 }
-                if layer.rope {
-                    rope.turn(&rotations[t], heads, d);
-                }
+                rotations.turn(self.model, (layer.rope, t), heads);
             });
         }
+        // The cache divides by the root of head_dim.
+        scale(&mut q, config.attention_scale * (d as f32).sqrt());
         v.chunks_exact_mut(config.kv_heads * d).for_each(|row| add_bias(row, layer.bv.as_deref()));
         let start = Instant::now();
         self.cache.append(self.pool, l, &k, &v)?;
         let mut out = vec![0.0; q.len()];
         self.cache.attend(self.pool, l, &q, &mut out);
         self.attention += start.elapsed();
-        self.add_product(&layer.wo, &out, x);
+        self.add_product((&layer.wo, layer.post_attn_norm.as_deref()), &out, x);
         Ok(())
     }
 
-    /// `x += down * (silu(gate * norm(x)) * (up * norm(x)))`
+    /// `x += norm(down * (silu(gate * norm(x)) * (up * norm(x))))`, the outer norm where the layer has one; for
+    /// Gemma, GELU in place of SiLU.
     fn feed_forward(&self, layer: &Layer, x: &mut [f32]) {
         let ffn = self.model.config.ffn;
         let tokens = x.len() / self.model.config.hidden;
         let normed = self.norm(x, &layer.ffn_norm);
         let (mut gate, mut up) = (vec![0.0; tokens * ffn], vec![0.0; tokens * ffn]);
         self.multiply(&normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
-        each_row(self.pool, &mut gate, ffn, |t, gate| {
-            silu_gate(self.isa, gate, &up[t * ffn..][..ffn]);
-        });
-        self.add_product(&layer.down, &gate, x);
+        let activate = match self.model.config.architecture {
+            Architecture::Gemma3 => gelu_gate,
+            _ => silu_gate,
+        };
+        each_row(self.pool, &mut gate, ffn, |t, gate| activate(self.isa, gate, &up[t * ffn..][..ffn]));
+        self.add_product((&layer.down, layer.post_ffn_norm.as_deref()), &gate, x);
     }
 
     /// Each output `[T, rows] = x[T, cols] W^T`.
@@ -270,10 +283,14 @@ impl<'a> Sequence<'a> {
         multiply_each(self.precision, self.isa, self.pool, x, parts);
     }
 
-    /// `x += w * y`
-    fn add_product(&self, w: &Matrix, y: &[f32], x: &mut [f32]) {
+    /// `x += norm(w * y)`, or without a norm `x += w * y`
+    fn add_product(&self, (w, norm): (&Matrix, Option<&[f32]>), y: &[f32], x: &mut [f32]) {
         let mut out = vec![0.0; x.len()];
         self.multiply(y, &mut [(w, &mut out)]);
+        if let Some(weight) = norm {
+            let eps = self.model.config.norm_eps;
+            each_row(self.pool, &mut out, weight.len(), |_, row| rms_norm(row, weight, eps));
+        }
         x.iter_mut().zip(&out).for_each(|(x, y)| *x += y);
     }
 
@@ -292,6 +309,32 @@ impl<'a> Sequence<'a> {
         let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
         self.multiply(&normed, &mut [(head, &mut logits)]);
         if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
+    }
+}
+
+/// The cosines and sines of a chunk's positions.
+struct Rotations {
+    model: Vec<Rotation>,
+    /// Of the layers that are [`LayerRope::Local`]; empty if the model has none.
+    local: Vec<Rotation>,
+}
+
+impl Rotations {
+    /// Turns `heads`, `[n, D]`, of the chunk's token `t` as the layer does.
+    fn turn(&self, model: &Model, (rope, t): (LayerRope, usize), heads: &mut [f32]) {
+        let d = model.config.head_dim;
+        match (rope, &model.local_rope) {
+            (LayerRope::Off, _) => {}
+            (LayerRope::Local, Some(local)) => local.turn(&self.local[t], heads, d),
+            (LayerRope::Local, None) | (LayerRope::Model, _) => model.rope.turn(&self.model[t], heads, d),
+        }
+    }
+}
+
+/// `x * factor`; a factor of 1 to rounding leaves `x` as it is.
+fn scale(x: &mut [f32], factor: f32) {
+    if (factor - 1.0).abs() > 1e-6 {
+        x.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

@@ -74,10 +74,12 @@ impl<R: Read + Seek> Tensors for Gguf<R> {
             Role::QNorm => "attn_q_norm.weight",
             Role::KNorm => "attn_k_norm.weight",
             Role::O => "attn_output.weight",
+            Role::PostAttnNorm => "post_attention_norm.weight",
             Role::FfnNorm => "ffn_norm.weight",
             Role::Gate => "ffn_gate.weight",
             Role::Up => "ffn_up.weight",
             Role::Down => "ffn_down.weight",
+            Role::PostFfnNorm => "post_ffw_norm.weight",
         };
         format!("blk.{layer}.{part}")
     }

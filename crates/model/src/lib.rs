@@ -22,4 +22,4 @@ pub use error::ModelError;
 pub use forward::{ForwardError, Sequence, greedy};
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
 pub use text::{Decoder, Message, Specials, Text};
-pub use weights::{Layer, Model};
+pub use weights::{Layer, LayerRope, Model};

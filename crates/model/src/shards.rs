@@ -11,6 +11,7 @@ use safetensors::tensor::Metadata;
 use serde_json::{Map, Value};
 
 use crate::ModelError;
+use crate::config::Architecture;
 use crate::source::{Role, Tensors, blocks, finite, shaped};
 
 const LONGEST_HEADER: u64 = 100 << 20; // the format's own limit
@@ -20,6 +21,7 @@ pub(crate) struct Shards {
     at: HashMap<String, usize>, // tensor name -> shard
     read: HashSet<String>,
     tied: bool,
+    architecture: Architecture,
 }
 
 struct Shard {
@@ -31,7 +33,11 @@ struct Shard {
 
 impl Shards {
     /// Opens the folder's index, or its one file. `tied`: a stored output matrix is a copy of the embedding.
-    pub(crate) fn open(folder: &Path, tied: Option<bool>) -> Result<Shards, ModelError> {
+    pub(crate) fn open(
+        folder: &Path,
+        architecture: Architecture,
+        tied: Option<bool>,
+    ) -> Result<Shards, ModelError> {
         let index = folder.join("model.safetensors.index.json");
         let files = if index.exists() { listed(&index)? } else { vec!["model.safetensors".to_owned()] };
         let mut shards = Vec::new();
@@ -41,7 +47,7 @@ impl Shards {
             at.extend(shard.header.offset_keys().into_iter().map(|name| (name, shards.len())));
             shards.push(shard);
         }
-        Ok(Shards { shards, at, read: HashSet::new(), tied: tied == Some(true) })
+        Ok(Shards { shards, at, read: HashSet::new(), tied: tied == Some(true), architecture })
     }
 
     /// Type, and bytes of a tensor whose shape is as wanted.
@@ -54,6 +60,7 @@ impl Shards {
 
 impl Tensors for Shards {
     fn name(&self, role: Role, layer: usize) -> String {
+        let gemma3 = self.architecture == Architecture::Gemma3;
         let part = match role {
             Role::Embed => return "model.embed_tokens.weight".to_owned(),
             Role::Norm => return "model.norm.weight".to_owned(),
@@ -68,10 +75,13 @@ impl Tensors for Shards {
             Role::QNorm => "self_attn.q_norm.weight",
             Role::KNorm => "self_attn.k_norm.weight",
             Role::O => "self_attn.o_proj.weight",
-            Role::FfnNorm => "post_attention_layernorm.weight",
+            // Gemma has one after attention, and calls the next one by its place.
+            Role::FfnNorm if gemma3 => "pre_feedforward_layernorm.weight",
+            Role::PostAttnNorm | Role::FfnNorm => "post_attention_layernorm.weight",
             Role::Gate => "mlp.gate_proj.weight",
             Role::Up => "mlp.up_proj.weight",
             Role::Down => "mlp.down_proj.weight",
+            Role::PostFfnNorm => "post_feedforward_layernorm.weight",
         };
         format!("model.layers.{layer}.{part}")
     }
@@ -87,7 +97,12 @@ impl Tensors for Shards {
 
     fn vector(&mut self, name: &str, length: usize) -> Result<Vec<f32>, ModelError> {
         let (kind, bytes) = self.tensor(name, &[length])?;
-        finite(name, floats(kind, &bytes))
+        let mut values = finite(name, floats(kind, &bytes))?;
+        // Gemma's checkpoints store what a norm's weight is above 1.
+        if self.architecture == Architecture::Gemma3 && name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|weight| *weight += 1.0);
+        }
+        Ok(values)
     }
 
     fn left_over(&self) -> Option<String> {

@@ -21,10 +21,12 @@ pub(crate) enum Role {
     QNorm,
     KNorm,
     O,
+    PostAttnNorm,
     FfnNorm,
     Gate,
     Up,
     Down,
+    PostFfnNorm,
 }
 
 /// The tensors of one checkpoint. Every tensor that is asked for is remembered, see [`Tensors::left_over`].

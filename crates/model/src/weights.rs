@@ -36,16 +36,31 @@ pub struct Layer {
     pub k_norm: Option<Vec<f32>>,
     /// Output of attention, `[hidden, H * D]`.
     pub wo: Matrix,
+    /// RMSNorm of what attention adds to the residual stream, `[hidden]`.
+    pub post_attn_norm: Option<Vec<f32>>,
     /// RMSNorm before the feed-forward, `[hidden]`.
     pub ffn_norm: Vec<f32>,
-    /// `[ffn, hidden]`; SiLU follows.
+    /// `[ffn, hidden]`; SiLU or GELU follows.
     pub gate: Matrix,
     /// `[ffn, hidden]`.
     pub up: Matrix,
     /// `[hidden, ffn]`.
     pub down: Matrix,
-    /// Whether queries and keys are turned by the rotary embedding.
-    pub rope: bool,
+    /// RMSNorm of what the feed-forward adds to the residual stream, `[hidden]`.
+    pub post_ffn_norm: Option<Vec<f32>>,
+    /// How queries and keys are turned.
+    pub rope: LayerRope,
+}
+
+/// Which rotary embedding a layer uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerRope {
+    /// None.
+    Off,
+    /// The model's.
+    Model,
+    /// The one of layers with a sliding window.
+    Local,
 }
 
 /// A model ready to run.
@@ -62,6 +77,8 @@ pub struct Model {
     pub head: Option<Matrix>,
     /// Rotary embedding.
     pub rope: Rope,
+    /// Rotary embedding of the layers that are [`LayerRope::Local`].
+    pub local_rope: Option<Rope>,
 }
 
 impl Model {
@@ -99,7 +116,7 @@ fn load_folder(folder: &Path, progress: &mut dyn FnMut(usize, usize)) -> Result<
     name_by_path(&mut config, folder);
     let text = Text::from_folder(folder, &json)?;
     text.fits(config.vocab)?;
-    let mut shards = Shards::open(folder, tied)?;
+    let mut shards = Shards::open(folder, config.architecture, tied)?;
     let model = read_tensors(&mut shards, config, tied, progress)?;
     Ok((model, text))
 }
@@ -136,7 +153,8 @@ fn read_tensors(
     }
     progress(total, total);
     let rope = Rope::new(&config.rope);
-    Ok(Model { config, embed, layers, norm, head, rope })
+    let local_rope = config.local_rope.as_ref().map(Rope::new);
+    Ok(Model { config, embed, layers, norm, head, rope, local_rope })
 }
 
 fn read_layer(tensors: &mut dyn Tensors, config: &ModelConfig, index: usize) -> Result<Layer, ModelError> {
@@ -144,7 +162,9 @@ fn read_layer(tensors: &mut dyn Tensors, config: &ModelConfig, index: usize) -> 
     let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
     let mut reader = LayerReader { tensors, index };
     let qwen2 = config.architecture == Architecture::Qwen2;
-    let qwen3 = config.architecture == Architecture::Qwen3;
+    let gemma3 = config.architecture == Architecture::Gemma3;
+    let head_norms = gemma3 || config.architecture == Architecture::Qwen3;
+    let windowed = config.sliding_window.is_some_and(|window| window.applies_to(index));
     Ok(Layer {
         attn_norm: reader.vector(Role::AttnNorm, hidden)?,
         wq: reader.matrix(Role::Q, queries, hidden)?,
@@ -153,14 +173,20 @@ fn read_layer(tensors: &mut dyn Tensors, config: &ModelConfig, index: usize) -> 
         bq: reader.optional(Role::QBias, queries, qwen2)?,
         bk: reader.optional(Role::KBias, keys, qwen2)?,
         bv: reader.optional(Role::VBias, keys, qwen2)?,
-        q_norm: reader.only_if(qwen3, Role::QNorm, config.head_dim)?,
-        k_norm: reader.only_if(qwen3, Role::KNorm, config.head_dim)?,
+        q_norm: reader.only_if(head_norms, Role::QNorm, config.head_dim)?,
+        k_norm: reader.only_if(head_norms, Role::KNorm, config.head_dim)?,
         wo: reader.matrix(Role::O, hidden, queries)?,
+        post_attn_norm: reader.only_if(gemma3, Role::PostAttnNorm, hidden)?,
         ffn_norm: reader.vector(Role::FfnNorm, hidden)?,
         gate: reader.matrix(Role::Gate, config.ffn, hidden)?,
         up: reader.matrix(Role::Up, config.ffn, hidden)?,
         down: reader.matrix(Role::Down, hidden, config.ffn)?,
-        rope: config.rope_layers[index],
+        post_ffn_norm: reader.only_if(gemma3, Role::PostFfnNorm, hidden)?,
+        rope: match config.rope_layers[index] {
+            false => LayerRope::Off,
+            true if windowed && config.local_rope.is_some() => LayerRope::Local,
+            true => LayerRope::Model,
+        },
     })
 }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use mosaickv_kernels::matrix::Matrix;
-use mosaickv_model::{Layer, Model};
+use mosaickv_model::{Architecture, Layer, LayerRope, Model};
 use serde_json::Value;
 
 fn row(matrix: &Matrix, r: usize) -> Vec<f64> {
@@ -35,17 +35,20 @@ fn heads(model: &Model, layer: &Layer, x: Vec<f64>, weight: Option<&Vec<f32>>, p
     if let Some(weight) = weight {
         x = x.chunks(d).flat_map(|head| norm(head, weight, model.config.norm_eps)).collect();
     }
-    if !layer.rope {
-        return x;
-    }
+    let rope = match layer.rope {
+        LayerRope::Off => return x,
+        LayerRope::Model => &model.rope,
+        LayerRope::Local => model.local_rope.as_ref().unwrap(),
+    };
     let mut single: Vec<f32> = x.iter().map(|&x| x as f32).collect();
-    model.rope.apply(position, &mut single, d);
+    rope.apply(position, &mut single, d);
     single.into_iter().map(f64::from).collect()
 }
 
-fn attend(model: &Model, layer: &Layer, xs: &[Vec<f64>]) -> Vec<Vec<f64>> {
-    let config = &model.config;
-    let d = config.head_dim;
+fn attend(model: &Model, index: usize, xs: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let (config, layer) = (&model.config, &model.layers[index]);
+    let (d, scale) = (config.head_dim, f64::from(config.attention_scale));
+    let window = config.sliding_window.filter(|window| window.applies_to(index));
     let mut queries = Vec::new();
     let mut keys = Vec::new();
     let mut values = Vec::new();
@@ -58,20 +61,20 @@ fn attend(model: &Model, layer: &Layer, xs: &[Vec<f64>]) -> Vec<Vec<f64>> {
         values.push(multiply(&layer.wv, &x, layer.bv.as_ref()));
     }
     let out = |t: usize| {
-        let first = config.sliding_window.map_or(0, |window| (t + 1).saturating_sub(window));
+        let first = window.map_or(0, |window| (t + 1).saturating_sub(window.tokens));
         let mut out = Vec::new();
         for h in 0..config.heads {
             let g = h / (config.heads / config.kv_heads);
             let span = g * d..(g + 1) * d;
             let query = &queries[t][h * d..(h + 1) * d];
             let scores: Vec<f64> =
-                (first..=t).map(|s| (dot(query, &keys[s][span.clone()]) / (d as f64).sqrt()).exp()).collect();
+                (first..=t).map(|s| (dot(query, &keys[s][span.clone()]) * scale).exp()).collect();
             let sum: f64 = scores.iter().sum();
             let mix =
                 |i: usize| (first..=t).map(|s| scores[s - first] * values[s][g * d + i]).sum::<f64>() / sum;
             out.extend((0..d).map(mix));
         }
-        multiply(&layer.wo, &out, None)
+        after(model, layer.post_attn_norm.as_ref(), multiply(&layer.wo, &out, None))
     };
     (0..xs.len()).map(out).collect()
 }
@@ -80,15 +83,30 @@ fn feed_forward(model: &Model, layer: &Layer, x: &[f64]) -> Vec<f64> {
     let x = norm(x, &layer.ffn_norm, model.config.norm_eps);
     let gate = multiply(&layer.gate, &x, None);
     let up = multiply(&layer.up, &x, None);
-    let inner: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-    multiply(&layer.down, &inner, None)
+    let silu = |g: f64| g / (1.0 + (-g).exp());
+    let gelu =
+        |g: f64| 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3))).tanh());
+    let gemma3 = model.config.architecture == Architecture::Gemma3;
+    let activate = |&g: &f64| if gemma3 { gelu(g) } else { silu(g) };
+    let inner: Vec<f64> = gate.iter().map(activate).zip(&up).map(|(g, u)| g * u).collect();
+    after(model, layer.post_ffn_norm.as_ref(), multiply(&layer.down, &inner, None))
+}
+
+/// The norm after attention or feed-forward, where there is one.
+fn after(model: &Model, weight: Option<&Vec<f32>>, x: Vec<f64>) -> Vec<f64> {
+    match weight {
+        Some(weight) => norm(&x, weight, model.config.norm_eps),
+        None => x,
+    }
 }
 
 fn logits(model: &Model, tokens: &[usize]) -> Vec<Vec<f64>> {
-    let mut xs: Vec<Vec<f64>> = tokens.iter().map(|&token| row(&model.embed, token)).collect();
+    let scale = f64::from(model.config.embed_scale);
+    let embed = |&token: &usize| row(&model.embed, token).into_iter().map(|x| x * scale).collect();
+    let mut xs: Vec<Vec<f64>> = tokens.iter().map(embed).collect();
     let add = |x: &mut Vec<f64>, y: Vec<f64>| x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-    for layer in &model.layers {
-        let attended = attend(model, layer, &xs);
+    for (index, layer) in model.layers.iter().enumerate() {
+        let attended = attend(model, index, &xs);
         xs.iter_mut().zip(attended).for_each(|(x, y)| add(x, y));
         for x in &mut xs {
             let y = feed_forward(model, layer, x);
@@ -102,7 +120,7 @@ fn logits(model: &Model, tokens: &[usize]) -> Vec<Vec<f64>> {
 #[test]
 fn every_tiny_checkpoint_gives_the_logits_of_transformers() {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
-    for family in ["llama", "mistral", "qwen2", "qwen3", "smollm3"] {
+    for family in ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3"] {
         let expected = std::fs::read(data.join(family).join("expected.json")).unwrap();
         let expected: Value = serde_json::from_slice(&expected).unwrap();
         let numbers = |key: &str| -> Vec<usize> {

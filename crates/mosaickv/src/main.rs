@@ -70,7 +70,7 @@ struct RunArgs {
 /// Which model, and how many threads to run it on.
 #[derive(Args, Clone)]
 struct ModelArgs {
-    /// A GGUF file, a safetensors folder, smollm2-135m, or, built with --features hub, owner/name:file
+    /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(long, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]

@@ -5,7 +5,12 @@
 
 use serde_json::{Map, Value};
 
-use super::{Architecture, ModelConfig, all_but_every, refuse};
+use mosaickv_kv::Window;
+
+use super::{
+    Architecture, GEMMA3_FULL_EVERY, GEMMA3_LOCAL_THETA, ModelConfig, all_but_every, inverse_root, periodic,
+    refuse,
+};
 use crate::ModelError;
 use crate::rope::{RopeConfig, RopeScaling, RopeStyle};
 
@@ -58,9 +63,10 @@ pub(crate) fn read(json: &Map<String, Value>) -> Result<(ModelConfig, Option<boo
         "Qwen2ForCausalLM" | "qwen2" => Architecture::Qwen2,
         "Qwen3ForCausalLM" | "qwen3" => Architecture::Qwen3,
         "SmolLM3ForCausalLM" | "smollm3" => Architecture::SmolLm3,
+        "Gemma3ForCausalLM" | "gemma3_text" => Architecture::Gemma3,
         other => return Err(ModelError::Architecture { got: other.to_owned() }),
     };
-    refuse_unsupported(&object)?;
+    refuse_unsupported(&object, architecture)?;
     let layers = object.need("num_hidden_layers")?;
     let hidden = object.need("hidden_size")?;
     let heads = object.need("num_attention_heads")?;
@@ -68,7 +74,14 @@ pub(crate) fn read(json: &Map<String, Value>) -> Result<(ModelConfig, Option<boo
         Some(head_dim) => head_dim,
         None => hidden.checked_div(heads).ok_or_else(|| refuse("num_attention_heads", 0, "at least 1"))?,
     };
-    let (rope, context) = rope(&object, head_dim)?;
+    let gemma3 = architecture == Architecture::Gemma3;
+    let (rope, context) = rope(&object, head_dim, if gemma3 { 1_000_000.0 } else { 10_000.0 })?;
+    let sliding_window = sliding_window(&object, architecture, layers)?;
+    let local = gemma3 && sliding_window.is_some();
+    let scalar = match gemma3 {
+        true => object.number("query_pre_attn_scalar")?.unwrap_or(256.0),
+        false => head_dim as f64,
+    };
     let mut config = ModelConfig {
         name: object.text("_name_or_path")?.unwrap_or_default().to_owned(),
         architecture,
@@ -81,8 +94,11 @@ pub(crate) fn read(json: &Map<String, Value>) -> Result<(ModelConfig, Option<boo
         vocab: object.need("vocab_size")?,
         norm_eps: object.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         context,
+        embed_scale: if gemma3 { (hidden as f32).sqrt() } else { 1.0 },
+        attention_scale: inverse_root(scalar),
         rope,
-        sliding_window: sliding_window(&object, architecture, layers)?,
+        local_rope: local.then(|| local_rope(&object, head_dim)).transpose()?,
+        sliding_window,
         rope_layers: Vec::new(),
     };
     config.check()?;
@@ -91,7 +107,7 @@ pub(crate) fn read(json: &Map<String, Value>) -> Result<(ModelConfig, Option<boo
 }
 
 /// Settings that change the arithmetic of an otherwise supported architecture.
-fn refuse_unsupported(object: &Object<'_>) -> Result<(), ModelError> {
+fn refuse_unsupported(object: &Object<'_>, architecture: Architecture) -> Result<(), ModelError> {
     if let Some(method) = object.object("quantization_config")? {
         let method = method.text("quant_method")?.unwrap_or("unnamed");
         return Err(refuse(
@@ -100,10 +116,23 @@ fn refuse_unsupported(object: &Object<'_>) -> Result<(), ModelError> {
             "an unquantized checkpoint, or a GGUF file of this model",
         ));
     }
-    for key in ["hidden_act", "hidden_activation"] {
-        if let Some(act) = object.text(key)?.filter(|&act| act != "silu" && act != "swish") {
-            return Err(refuse(key, act, "silu"));
+    let (keys, wanted): (&[&str], &[&str]) = match architecture {
+        // transformers does not read Gemma's "hidden_act".
+        Architecture::Gemma3 => (&["hidden_activation"], &["gelu_pytorch_tanh"]),
+        _ => (&["hidden_act", "hidden_activation"], &["silu", "swish"]),
+    };
+    for key in keys {
+        if let Some(act) = object.text(key)?.filter(|act| !wanted.contains(act)) {
+            return Err(refuse(key, act, wanted[0]));
         }
+    }
+    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(value) = object.number(key)?.filter(|&value| value != 0.0) {
+            return Err(refuse(key, value, "this key absent"));
+        }
+    }
+    if object.flag("use_bidirectional_attention")? == Some(true) {
+        return Err(refuse("use_bidirectional_attention", true, "false"));
     }
     Ok(())
 }
@@ -112,26 +141,24 @@ fn sliding_window(
     object: &Object<'_>,
     architecture: Architecture,
     layers: usize,
-) -> Result<Option<usize>, ModelError> {
-    let Some(window) = object.count("sliding_window")? else { return Ok(None) };
-    let used = object.flag("use_sliding_window")?.unwrap_or(architecture == Architecture::Mistral);
+) -> Result<Option<Window>, ModelError> {
+    let gemma3 = architecture == Architecture::Gemma3;
+    let Some(tokens) = object.count("sliding_window")? else { return Ok(None) };
+    let used = object.flag("use_sliding_window")?.unwrap_or(gemma3 || architecture == Architecture::Mistral);
     if !used {
         return Ok(None);
     }
-    let mixed = || refuse("layer_types", "some layers with and some without a window", "all layers alike");
     if let Some(kinds) = object.typed("layer_types", Value::as_array, "a list")? {
-        let windowed = kinds.iter().filter(|kind| *kind == "sliding_attention").count();
-        return match windowed {
-            0 => Ok(None),
-            n if n == kinds.len() => Ok(Some(window)),
-            _ => Err(mixed()),
-        };
+        let windowed: Vec<bool> = kinds.iter().map(|kind| kind == "sliding_attention").collect();
+        return periodic("layer_types", tokens, &windowed, layers);
     }
-    match object.count("max_window_layers")? {
-        None | Some(0) => Ok(Some(window)),
-        Some(first) if first >= layers => Ok(None),
-        Some(_) => Err(mixed()),
+    if gemma3 {
+        let every = object.count("sliding_window_pattern")?.unwrap_or(GEMMA3_FULL_EVERY);
+        return Ok(Some(Window { tokens, full_every: Some(every) }));
     }
+    let first = object.count("max_window_layers")?.unwrap_or(0);
+    let windowed: Vec<bool> = (0..layers).map(|layer| layer >= first).collect();
+    periodic("max_window_layers", tokens, &windowed, layers)
 }
 
 fn rope_layers(object: &Object<'_>, config: &ModelConfig) -> Result<Vec<bool>, ModelError> {
@@ -150,17 +177,18 @@ fn rope_layers(object: &Object<'_>, config: &ModelConfig) -> Result<Vec<bool>, M
 }
 
 /// The rotary settings, and the context they allow.
-fn rope(object: &Object<'_>, head_dim: usize) -> Result<(RopeConfig, usize), ModelError> {
+fn rope(object: &Object<'_>, head_dim: usize, theta: f64) -> Result<(RopeConfig, usize), ModelError> {
     let context = object.count("max_position_embeddings")?.unwrap_or(2048);
     let settings = match object.object("rope_parameters")? {
-        Some(settings) => Some(settings),
+        // Where kinds of layers differ, each has settings of its own.
+        Some(settings) => Some(settings.object("full_attention")?.unwrap_or(settings)),
         None => object.object("rope_scaling")?,
     };
     let empty = Map::new();
     let settings = settings.unwrap_or(Object(&empty));
     let theta = match settings.number("rope_theta")? {
         Some(theta) => theta,
-        None => object.number("rope_theta")?.unwrap_or(10_000.0),
+        None => object.number("rope_theta")?.unwrap_or(theta),
     };
     let partial = match settings.number("partial_rotary_factor")? {
         Some(partial) => partial,
@@ -173,6 +201,21 @@ fn rope(object: &Object<'_>, head_dim: usize) -> Result<(RopeConfig, usize), Mod
     };
     let dims = (head_dim as f64 * partial) as usize;
     Ok((RopeConfig { style: RopeStyle::Halves, theta, dims, scaling, divisors: None }, context.max(reach)))
+}
+
+/// Gemma 3's rotary settings of layers with a sliding window.
+fn local_rope(object: &Object<'_>, head_dim: usize) -> Result<RopeConfig, ModelError> {
+    let parameters = object.object("rope_parameters")?;
+    let settings = parameters.map(|kinds| kinds.object("sliding_attention")).transpose()?.flatten();
+    let (theta, scaling) = match settings {
+        Some(settings) => {
+            let context = object.count("max_position_embeddings")?.unwrap_or(2048);
+            (settings.number("rope_theta")?, scaling(&settings, context)?)
+        }
+        None => (object.number("rope_local_base_freq")?, RopeScaling::None),
+    };
+    let theta = theta.unwrap_or(GEMMA3_LOCAL_THETA);
+    Ok(RopeConfig { style: RopeStyle::Halves, theta, dims: head_dim, scaling, divisors: None })
 }
 
 fn scaling(settings: &Object<'_>, context: usize) -> Result<RopeScaling, ModelError> {

@@ -94,7 +94,7 @@ pub fn attention(args: &AttentionArgs) -> Result<()> {
 /// All formats at one context.
 fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut StreamMeter) -> Result<Vec<Row>> {
     let (heads, kv_heads) = (usize::from(args.heads), usize::from(args.kv_heads));
-    let one = KvShape { layers: 1, heads, kv_heads, head_dim: usize::from(args.head_dim) };
+    let one = KvShape { layers: 1, heads, kv_heads, head_dim: usize::from(args.head_dim), window: None };
     let shape = KvShape { layers: ROUND_BYTES.div_ceil(one.exact_bytes(context)).min(256), ..one };
     let formats = &args.kv.0;
     let mut caches = filled(shape, formats, context, pool)?;

