@@ -173,8 +173,8 @@ pub(crate) fn cost(sequence: &Sequence) -> Cost {
     Cost {
         prompt_tokens: tokens,
         kv_bytes: bytes,
-        ratio: cache.exact_bytes() as f64 / bytes as f64,
-        bits_per_scalar: bytes as f64 * 8.0 / cache.scalars() as f64,
+        ratio: cache.shape().exact_bytes(tokens) as f64 / bytes as f64,
+        bits_per_scalar: bytes as f64 * 8.0 / cache.shape().scalars(tokens) as f64,
         bytes_read_per_step: None,
     }
 }
