@@ -245,7 +245,8 @@ impl Results {
         let mut lines = Lines::new(&self.path, &self.file);
         let Some(first) = lines.next()? else { return Ok(false) };
         let whole = first.ends_with(b"\n");
-        let ours = to_line(settings).map_err(|source| ResultsError::Io { path: self.path.clone(), source })?;
+        let ours =
+            to_line(settings).map_err(|source| ResultsError::Io { path: self.path.clone(), source })?;
         if !whole && ours.starts_with(first) {
             return Ok(false);
         }
@@ -362,7 +363,8 @@ fn parse_settings(line: &[u8]) -> Result<Settings, String> {
 
 /// A row whose numbers are in their ranges.
 fn parse_row(line: &[u8]) -> Result<Row, String> {
-    let row: Row = serde_json::from_slice(line).map_err(|error| format!("not a row: {}", position(&error)))?;
+    let row: Row =
+        serde_json::from_slice(line).map_err(|error| format!("not a row: {}", position(&error)))?;
     let (cost, depth) = match &row {
         Row::Answer(row) => {
             within("score", row.score, 0.0, 1.0)?;
