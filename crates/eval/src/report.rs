@@ -14,12 +14,15 @@ mod plot;
 use crate::results::{AnswerRow, KlRow, Row, Settings};
 use answers::Answers;
 use kl::Divergences;
-use page::{Block, Plot, Table, clean, shorten, slug};
+use page::{Block, Columns, Plot, Table, clean, shorten, slug};
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
 /// The option of [`Settings`] that holds the command line.
 pub const COMMAND: &str = "command";
+
+/// What a results file holds, as [`crate::results::read`] gives it.
+pub type File = (Settings, Vec<Row>);
 
 /// Everything that some results files say, ready to be written.
 pub struct Report {
@@ -29,8 +32,8 @@ pub struct Report {
 impl Report {
     /// Compares every format with `exact` among the files of the same model, suite and options (the command line
     /// apart). 50,000 answers take about a second.
-    pub fn new(files: Vec<(Settings, Vec<Row>)>) -> Report {
-        let mut groups: Vec<(Key, Vec<&(Settings, Vec<Row>)>)> = vec![];
+    pub fn new(files: Vec<File>) -> Report {
+        let mut groups: Vec<(Key, Vec<&File>)> = vec![];
         for file in &files {
             let key = Key::of(&file.0);
             match groups.iter_mut().find(|group| group.0 == key) {
@@ -125,7 +128,7 @@ fn apart<'a>(rows: impl Iterator<Item = &'a Row>) -> (Vec<&'a AnswerRow>, Vec<&'
 }
 
 /// What was run, and how to run it again.
-fn settings(files: &[&(Settings, Vec<Row>)]) -> Vec<Block> {
+fn settings(files: &[&File]) -> Vec<Block> {
     let (first, _) = files[0];
     let mut rows = vec![];
     let mut row = |name: &str, value: String| rows.push(vec![vec![clean(name)], vec![value]]);
@@ -140,8 +143,8 @@ fn settings(files: &[&(Settings, Vec<Row>)]) -> Vec<Block> {
     for (name, value) in first.options.iter().filter(|(name, _)| *name != COMMAND) {
         row(name, clean(value));
     }
-    let mut blocks =
-        vec![Block::Table(Table { header: ["setting", "value"].map(String::from).to_vec(), rows })];
+    let header = ["setting", "value"].map(String::from).to_vec();
+    let mut blocks = vec![Block::Table(Table { columns: Columns::Words, header, rows })];
     for (settings, _) in files {
         if let Some(command) = settings.options.get(COMMAND) {
             blocks.push(Block::Code(shorten(command, 4000)));

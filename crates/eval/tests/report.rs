@@ -140,7 +140,7 @@ fn a_small_run_reads_as_worked_out_by_hand() {
     // Over tasks: (75 + 50 + 0) / 3 beside (100 + 50 + 0) / 3; a third of the interval of the only task that varies.
     let wanted = "\
 | setting | value |
-| --- | ---: |
+| --- | --- |
 | model | tiny |
 | suite | ruler |
 | KV formats | exact, packed |

@@ -2,7 +2,7 @@
 
 use super::bootstrap::{interval, resampled_means, seed};
 use super::number::{MeanCost, NONE, change, mean, points};
-use super::page::{Block, Plot, Table, clean};
+use super::page::{Block, Columns, Plot, Table, clean};
 use super::plot::{Axes, Scale, Series, SeriesPoint, lines};
 use super::{Axis, drawn, family, heat};
 use crate::results::AnswerRow;
@@ -130,7 +130,7 @@ impl<'a> Answers<'a> {
             };
             let rows = lines.iter().enumerate().map(row).collect();
             blocks.push(Block::Heading(3, self.title(length)));
-            blocks.push(Block::Table(Table { header, rows }));
+            blocks.push(Block::Table(Table { columns: Columns::Numbers, header, rows }));
             if self.tasks.names.len() > 1 {
                 let mut header = vec!["score by task".to_owned()];
                 header.extend((1..=lines.len()).map(|at| at.to_string()));
@@ -144,7 +144,7 @@ impl<'a> Answers<'a> {
                     row
                 };
                 let rows = (0..self.tasks.names.len()).map(row).collect();
-                blocks.push(Block::Table(Table { header, rows }));
+                blocks.push(Block::Table(Table { columns: Columns::Numbers, header, rows }));
             }
             blocks.extend(self.impossible(length).map(Block::Text));
         }
@@ -258,7 +258,7 @@ impl<'a> Answers<'a> {
             }));
             row
         };
-        Table { header, rows: (0..self.kv.names.len()).map(row).collect() }
+        Table { columns: Columns::Numbers, header, rows: (0..self.kv.names.len()).map(row).collect() }
     }
 
     /// Formats by tasks, at one length.
@@ -281,7 +281,7 @@ impl<'a> Answers<'a> {
             }));
             Some(row)
         });
-        Table { header, rows: rows.collect() }
+        Table { columns: Columns::Numbers, header, rows: rows.collect() }
     }
 
     /// Tasks that exact scores nothing on, at a length.
@@ -301,13 +301,14 @@ impl<'a> Answers<'a> {
         })
     }
 
-    fn rate_quality(&self, lines_: &[Option<Line>], length: usize, name: String) -> Block {
+    fn rate_quality(&self, formats: &[Option<Line>], length: usize, name: String) -> Block {
         let mut series: Vec<Series> = vec![];
         let mut reference = None;
-        for (kv, line) in lines_.iter().enumerate() {
+        for (kv, line) in formats.iter().enumerate() {
             let Some(line) = line else { continue };
             if self.exact == Some(kv) {
                 reference = Some(100.0 * line.all.score);
+                continue;
             }
             let bar = line.all.beside.as_ref().and_then(|beside| {
                 let (low, high) = beside.interval?;

@@ -14,7 +14,7 @@ pub(super) fn resampled_means(values: &[f64], seed: u64) -> Vec<f64> {
         return vec![first; RESAMPLES];
     }
     let (count, mut random) = (values.len() as u64, SplitMix(seed));
-    let draw = |bits: u64| values[((bits & 0xffff_ffff) * count >> 32) as usize];
+    let draw = |bits: u64| values[(((bits & 0xffff_ffff) * count) >> 32) as usize];
     let mut resample = || {
         let (mut even, mut odd) = (0.0, 0.0);
         for _ in 0..values.len() / 2 {

@@ -96,7 +96,7 @@ fn colour(score: f64) -> RGBColor {
 
 fn draw(map: &Map, lengths: &[usize], kv: &str) -> Result<String, String> {
     let columns = lengths.len().max(1) as i32;
-    let cell_width = (340 / columns).clamp(26, 84);
+    let cell_width = (360 / columns).clamp(26, 220);
     let (width, height) = (cell_width * columns, CELL_HEIGHT * map.bins as i32);
     let size = (LEFT + width + BAR, TOP + height + BOTTOM);
     drawing((size.0 as u32, size.1 as u32), |area| {
@@ -127,7 +127,7 @@ fn draw_cell(
         }
         Some(mean) => {
             area.draw(&Rectangle::new([corner, opposite], colour(mean).filled()))?;
-            let ink = if mean < 0.55 { WHITE } else { BLACK };
+            let ink = if mean < 0.5 { WHITE } else { BLACK };
             let style = text_style(14, HPos::Center, VPos::Center).color(&ink);
             let centre = ((corner.0 + opposite.0) / 2, (corner.1 + opposite.1) / 2);
             area.draw(&Text::new(format!("{:.0}", 100.0 * mean), centre, style))?;

@@ -1,7 +1,7 @@
 //! How far did compression move the model's predictions? Means over predicted tokens, by text and by layer.
 
 use super::number::{MeanCost, NONE, nats, nats_change, points, three_digits};
-use super::page::{Block, Plot, Table, clean};
+use super::page::{Block, Columns, Plot, Table, clean};
 use super::plot::{Axes, Scale, Series, SeriesPoint, lines};
 use super::{Axis, family};
 use crate::results::KlRow;
@@ -148,7 +148,7 @@ impl<'a> Divergences<'a> {
             row.extend((most > 1).then_some(prompts));
             row.into_iter().map(|cell| vec![cell]).collect()
         };
-        Table { header, rows: self.means(rows).map(row).collect() }
+        Table { columns: Columns::Numbers, header, rows: self.means(rows).map(row).collect() }
     }
 
     fn rate_quality(&self, title: &str, rows: &[&KlRow], name: String) -> Block {
@@ -195,7 +195,7 @@ impl<'a> Divergences<'a> {
             row.extend(kv.iter().map(cell));
             row
         };
-        Table { header, rows: layers.names.iter().map(row).collect() }
+        Table { columns: Columns::Numbers, header, rows: layers.names.iter().map(row).collect() }
     }
 
     fn by_layer(&self, name: &str) -> Vec<Block> {

@@ -20,10 +20,19 @@ pub(super) enum Block {
     Plots(Vec<Plot>),
 }
 
-/// Rows of cells; a cell has lines. The first column is names, the others are numbers.
+/// Rows of cells; a cell has lines. The first column is names.
 pub(super) struct Table {
+    pub(super) columns: Columns,
     pub(super) header: Vec<String>,
     pub(super) rows: Vec<Vec<Vec<String>>>,
+}
+
+/// What the columns after the first are.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Columns {
+    /// To be compared from row to row.
+    Numbers,
+    Words,
 }
 
 /// A drawing.
@@ -153,7 +162,9 @@ impl Table {
     fn markdown(&self, out: &mut String) {
         let mut line = |cells: Vec<String>| _ = writeln!(out, "| {} |", cells.join(" | "));
         line(self.header.iter().map(|cell| escape_markdown(cell)).collect());
-        line((0..self.header.len()).map(|i| if i == 0 { "---" } else { "---:" }.to_owned()).collect());
+        let right = |column: usize| column > 0 && self.columns == Columns::Numbers;
+        let rule = |column: usize| if right(column) { "---:" } else { "---" }.to_owned();
+        line((0..self.header.len()).map(rule).collect());
         for row in &self.rows {
             let cell = |lines: &Vec<String>| {
                 let lines: Vec<String> = lines.iter().map(|line| escape_markdown(line)).collect();
@@ -165,7 +176,11 @@ impl Table {
     }
 
     fn html(&self, out: &mut String) {
-        out.push_str("<div class=\"scroll\" tabindex=\"0\"><table>\n<thead><tr>");
+        let class = match self.columns {
+            Columns::Numbers => "numbers",
+            Columns::Words => "words",
+        };
+        _ = write!(out, "<div class=\"scroll\" tabindex=\"0\"><table class=\"{class}\">\n<thead><tr>");
         for cell in &self.header {
             _ = write!(out, "<th scope=\"col\">{}</th>", escape_html(cell));
         }
@@ -265,7 +280,8 @@ p { max-width: 60rem; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th:first-child { text-align: left } td { white-space: nowrap }
+th:first-child, .words th, .words td { text-align: left } .numbers td { white-space: nowrap }
+.words td { overflow-wrap: anywhere }
 thead th { background: var(--band); white-space: nowrap } tbody th { font-weight: 500; min-width: 11rem; overflow-wrap: anywhere }
 small { display: block; color: var(--soft) }
 pre { background: var(--band); padding: .8rem; overflow-x: auto; border-radius: 6px }

@@ -27,6 +27,7 @@ pub(super) const GRID: RGBColor = RGBColor(225, 225, 225);
 const WIDTH: u32 = 760;
 const HEIGHT: u32 = 430;
 const LEGEND_LINE: i32 = 22;
+const LEGEND_TOP: i32 = 18;
 
 pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -141,7 +142,7 @@ impl Range {
 
     /// Round values inside, at most nine.
     fn ticks(self) -> Vec<f64> {
-        let rough = (self.high - self.low) / 7.0;
+        let rough = (self.high - self.low) / 8.0;
         let power = 10f64.powf(rough.log10().floor());
         let step = [1.0, 2.0, 5.0, 10.0].map(|step| step * power).into_iter().find(|&step| step >= rough);
         let step = step.unwrap_or(10.0 * power);
@@ -212,10 +213,15 @@ fn draw_chart(
         Scale::Linear => (ys.ticks(), |y| y),
         Scale::Logarithmic => (ys.decades(), f64::log10),
     };
+    let mut x_ticks = xs.ticks();
+    if series.iter().flat_map(|series| &series.points).all(|point| point.x.fract() == 0.0) {
+        // Layers: there is none between two.
+        x_ticks.retain(|tick| tick.fract() == 0.0);
+    }
     let mut chart = ChartBuilder::on(area)
         .margin_top(46)
         .margin_right(24)
-        .margin_left(8)
+        .margin_left(14)
         .x_label_area_size(52)
         .y_label_area_size(72)
         .build_cartesian_2d(Ticked { range: xs, ticks: xs.ticks() }, Ticked { range: ys, ticks: y_ticks })?;
@@ -291,21 +297,21 @@ impl Legend {
         let longest = entries.iter().map(|(_, name)| name.chars().count()).max().unwrap_or(0);
         let columns = match longest {
             ..=16 => 4,
-            ..=40 => 2,
+            17..=40 => 2,
             _ => 1,
         };
         Legend { entries, columns }
     }
 
     fn height(&self) -> i32 {
-        self.entries.len().div_ceil(self.columns) as i32 * LEGEND_LINE + 12
+        self.entries.len().div_ceil(self.columns) as i32 * LEGEND_LINE + LEGEND_TOP
     }
 
     fn draw(&self, area: &Area) -> Result<(), Box<dyn Error>> {
         let width = (WIDTH as i32 - 100) / self.columns as i32;
         for (at, (number, name)) in self.entries.iter().enumerate() {
             let x = 80 + (at % self.columns) as i32 * width;
-            let y = 10 + (at / self.columns) as i32 * LEGEND_LINE;
+            let y = LEGEND_TOP + (at / self.columns) as i32 * LEGEND_LINE;
             let text = text_style(16, HPos::Left, VPos::Center);
             area.draw(&Text::new(name.clone(), (x + 38, y), text))?;
             match number {
@@ -333,7 +339,7 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         let range = Range { low: 0.7, high: 8.3 };
-        assert_eq!(range.ticks(), [2.0, 4.0, 6.0, 8.0]);
+        assert_eq!(range.ticks(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let range = Range { low: 62.0, high: 91.0 };
         assert_eq!(range.ticks(), [65.0, 70.0, 75.0, 80.0, 85.0, 90.0]);
         let decades = Range { low: -3.4, high: -0.2 }.decades();
