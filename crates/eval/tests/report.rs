@@ -294,7 +294,7 @@ fn text_from_files_stays_text() {
     let document = roxmltree::Document::parse(html.strip_prefix("<!DOCTYPE html>\n").unwrap()).unwrap();
     let known = [
         "html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "h3", "p", "pre", "code",
-        "div", "table", "thead", "tbody", "tr", "th", "td", "small", "figure", "svg", "rect", "line",
+        "div", "table", "thead", "tbody", "tr", "th", "td", "small", "wbr", "figure", "svg", "rect", "line",
         "polyline", "polygon", "circle", "text",
     ];
     for node in document.descendants().filter(|node| node.is_element()) {

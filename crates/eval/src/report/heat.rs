@@ -168,7 +168,8 @@ fn draw_bar(area: &Area, (x, height): (i32, i32)) -> Result<(), Box<dyn Error>> 
     for step in 0..STEPS {
         let edge = |step: i32| TOP + height - height * step / STEPS;
         let colour = colour((f64::from(step) + 0.5) / f64::from(STEPS));
-        area.draw(&Rectangle::new([(x, edge(step + 1)), (x + 14, edge(step))], colour.filled()))?;
+        // Down to the bottom, and the next one over it: no seams.
+        area.draw(&Rectangle::new([(x, edge(step + 1)), (x + 14, edge(0))], colour.filled()))?;
     }
     for percent in [0, 50, 100] {
         let at = (x + 20, TOP + height - height * percent / 100);

@@ -190,7 +190,11 @@ impl Table {
             for (column, lines) in row.iter().enumerate() {
                 let (open, close) = if column == 0 { ("th scope=\"row\"", "th") } else { ("td", "td") };
                 let mut lines = lines.iter();
-                let first = lines.next().map(|line| escape_html(line)).unwrap_or_default();
+                let mut first = lines.next().map(|line| escape_html(line)).unwrap_or_default();
+                if column == 0 {
+                    // A format's name may be broken between its parameters.
+                    first = first.replace(',', ",<wbr/>");
+                }
                 _ = write!(out, "<{open}>{first}");
                 for line in lines {
                     _ = write!(out, "<small>{}</small>", escape_html(line));
@@ -282,7 +286,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th:first-child, .words th, .words td { text-align: left } .numbers td { white-space: nowrap }
 .words td { overflow-wrap: anywhere }
-thead th { background: var(--band); white-space: nowrap } tbody th { font-weight: 500; min-width: 11rem; overflow-wrap: anywhere }
+thead th { background: var(--band); white-space: nowrap } tbody th { font-weight: 500; min-width: 11rem; overflow-wrap: break-word }
 small { display: block; color: var(--soft) }
 pre { background: var(--band); padding: .8rem; overflow-x: auto; border-radius: 6px }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
