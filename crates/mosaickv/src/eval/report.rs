@@ -34,7 +34,7 @@ pub fn report(args: &ReportArgs) -> Result<()> {
         println!("wrote {}", path.display());
     }
     if let Some(path) = &args.md {
-        write(path, &report.markdown())?;
+        write(path, &report.markdown(""))?;
         println!("wrote {}", path.display());
         for (name, svg) in report.plots() {
             let plot = path.with_file_name(name);
