@@ -306,7 +306,7 @@ fn unused_biases_and_mixed_windows_are_refused() {
         config.insert("max_window_layers".into(), json!(1));
         config.remove("layer_types");
     });
-    assert!(folder.refused().to_string().contains("layer_types"));
+    assert!(folder.refused().to_string().contains("max_window_layers"));
 
     let folder = Folder::of("qwen3", "norms");
     folder.edit("config.json", |config| {
@@ -314,6 +314,31 @@ fn unused_biases_and_mixed_windows_are_refused() {
     });
     let e = folder.refused();
     assert!(matches!(&e, ModelError::ExtraTensor { name, .. } if name.contains("_norm")), "{e}");
+}
+
+#[test]
+fn a_gemma_of_another_kind_says_which_key() {
+    let kinds = |kinds: [&str; 4]| json!(kinds.map(|kind| format!("{kind}_attention")));
+    let edits = [
+        ("final_logit_softcapping", json!(30.0), "final_logit_softcapping is 30"),
+        ("attn_logit_softcapping", json!(50.0), "attn_logit_softcapping is 50"),
+        ("use_bidirectional_attention", json!(true), "use_bidirectional_attention is true"),
+        ("hidden_activation", json!("silu"), "hidden_activation is silu"),
+        ("query_pre_attn_scalar", json!(0), "attention scale is inf"),
+        ("sliding_window", json!(0), "sliding window is 0"),
+        ("layer_types", kinds(["full", "sliding", "full", "sliding"]), "layer_types is some layers"),
+        ("layer_types", kinds(["sliding", "full", "full", "full"]), "layer_types is some layers"),
+        ("layer_types", kinds(["sliding", "full", "sliding", "chunked"]), "chunked_attention"),
+        ("layer_types", json!(["full_attention"]), "layer_types is 1 entries"),
+    ];
+    for (key, value, wanted) in edits {
+        let folder = Folder::of("gemma3", key);
+        folder.edit("config.json", |config| {
+            config.insert(key.to_owned(), value.clone());
+        });
+        let e = folder.refused().to_string();
+        assert!(e.contains(wanted), "{key}: {e}");
+    }
 }
 
 #[test]

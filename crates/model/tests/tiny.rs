@@ -3,11 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
+use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Matrix;
-use mosaickv_kv::Window;
+use mosaickv_kv::{KvFormat, Window};
 use mosaickv_model::{
-    Architecture, LayerRope, Message, Model, ModelConfig, RopeScaling, RopeStyle, Specials, Text,
+    Architecture, LayerRope, Message, Model, ModelConfig, RopeScaling, RopeStyle, Sequence, Specials, Text,
 };
+use serde_json::{Map, Value, json};
 
 const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3"];
 
@@ -132,6 +134,47 @@ fn each_family_has_its_peculiarities() {
     assert_eq!((gemma3.config.rope.theta, gemma3.config.embed_scale), (1_000_000.0, 32.0f32.sqrt()));
     assert!(gemma3.layers.iter().all(|l| l.q_norm.is_some() && l.post_attn_norm.is_some()));
     assert!(gemma3.layers.iter().all(|l| l.post_ffn_norm.is_some()) && gemma3.head.is_none());
+}
+
+/// Older files spell windows and rotary bases otherwise, and the scale of attention need not be head_dim's.
+#[test]
+fn gemma_s_older_spellings_say_the_same() {
+    let parent = std::env::temp_dir().join(format!("mosaickv-tiny-{}", std::process::id()));
+    let folder = parent.join("gemma3"); // the model takes its name from it
+    std::fs::create_dir_all(&folder).unwrap();
+    for entry in data("gemma3").read_dir().unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    let path = folder.join("config.json");
+    let mut json: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for key in ["rope_parameters", "layer_types", "_sliding_window_pattern"] {
+        json.remove(key);
+    }
+    json.insert("rope_theta".into(), json!(1_000_000.0));
+    json.insert("rope_local_base_freq".into(), json!(10_000.0));
+    json.insert("rope_scaling".into(), json!({"rope_type": "linear", "factor": 8.0}));
+    json.insert("sliding_window_pattern".into(), json!(2));
+    let (new, _) = load("gemma3");
+    let read = |json: &Map<String, Value>| {
+        std::fs::write(&path, serde_json::to_vec(json).unwrap()).unwrap();
+        Model::load(&folder, &mut |_, _| ()).unwrap().0
+    };
+    assert_eq!(read(&json).config, new.config);
+    json.insert("query_pre_attn_scalar".into(), json!(64));
+    let mut scaled = read(&json);
+    assert_eq!((scaled.config.attention_scale, new.config.attention_scale), (0.125, 0.25));
+    // Half the scale of attention is undone by queries of twice the length.
+    for layer in &mut scaled.layers {
+        layer.q_norm.as_mut().unwrap().iter_mut().for_each(|weight| *weight *= 2.0);
+    }
+    let pool = Pool::new(1);
+    let logits = |model: &Model| {
+        let mut sequence = Sequence::new(model, &pool, KvFormat::Exact).unwrap();
+        sequence.prefill(&(1..40).collect::<Vec<_>>(), &mut |_, _| ()).unwrap()
+    };
+    assert_eq!(logits(&scaled), logits(&new));
+    std::fs::remove_dir_all(&parent).unwrap();
 }
 
 #[test]

@@ -287,3 +287,73 @@ fn check_divisors(config: &ModelConfig) -> Result<(), ModelError> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A Gemma 3 file's metadata with some keys changed.
+    fn gemma3(changes: &[(&str, Value)]) -> Result<ModelConfig, ModelError> {
+        let count = |key: &str, x: u32| (format!("gemma3.{key}"), Value::U32(x));
+        let mut metadata = HashMap::from([
+            ("general.architecture".to_owned(), Value::String("gemma3".to_owned())),
+            count("block_count", 12),
+            count("embedding_length", 640),
+            count("feed_forward_length", 2048),
+            count("attention.head_count", 4),
+            count("attention.head_count_kv", 1),
+            count("attention.key_length", 256),
+            count("attention.sliding_window", 512),
+            count("context_length", 32_768),
+            ("gemma3.attention.layer_norm_rms_epsilon".to_owned(), Value::F32(1e-6)),
+            ("gemma3.rope.freq_base".to_owned(), Value::F32(1e6)),
+        ]);
+        metadata.extend(changes.iter().map(|(key, value)| (format!("gemma3.{key}"), value.clone())));
+        read(&Metadata(&metadata), 1000, None)
+    }
+
+    #[test]
+    fn windows_and_scales_are_gemma_s() {
+        let plain = gemma3(&[]).unwrap();
+        assert_eq!(plain.sliding_window, Some(Window { tokens: 512, full_every: Some(6) }));
+        assert_eq!((plain.attention_scale, plain.rope.theta), (1.0 / 16.0, 1e6));
+        assert_eq!(plain.local_rope.map(|rope| rope.theta), Some(10_000.0));
+        let list = |flags: &[bool]| Value::Array(flags.iter().map(|&flag| Value::Bool(flag)).collect());
+        let pattern = "attention.sliding_window_pattern";
+        let third: Vec<bool> = (1..=12).map(|layer| layer % 3 != 0).collect();
+        for (value, wanted) in [
+            (Value::U32(4), Some(Window { tokens: 512, full_every: Some(4) })),
+            (list(&third), Some(Window { tokens: 512, full_every: Some(3) })),
+            (list(&[true; 12]), Some(Window { tokens: 512, full_every: None })),
+            (list(&[false; 12]), None),
+        ] {
+            assert_eq!(gemma3(&[(pattern, value)]).unwrap().sliding_window, wanted);
+        }
+        let none = gemma3(&[("attention.sliding_window", Value::U32(0))]).unwrap();
+        assert_eq!((none.sliding_window, none.local_rope), (None, None));
+        let base = gemma3(&[("rope.freq_base_swa", Value::F32(500.0))]).unwrap();
+        assert_eq!(base.local_rope.map(|rope| rope.theta), Some(500.0));
+        // The 27B model: 5376 / 32 = 168.
+        let large = [("block_count", 62), ("embedding_length", 5376), ("attention.head_count", 32)];
+        let large = large.map(|(key, x)| (key, Value::U32(x)));
+        assert_eq!(gemma3(&large).unwrap().attention_scale, inverse_root(168.0));
+    }
+
+    #[test]
+    fn what_would_change_the_arithmetic_is_refused() {
+        let irregular =
+            Value::Array([true, true, false, true].repeat(3).into_iter().map(Value::Bool).collect());
+        for (key, value) in [
+            ("final_logit_softcapping", Value::F32(30.0)),
+            ("attn_logit_softcapping", Value::F32(50.0)),
+            ("attention.sliding_window_pattern", Value::U32(0)),
+            ("attention.sliding_window_pattern", irregular),
+            ("attention.sliding_window_pattern", Value::Array(vec![Value::Bool(true)])),
+            ("attention.sliding_window_pattern", Value::Array(vec![Value::U32(1); 12])),
+            ("rope.freq_base_swa", Value::F32(f32::NAN)),
+        ] {
+            assert!(gemma3(&[(key, value)]).is_err(), "{key} was taken");
+        }
+        assert!(gemma3(&[("final_logit_softcapping", Value::F32(0.0))]).is_ok());
+    }
+}

@@ -149,6 +149,11 @@ fn sliding_window(
         return Ok(None);
     }
     if let Some(kinds) = object.typed("layer_types", Value::as_array, "a list")? {
+        if let Some(kind) =
+            kinds.iter().find(|kind| *kind != "sliding_attention" && *kind != "full_attention")
+        {
+            return Err(refuse("layer_types", kind, "sliding_attention or full_attention"));
+        }
         let windowed: Vec<bool> = kinds.iter().map(|kind| kind == "sliding_attention").collect();
         return periodic("layer_types", tokens, &windowed, layers);
     }
