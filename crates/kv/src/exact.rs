@@ -48,8 +48,26 @@ impl ExactHead {
         self.sealed.iter().map(|page| &**page).chain([&self.open])
     }
 
-    fn page(&self, i: usize) -> &ExactPage {
+    /// Page `i`; the update buffer for any beyond the sealed ones.
+    pub(crate) fn page(&self, i: usize) -> &ExactPage {
         self.sealed.get(i).map_or(&self.open, |page| page)
+    }
+
+    /// Calls `each(key, value)` for every token in order, both `[D]`.
+    pub(crate) fn each_token(&self, mut each: impl FnMut(&[f32], &[f32])) {
+        let (mut key, mut value) = (vec![0.0; self.open.head_dim()], vec![0.0; self.open.head_dim()]);
+        for page in self.pages() {
+            for t in 0..page.tokens() {
+                page.key(t, &mut key);
+                page.value(t, &mut value);
+                each(&key, &value);
+            }
+        }
+    }
+
+    /// Gives back the room that the list of pages grew for further ones.
+    pub(crate) fn shrink(&mut self) {
+        self.sealed.shrink_to_fit();
     }
 
     /// Pages, the update buffer included.
