@@ -1,7 +1,7 @@
 //! SnapKV: of a prompt only the tokens stay that its last queries looked at.
 //!
 //! Source: Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469, s. 4
-//! (Listing 1) and s. 5.2; github.com/FasterDecoding/SnapKV (`snapkv/monkeypatch/snapkv_utils.py`). The last 32 queries
+//! (Listing 1); github.com/FasterDecoding/SnapKV (`snapkv/monkeypatch/snapkv_utils.py`). The last 32 queries
 //! of the prompt (the observation window) attend causally to all of it; a token's votes are its softmax weights
 //! added over the window, max-pooled over 7 neighbours; the tokens with the most votes stay, as does the window. This
 //! happens once, per layer, when the prompt is complete; dropped tokens are gone; all generated tokens stay.
