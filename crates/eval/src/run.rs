@@ -8,6 +8,7 @@ use crate::longbench::Item;
 use crate::results::{AnswerRow, Cost, Row};
 use crate::{EvalError, Sample};
 use mosaickv_kernels::Pool;
+use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::KvFormat;
 use mosaickv_model::{Decoder, Model, Sequence, Specials, Text, greedy};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub struct Run<'a> {
     pub pool: &'a Pool,
     /// The formats, in the order of their rows.
     pub formats: &'a [KvFormat],
+    /// Of activations where they meet quantized weights.
+    pub precision: Precision,
     /// Where the time went so far.
     pub times: Times,
 }
@@ -38,9 +41,9 @@ pub struct Times {
 }
 
 impl<'a> Run<'a> {
-    /// Nothing run yet.
+    /// Nothing run yet; activations of 8 bits, as models are served.
     pub fn new(model: &'a Model, text: &'a Text, pool: &'a Pool, formats: &'a [KvFormat]) -> Run<'a> {
-        Run { model, text, pool, formats, times: Times::default() }
+        Run { model, text, pool, formats, precision: Precision::EightBits, times: Times::default() }
     }
 
     /// Lets every format answer the sample greedily: one row a format, in their order.
@@ -104,7 +107,8 @@ impl<'a> Run<'a> {
     /// Reads a prompt exactly: the sequence, and the logits `[vocab]` that follow.
     pub(crate) fn read(&mut self, prompt: &[u32]) -> Result<(Sequence<'a>, Vec<f32>), EvalError> {
         let start = Instant::now();
-        let mut exact = Sequence::new(self.model, self.pool, KvFormat::Exact)?.remember_queries();
+        let exact = Sequence::new(self.model, self.pool, KvFormat::Exact)?;
+        let mut exact = exact.with_precision(self.precision).remember_queries();
         let logits = exact.prefill(prompt, &mut |_, _| ())?;
         self.times.prefill += start.elapsed();
         Ok((exact, logits))

@@ -11,6 +11,7 @@ pub mod oracle;
 pub mod packed;
 pub mod pool;
 pub mod rotate;
+pub mod rows;
 pub mod select;
 pub mod state;
 pub mod stream;

@@ -71,9 +71,26 @@ impl ExactHead {
     }
 
     /// Page `i` of the sequence.
-    fn page(&self, i: usize) -> &ExactPage {
+    pub(crate) fn page(&self, i: usize) -> &ExactPage {
         let kept = i.checked_sub(self.dropped).expect("a page that some query sees was dropped");
         self.sealed.get(kept).map_or(&self.open, |page| page)
+    }
+
+    /// Calls `each(key, value)` for every token in order, both `[D]`.
+    pub(crate) fn each_token(&self, mut each: impl FnMut(&[f32], &[f32])) {
+        let (mut key, mut value) = (vec![0.0; self.open.head_dim()], vec![0.0; self.open.head_dim()]);
+        for page in self.pages() {
+            for t in 0..page.tokens() {
+                page.key(t, &mut key);
+                page.value(t, &mut value);
+                each(&key, &value);
+            }
+        }
+    }
+
+    /// Gives back the room that the list of pages grew for further ones.
+    pub(crate) fn shrink(&mut self) {
+        self.sealed.shrink_to_fit();
     }
 
     /// Pages of the sequence, dropped ones and the update buffer included.

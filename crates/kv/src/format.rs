@@ -1,42 +1,172 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::PackedStrategy;
+use crate::{Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman};
 use std::fmt;
 use std::str::FromStr;
 
-/// How keys and values are stored once they leave the update buffer. Written and read as `exact` or
-/// `packed:kept=0.25,group=1,block=8,selected=0.1`; parameters that are left out have their defaults.
+/// Channels that quantized formats take together.
+const QUANTIZED_STEP: usize = 32;
+
+/// How keys and values are stored once they leave the update buffer. Written and read as a name, and after a colon
+/// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1`,
+/// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
+/// `snapkv:kept=0.25`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.
     Exact,
     /// The paper's two-dimensional compression, with one static strategy.
     Packed(PackedStrategy),
+    /// All in f16; a step reads the blocks whose keys could match best.
+    Quest(Quest),
+    /// Leading channels of rotated vectors, and selected blocks.
+    Strawman(Strawman),
+    /// llama.cpp's types for keys and values.
+    Quantized(Quantized),
+    /// Keys quantized by channel, values by token.
+    Kivi(Kivi),
+    /// f16, of the prompt only what its last queries looked at.
+    SnapKv(SnapKv),
+}
+
+/// A parameter of a format, to be read or written.
+enum Parameter<'a> {
+    Share(&'a mut f32),
+    Count(&'a mut usize),
 }
 
 impl KvFormat {
+    /// Every format, with its default parameters.
+    fn all() -> [KvFormat; 9] {
+        [
+            KvFormat::Exact,
+            KvFormat::Packed(PackedStrategy::default()),
+            KvFormat::Quest(Quest::default()),
+            KvFormat::Strawman(Strawman::default()),
+            KvFormat::Quantized(Quantized::Q8_0),
+            KvFormat::Quantized(Quantized::Q4_0),
+            KvFormat::Kivi(Kivi::Bits4),
+            KvFormat::Kivi(Kivi::Bits2),
+            KvFormat::SnapKv(SnapKv::default()),
+        ]
+    }
+
     /// The name without parameters.
     pub fn name(self) -> &'static str {
         match self {
             KvFormat::Exact => "exact",
             KvFormat::Packed(_) => "packed",
+            KvFormat::Quest(_) => "quest",
+            KvFormat::Strawman(_) => "strawman",
+            KvFormat::Quantized(Quantized::Q8_0) => "q8_0",
+            KvFormat::Quantized(Quantized::Q4_0) => "q4_0",
+            KvFormat::Kivi(Kivi::Bits4) => "kivi4",
+            KvFormat::Kivi(Kivi::Bits2) => "kivi2",
+            KvFormat::SnapKv(_) => "snapkv",
         }
+    }
+
+    /// The parameters in the order in which they are written.
+    fn parameters(&mut self) -> Vec<(&'static str, Parameter<'_>)> {
+        use Parameter::{Count, Share};
+        match self {
+            KvFormat::Exact | KvFormat::Quantized(_) | KvFormat::Kivi(_) => vec![],
+            KvFormat::Packed(p) => vec![
+                ("kept", Share(&mut p.kept)),
+                ("group", Count(&mut p.group)),
+                ("block", Count(&mut p.block)),
+                ("selected", Share(&mut p.selected)),
+            ],
+            KvFormat::Quest(p) => vec![
+                ("block", Count(&mut p.block)),
+                ("selected", Share(&mut p.selected)),
+                ("dense", Count(&mut p.dense)),
+            ],
+            KvFormat::Strawman(p) => vec![
+                ("kept", Share(&mut p.kept)),
+                ("block", Count(&mut p.block)),
+                ("selected", Share(&mut p.selected)),
+            ],
+            KvFormat::SnapKv(p) => vec![("kept", Share(&mut p.kept))],
+        }
+    }
+
+    /// Whether every parameter is what it may be for some model.
+    fn check(mut self) -> Result<(), String> {
+        let (blocks, most_kept): (&[usize], f32) = match self {
+            KvFormat::Packed(_) => (&[4, 8, 16], 0.75),
+            KvFormat::Strawman(_) => (&[4, 8, 16, 32], 1.0),
+            _ => (&[4, 8, 16, 32, 64], 1.0),
+        };
+        let listed = |x: usize, list: &[usize], unit: &str| match list.split_last() {
+            Some((last, others)) if !list.contains(&x) => {
+                let others: Vec<String> = others.iter().map(usize::to_string).collect();
+                Err(format!("{x}; wanted {} or {last} {unit}", others.join(", ")))
+            }
+            _ => Ok(()),
+        };
+        for (key, parameter) in self.parameters() {
+            let fits = match parameter {
+                Parameter::Share(x) => {
+                    let most = if key == "kept" { most_kept } else { 1.0 };
+                    let fits = *x > 0.0 && *x <= most;
+                    if fits { Ok(()) } else { Err(format!("{x} is not a share in (0, {most}]")) }
+                }
+                Parameter::Count(x) if key == "block" => listed(*x, blocks, "tokens"),
+                Parameter::Count(x) if key == "group" => listed(*x, &[1, 2, 4], "channels"),
+                // First layers that stay dense: any number.
+                Parameter::Count(_) => Ok(()),
+            };
+            fits.map_err(|why| format!("{key}={why}"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether this format can be had for heads of `head_dim` channels.
+    pub(crate) fn fits(self, head_dim: usize) -> Result<(), KvError> {
+        let refuse = |why| Err(KvError::Format { format: self.to_string(), why });
+        self.check().or_else(refuse)?;
+        match self {
+            KvFormat::Packed(strategy) => Ok(strategy.shape(head_dim).map(|_| ())?),
+            KvFormat::Quantized(_) | KvFormat::Kivi(_) if !head_dim.is_multiple_of(QUANTIZED_STEP) => {
+                refuse(format!(
+                    "it quantizes groups of {QUANTIZED_STEP} channels, and head_dim {head_dim} is no multiple"
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the prompt of this layer is compressed at its end.
+    pub(crate) fn compresses(self, layer: usize) -> bool {
+        match self {
+            KvFormat::Exact => false,
+            KvFormat::Quest(quest) => layer >= quest.dense,
+            _ => true,
+        }
+    }
+
+    /// Whether it is made from the newest queries of a prompt as well as from keys and values.
+    pub(crate) fn observes_queries(self) -> bool {
+        matches!(self, KvFormat::SnapKv(_))
     }
 }
 
 impl fmt::Display for KvFormat {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            KvFormat::Exact => write!(f, "exact"),
-            KvFormat::Packed(s) if *s == PackedStrategy::default() => write!(f, "packed"),
-            KvFormat::Packed(s) => {
-                write!(
-                    f,
-                    "packed:kept={},group={},block={},selected={}",
-                    s.kept, s.group, s.block, s.selected
-                )
+        f.write_str(self.name())?;
+        if KvFormat::all().contains(self) {
+            return Ok(());
+        }
+        let mut copy = *self;
+        for (i, (key, parameter)) in copy.parameters().into_iter().enumerate() {
+            f.write_str(if i == 0 { ":" } else { "," })?;
+            match parameter {
+                Parameter::Share(x) => write!(f, "{key}={x}")?,
+                Parameter::Count(x) => write!(f, "{key}={x}")?,
             }
         }
+        Ok(())
     }
 }
 
@@ -45,13 +175,25 @@ impl FromStr for KvFormat {
 
     fn from_str(text: &str) -> Result<KvFormat, String> {
         let (name, parameters) = text.split_once(':').unwrap_or((text, ""));
-        let parameters: Vec<&str> = parameters.split(',').filter(|p| !p.is_empty()).collect();
-        match name {
-            "exact" if parameters.is_empty() => Ok(KvFormat::Exact),
-            "exact" => Err("exact takes no parameters".into()),
-            "packed" => packed(&parameters),
-            _ => Err(format!("unknown KV format {name}; wanted exact or packed")),
+        let Some(mut format) = KvFormat::all().into_iter().find(|format| format.name() == name) else {
+            let names = KvFormat::all().map(KvFormat::name);
+            return Err(format!("unknown KV format {name}; wanted one of {}", names.join(", ")));
+        };
+        for parameter in parameters.split(',').filter(|p| !p.is_empty()) {
+            let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let mut known = format.parameters();
+            let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+            match known.iter_mut().find(|(name, _)| *name == key) {
+                Some((_, Parameter::Share(x))) => **x = number(key, value)?,
+                Some((_, Parameter::Count(x))) => **x = number(key, value)?,
+                None if names.is_empty() => {
+                    return Err(format!("{name} takes no parameters, got {parameter}"));
+                }
+                None => return Err(format!("unknown parameter {key}; {name} has {}", names.join(", "))),
+            }
         }
+        format.check()?;
+        Ok(format)
     }
 }
 
@@ -81,34 +223,6 @@ impl FromStr for KvFormats {
     }
 }
 
-fn packed(parameters: &[&str]) -> Result<KvFormat, String> {
-    let mut strategy = PackedStrategy::default();
-    for parameter in parameters {
-        let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        match key {
-            "kept" => strategy.kept = number(key, value)?,
-            "group" => strategy.group = number(key, value)?,
-            "block" => strategy.block = number(key, value)?,
-            "selected" => strategy.selected = number(key, value)?,
-            _ => return Err(format!("unknown parameter {key}; packed has kept, group, block and selected")),
-        }
-    }
-    // What depends on the model's head_dim is checked when the model is known.
-    if !(strategy.kept > 0.0 && strategy.kept <= 0.75) {
-        return Err(format!("kept={} is not a share in (0, 0.75]: a quarter is truncated", strategy.kept));
-    }
-    if ![1, 2, 4].contains(&strategy.group) {
-        return Err(format!("group={}; wanted 1, 2 or 4 channels", strategy.group));
-    }
-    if ![4, 8, 16].contains(&strategy.block) {
-        return Err(format!("block={}; wanted 4, 8 or 16 tokens", strategy.block));
-    }
-    if !(strategy.selected > 0.0 && strategy.selected <= 1.0) {
-        return Err(format!("selected={} is not a share in (0, 1]", strategy.selected));
-    }
-    Ok(KvFormat::Packed(strategy))
-}
-
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
     value.parse().map_err(|_| format!("{key}={value} is not a number of the right kind"))
 }
@@ -119,8 +233,17 @@ mod tests {
 
     #[test]
     fn reads_what_it_writes() {
-        for text in ["exact", "packed", "packed:kept=0.375,group=2,block=16,selected=0.5"] {
+        for text in [
+            "packed:kept=0.375,group=2,block=16,selected=0.5",
+            "quest:block=64,selected=1,dense=0",
+            "strawman:kept=1,block=32,selected=0.05",
+            "snapkv:kept=0.5",
+        ] {
             assert_eq!(text.parse::<KvFormat>().unwrap().to_string(), text);
+        }
+        for format in KvFormat::all() {
+            assert_eq!(format.to_string(), format.name());
+            assert_eq!(format.name().parse(), Ok(format));
         }
         let partial: KvFormat = "packed:group=4".parse().unwrap();
         assert_eq!(partial.to_string(), "packed:kept=0.25,group=4,block=8,selected=0.1");
@@ -148,8 +271,32 @@ mod tests {
             "packed:selected=0",
             "packed:selected=1.1",
             "packed:colour=red",
+            "quest:block=24",
+            "quest:dense=-1",
+            "strawman:block=64",
+            "strawman:kept=1.5",
+            "q8_0:block=32",
+            "kivi3",
+            "snapkv:kept=0",
         ] {
             assert!(text.parse::<KvFormat>().is_err(), "{text} was taken");
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_told_all_the_known_ones() {
+        let error = "exakt".parse::<KvFormat>().unwrap_err();
+        for format in KvFormat::all() {
+            assert!(error.contains(format.name()), "{error}");
+        }
+    }
+
+    #[test]
+    fn quantized_formats_refuse_heads_that_they_cannot_group() {
+        for name in ["q8_0", "q4_0", "kivi4", "kivi2"] {
+            let format: KvFormat = name.parse().unwrap();
+            assert_eq!(format.fits(64), Ok(()));
+            assert!(matches!(format.fits(80), Err(KvError::Format { .. })), "{name}");
         }
     }
 }

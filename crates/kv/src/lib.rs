@@ -10,6 +10,8 @@
 
 #![deny(unsafe_code)]
 
+mod baselines;
+mod compress;
 mod exact;
 mod format;
 mod observe;
@@ -17,11 +19,13 @@ mod oracle;
 mod packed;
 mod rotation;
 
+use baselines::{Head, RecentQueries};
 use exact::ExactHead;
 use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 
+pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
 pub use format::{KvFormat, KvFormats};
 pub use observe::Overlap;
 pub use packed::{PackedStrategy, SINKS};
@@ -108,6 +112,37 @@ pub enum KvError {
     /// The strategy can't be had for this shape.
     #[error("strategy: {0}")]
     Strategy(#[from] PackedError),
+    /// The format's parameters are none that it can have, or do not fit the model.
+    #[error("KV format {format}: {why}")]
+    Format {
+        /// As it was asked for.
+        format: String,
+        /// The parameter or the model's number that does not fit, and what would.
+        why: String,
+    },
+    /// A compressed copy of a cache whose layers are not exact any more.
+    #[error(
+        "layer {layer} of this cache is compressed already; make the copy from a cache in the format exact"
+    )]
+    AlreadyCompressed {
+        /// The first such layer.
+        layer: usize,
+    },
+    /// The format is made from the newest queries, which this cache did not remember.
+    #[error(
+        "{format} observes the newest {wanted} queries of a prompt, but layer {layer} remembers {got}; call \
+         remember_queries before the prompt is read"
+    )]
+    NoQueries {
+        /// As it was asked for.
+        format: String,
+        /// Which layer.
+        layer: usize,
+        /// Queries needed.
+        wanted: usize,
+        /// Queries that are there.
+        got: usize,
+    },
     /// A key or value is NaN or infinite; nothing was stored.
     #[error(
         "layer {layer} computed keys or values that are not finite; the model's weights are damaged, or its \
@@ -132,20 +167,22 @@ pub enum KvError {
 /// Bytes allocated for a cache, by what they hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KvBytes {
-    /// Exact pages: all of `exact`, sinks and update buffer of the others.
+    /// f16 keys and values: all of `exact`, `quest` and `snapkv`; sinks, update buffer or residual of the others.
     pub exact: usize,
-    /// Packed pages: elements, bitmaps, block keys, padding, headers.
+    /// What compressed pages hold: elements, bitmaps, block keys, bounds of blocks, codes, scales, padding, headers.
     pub packed: usize,
     /// Rotations of keys and values.
     pub rotations: usize,
     /// Lists of pages and other bookkeeping.
     pub lists: usize,
+    /// The newest queries of each layer, while they are remembered.
+    pub queries: usize,
 }
 
 impl KvBytes {
     /// All of them.
     pub fn total(self) -> usize {
-        self.exact + self.packed + self.rotations + self.lists
+        self.exact + self.packed + self.rotations + self.lists + self.queries
     }
 }
 
@@ -157,6 +194,8 @@ pub struct KvCache {
     layers: Vec<Layer>,
     isa: Isa,
     bytes_read: u64,
+    /// Of each layer, if they are to be remembered.
+    recent: Option<Vec<RecentQueries>>,
     /// Partial attention states, kept for their allocations.
     states: Vec<AttnState>,
 }
@@ -165,6 +204,7 @@ pub struct KvCache {
 enum Layer {
     Exact(Vec<ExactHead>),
     Packed(Vec<PackedHead>),
+    Baseline(Vec<Box<dyn Head>>),
 }
 
 impl KvCache {
@@ -179,9 +219,7 @@ impl KvCache {
         if window.is_some_and(|window| window.tokens == 0 || window.full_every == Some(0)) {
             return Err(KvError::Window);
         }
-        if let KvFormat::Packed(strategy) = format {
-            strategy.shape(head_dim)?;
-        }
+        format.fits(head_dim)?;
         let head = |layer| ExactHead::new(head_dim, shape.window_of(layer));
         let layer = |layer| Layer::Exact((0..kv_heads).map(|_| head(layer)).collect());
         Ok(KvCache {
@@ -190,6 +228,7 @@ impl KvCache {
             layers: (0..layers).map(layer).collect(),
             isa: Isa::current(),
             bytes_read: 0,
+            recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
             states: Vec::new(),
         })
     }
@@ -217,7 +256,7 @@ impl KvCache {
 
     /// Whether a prompt has been compressed: from then on tokens come one at a time.
     pub fn is_compressed(&self) -> bool {
-        self.layers.iter().any(|layer| matches!(layer, Layer::Packed(_)))
+        self.layers.iter().any(|layer| !matches!(layer, Layer::Exact(_)))
     }
 
     /// Adds `T` tokens to a layer: `keys` and `values` `[T, G, D]`, keys after RoPE. Either all are stored or, on
@@ -252,27 +291,24 @@ impl KvCache {
                     heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
                 }
             }
+            Layer::Baseline(heads) => {
+                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
+                let due = heads[0].is_due();
+                let append = |g: usize, head: &mut Box<dyn Head>| {
+                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
+                };
+                if due {
+                    pool.for_each(heads, append);
+                } else {
+                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
+                }
+            }
         }
         Ok(())
     }
 
-    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages. A layer with
-    /// a sliding window stays exact, and forgets what is out of sight.
-    pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
-        if self.shape.window_of(layer).is_some() {
-            return self.forget(layer);
-        }
-        let KvFormat::Packed(strategy) = self.format else { return };
-        let Layer::Exact(exact) = &mut self.layers[layer] else { return };
-        let mut heads: Vec<_> = exact.drain(..).map(|head| (Some(head), None)).collect();
-        pool.for_each(&mut heads, |_, (exact, packed)| {
-            *packed = exact.take().map(|head| PackedHead::compress(&head, strategy));
-        });
-        self.layers[layer] = Layer::Packed(heads.into_iter().filter_map(|(_, packed)| packed).collect());
-    }
-
     /// Drops the pages that neither the newest token nor any later one can see.
-    fn forget(&mut self, layer: usize) {
+    pub(crate) fn forget(&mut self, layer: usize) {
         if let Layer::Exact(heads) = &mut self.layers[layer] {
             heads.iter_mut().for_each(ExactHead::forget);
         }
@@ -289,6 +325,9 @@ impl KvCache {
         assert_eq!(out.len(), queries.len(), "output of the wrong length");
         assert!(tokens <= self.layers[layer].tokens(), "{tokens} queries for fewer tokens in the cache");
         let scale = (self.shape.head_dim as f32).sqrt().recip();
+        if let (Some(recent), Layer::Exact(_)) = (&mut self.recent, &self.layers[layer]) {
+            recent[layer].push(queries, row);
+        }
         let step = Step { shape: self.shape, isa: self.isa, pool, states: &mut self.states, scale };
         self.bytes_read += match &self.layers[layer] {
             Layer::Exact(heads) if tokens > 1 => exact::prefill(step, heads, queries, out),
@@ -296,6 +335,10 @@ impl KvCache {
             Layer::Packed(heads) => {
                 assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
                 packed::decode(step, heads, queries, out)
+            }
+            Layer::Baseline(heads) => {
+                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
+                baselines::decode(step, heads, queries, out)
             }
         };
         self.forget(layer);
@@ -324,7 +367,16 @@ impl KvCache {
                     bytes.lists += heads.capacity() * size_of::<PackedHead>();
                     heads.iter().for_each(|head| head.count(&mut bytes));
                 }
+                Layer::Baseline(heads) => {
+                    bytes.lists += heads.capacity() * size_of::<Box<dyn Head>>();
+                    bytes.lists += heads.iter().map(|head| size_of_val(&**head)).sum::<usize>();
+                    heads.iter().for_each(|head| head.count(&mut bytes));
+                }
             }
+        }
+        if let Some(recent) = &self.recent {
+            bytes.lists += recent.capacity() * size_of::<RecentQueries>();
+            bytes.queries = recent.iter().map(RecentQueries::bytes).sum();
         }
         bytes
     }
@@ -337,6 +389,7 @@ impl KvCache {
                 let (held, inside) = match layer {
                     Layer::Exact(heads) => (heads[g].tokens(), heads[g].check()),
                     Layer::Packed(heads) => (heads[g].tokens(), heads[g].check()),
+                    Layer::Baseline(heads) => (heads[g].tokens(), heads[g].check()),
                 };
                 let error = |what| KvError::Integrity { layer: l, head: g, what };
                 inside.map_err(error)?;
@@ -354,6 +407,7 @@ impl Layer {
         match self {
             Layer::Exact(heads) => heads[0].tokens(),
             Layer::Packed(heads) => heads[0].tokens(),
+            Layer::Baseline(heads) => heads[0].tokens(),
         }
     }
 }

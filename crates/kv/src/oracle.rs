@@ -20,20 +20,26 @@ impl KvCache {
         let (mut keys, mut values) = match &self.layers[layer] {
             Layer::Exact(heads) => exact_rows(&heads[g]),
             Layer::Packed(heads) => heads[g].oracle_rows(&queries),
+            // Each query may attend to others.
+            Layer::Baseline(_) => (vec![], vec![]),
         };
         if let Some(window) = self.shape.window_of(layer) {
             let before = keys.len().saturating_sub(window * d);
             keys.drain(..before);
             values.drain(..before);
         }
-        for (query, out) in queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d)) {
+        let rows = queries.chunks_exact(d).zip(out[span].chunks_exact_mut(d));
+        for (row, (query, out)) in rows.enumerate() {
+            if let Layer::Baseline(heads) = &self.layers[layer] {
+                (keys, values) = heads[g].oracle_rows(&queries, row);
+            }
             out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
         }
         out
     }
 }
 
-fn exact_rows(head: &ExactHead) -> (Vec<f64>, Vec<f64>) {
+pub(crate) fn exact_rows(head: &ExactHead) -> (Vec<f64>, Vec<f64>) {
     let pages: Vec<_> = head.pages().collect();
     let (keys, values) = crate::packed::rows(&pages);
     (keys.into_iter().map(f64::from).collect(), values.into_iter().map(f64::from).collect())
@@ -59,7 +65,8 @@ impl PackedHead {
         };
         let block_keys: Vec<f64> =
             segment.pages.iter().flat_map(|page| restore(page.decode_block_keys(), &to_keys)).collect();
-        for block in self.oracle_selection(queries, &block_keys) {
+        let count = (self.strategy.selected * (block_keys.len() / d) as f32).ceil() as usize;
+        for block in most_probable(queries, &block_keys, d, count) {
             let page = segment.starts.partition_point(|&start| start as usize <= block) - 1;
             let (page, block) = (&segment.pages[page], block - segment.starts[page] as usize);
             let span = |row: usize| block * page.block() * row..(block + 1) * page.block() * row;
@@ -69,26 +76,23 @@ impl PackedHead {
         }
         (keys, values)
     }
+}
 
-    /// The best share of the blocks, by each block's largest log-probability among the block keys over the
-    /// queries.
-    fn oracle_selection(&self, queries: &[f64], block_keys: &[f64]) -> Vec<usize> {
-        let d = self.buffer.head_dim();
-        let blocks = block_keys.len() / d;
-        let mut best = vec![f64::NEG_INFINITY; blocks];
-        for query in queries.chunks_exact(d) {
-            let scores: Vec<f64> = block_keys
-                .chunks_exact(d)
-                .map(|key| query.iter().zip(key).map(|(q, k)| q * k).sum())
-                .collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
-            best.iter_mut().zip(&scores).for_each(|(b, s)| *b = b.max(s - total));
-        }
-        let mut order: Vec<usize> = (0..blocks).collect();
-        order.sort_by(|&a, &b| best[b].total_cmp(&best[a]).then(a.cmp(&b)));
-        order.truncate((self.strategy.selected * blocks as f32).ceil() as usize);
-        order.sort_unstable();
-        order
+/// The `count` best blocks, ascending, by each block's largest log-probability among the block keys `[blocks, D]`
+/// over the queries `[R, D]`.
+pub(crate) fn most_probable(queries: &[f64], block_keys: &[f64], d: usize, count: usize) -> Vec<usize> {
+    let blocks = block_keys.len() / d;
+    let mut best = vec![f64::NEG_INFINITY; blocks];
+    for query in queries.chunks_exact(d) {
+        let scores: Vec<f64> =
+            block_keys.chunks_exact(d).map(|key| query.iter().zip(key).map(|(q, k)| q * k).sum()).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+        best.iter_mut().zip(&scores).for_each(|(b, s)| *b = b.max(s - total));
     }
+    let mut order: Vec<usize> = (0..blocks).collect();
+    order.sort_by(|&a, &b| best[b].total_cmp(&best[a]).then(a.cmp(&b)));
+    order.truncate(count);
+    order.sort_unstable();
+    order
 }

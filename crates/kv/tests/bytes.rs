@@ -6,6 +6,15 @@ use mosaickv_kv::{KvCache, KvFormat, KvShape, PackedStrategy};
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
+const FORMATS: [&str; 9] =
+    ["exact", "packed", "quest:dense=1", "strawman", "q8_0", "q4_0", "kivi4", "kivi2", "snapkv"];
+
+/// The prompt's last queries: at least two, because the states of a single one stay as working memory.
+fn look(cache: &mut KvCache, pool: &Pool, layer: usize, tokens: usize) {
+    let queries: Vec<f32> = (0..tokens.min(32) * 4 * 64).map(|i| (i as f32).cos()).collect();
+    cache.attend(pool, layer, &queries, &mut vec![0.0; queries.len()]);
+}
+
 #[test]
 fn bytes_reported_are_bytes_allocated() {
     let _profiler = dhat::Profiler::builder().testing().build();
@@ -18,13 +27,14 @@ fn bytes_reported_are_bytes_allocated() {
     first.append(&pool, 0, &tokens, &tokens).unwrap();
     first.end_prompt(&pool, 0);
     drop((first, tokens));
-    for format in [KvFormat::Exact, KvFormat::Packed(PackedStrategy::default())] {
-        for (prompt, more) in [(1, 0), (70, 0), (1000, 0), (1000, 200)] {
+    for format in FORMATS.map(|text| text.parse::<KvFormat>().unwrap()) {
+        for (prompt, more) in [(2, 0), (70, 0), (1000, 0), (1000, 200)] {
             let before = dhat::HeapStats::get().curr_bytes;
             let mut cache = KvCache::new(shape, format).unwrap();
             let tokens: Vec<f32> = (0..prompt).flat_map(row).collect();
             for layer in 0..3 {
                 cache.append(&pool, layer, &tokens, &tokens).unwrap();
+                look(&mut cache, &pool, layer, prompt);
                 cache.end_prompt(&pool, layer);
             }
             for t in 0..more {
@@ -41,5 +51,34 @@ fn bytes_reported_are_bytes_allocated() {
                 "{format:?}, {prompt} + {more} tokens: reported {reported}, allocated {allocated}"
             );
         }
+    }
+    copies_share_exact_pages(shape, &pool, &row);
+}
+
+/// An exact cache counts the queries that it remembers, and copies that stay exact own next to nothing.
+fn copies_share_exact_pages(shape: KvShape, pool: &Pool, row: &dyn Fn(usize) -> Vec<f32>) {
+    let before = dhat::HeapStats::get().curr_bytes;
+    let mut exact = KvCache::new(shape, KvFormat::Exact).unwrap().remember_queries();
+    let tokens: Vec<f32> = (0..4096).flat_map(row).collect();
+    for layer in 0..3 {
+        exact.append(pool, layer, &tokens, &tokens).unwrap();
+        look(&mut exact, pool, layer, 4096);
+        exact.end_prompt(pool, layer);
+    }
+    drop(tokens);
+    let allocated = dhat::HeapStats::get().curr_bytes - before;
+    let bytes = exact.bytes();
+    assert_eq!(bytes.queries, 3 * 32 * 4 * 64 * 4);
+    let difference = bytes.total() as i64 - (allocated + size_of::<KvCache>()) as i64;
+    assert!(difference.unsigned_abs() as f64 <= 0.002 * allocated as f64, "{bytes:?}, allocated {allocated}");
+    for (name, share) in [("exact", 0.03), ("quest:dense=0", 0.1)] {
+        let before = dhat::HeapStats::get().curr_bytes;
+        let copy = exact.compressed(pool, name.parse().unwrap()).unwrap();
+        let owned = dhat::HeapStats::get().curr_bytes - before;
+        assert!(
+            (owned as f64) < share * bytes.exact as f64,
+            "{name} owns {owned} of {}",
+            copy.bytes().total()
+        );
     }
 }

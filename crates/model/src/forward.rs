@@ -106,6 +106,28 @@ impl<'a> Sequence<'a> {
         self
     }
 
+    /// The same, and it remembers the newest queries of each exact layer: what a compressed copy in the format
+    /// `snapkv` is made from.
+    pub fn remember_queries(mut self) -> Sequence<'a> {
+        self.cache = self.cache.remember_queries();
+        self
+    }
+
+    /// A copy that goes on from the same tokens with its cache in another format; this one must be exact. Nothing of
+    /// the prompt is computed again.
+    pub fn compressed(&self, format: KvFormat) -> Result<Sequence<'a>, KvError> {
+        let start = Instant::now();
+        let cache = self.cache.compressed(self.pool, format)?;
+        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
+    }
+
+    /// The same with one layer compressed and the others exact.
+    pub fn compressed_layer(&self, layer: usize, format: KvFormat) -> Result<Sequence<'a>, KvError> {
+        let start = Instant::now();
+        let cache = self.cache.compressed_layer(self.pool, layer, format)?;
+        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
+    }
+
     /// What it remembers.
     pub fn cache(&self) -> &KvCache {
         &self.cache

@@ -224,6 +224,48 @@ fn packed_follows_exact_as_far_as_it_keeps() {
     assert!(all < 0.05 && most < 0.05 && 1.5 * most < quarter && quarter < 0.3);
 }
 
+/// One exact reading serves every format: a copy goes on as a sequence that read the prompt in that format does, and
+/// the better a format keeps what it is given, the nearer it stays to the exact model.
+#[test]
+fn copies_in_other_formats_go_on_as_if_they_had_read_the_prompt() {
+    let Some((model, _)) = &*SMOLLM2 else { return };
+    let tokens = ids(&json("smollm2_reference.json")["ids"]);
+    let (prompt, rest) = tokens[..640].split_at(624);
+    let pool = Pool::new(2);
+    let mut exact = Sequence::new(model, &pool, KvFormat::Exact).unwrap().remember_queries();
+    exact.prefill(prompt, &mut |_, _| ()).unwrap();
+    let mean_kl = |name: &str| {
+        let format: KvFormat = name.parse().unwrap();
+        let (mut copy, mut exact) = (exact.compressed(format).unwrap(), exact.clone());
+        let mut read_so = Sequence::new(model, &pool, format).unwrap();
+        read_so.prefill(prompt, &mut |_, _| ()).unwrap();
+        let mut kl = 0.0;
+        for &token in rest {
+            let (p, q) = (exact.step(token).unwrap(), copy.step(token).unwrap());
+            assert_eq!(q, read_so.step(token).unwrap(), "{name}");
+            let (vocab, p, q) = (p.len() as u32, log_softmax(&p), log_softmax(&q));
+            kl += (0..vocab).map(|id| p(id).exp() * (p(id) - q(id))).sum::<f64>();
+        }
+        copy.cache().check().unwrap();
+        let (bytes, exact_bytes) = (copy.cache().bytes(), exact.cache().shape().exact_bytes(640));
+        println!(
+            "{name}: mean KL {:.5}, ratio {:.2}",
+            kl / rest.len() as f64,
+            exact_bytes as f64 / bytes.total() as f64
+        );
+        kl / rest.len() as f64
+    };
+    // Noise of 8-bit activations alone costs some thousandths: a cache that differs in its last bits meets it.
+    let names = ["exact", "q8_0", "q4_0", "kivi4", "kivi2", "quest", "quest:selected=0.5", "snapkv:kept=0.5"];
+    let [same, q8_0, q4_0, kivi4, kivi2, quest, half, snapkv] = names.map(mean_kl);
+    assert_eq!(same, 0.0);
+    assert!(q8_0 < 0.01 && q8_0 < q4_0 && kivi4 < kivi2 && kivi2 < 0.5, "{q8_0} {q4_0} {kivi4} {kivi2}");
+    assert!(4.0 * half < quest && quest < 1.0 && snapkv < 0.1, "{quest} {half} {snapkv}");
+    let mut one_layer = exact.compressed_layer(7, "strawman".parse().unwrap()).unwrap();
+    assert_ne!(exact.clone().step(rest[0]).unwrap(), one_layer.step(rest[0]).unwrap());
+    assert!(one_layer.cache().bytes().total() < exact.cache().bytes().total());
+}
+
 #[test]
 fn a_second_prompt_reads_the_compressed_first() {
     let Some((model, _)) = &*SMOLLM2 else { return };

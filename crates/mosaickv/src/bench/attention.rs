@@ -20,6 +20,9 @@ const ROUND_BYTES: usize = 512 << 20;
 /// Tokens made and stored at a time.
 const FILL_TOKENS: usize = 4096;
 
+/// Queries that a prompt ends with: as many as any format observes.
+const OBSERVED_QUERIES: usize = 32;
+
 /// Largest difference from the oracle, relative to its largest output, at which a time is still printed.
 const ERROR_BOUND: f64 = 1e-4;
 
@@ -157,6 +160,10 @@ fn filled(shape: KvShape, formats: &[KvFormat], context: usize, pool: &Pool) -> 
                 let v = values.rows(tokens, shape.kv_heads, shape.head_dim);
                 cache.append(pool, layer, &k, &v)?;
             }
+            // Some formats look at the prompt's last queries.
+            let newest = context.min(OBSERVED_QUERIES);
+            let queries = Synthetic::new(3).rows(newest, shape.heads, shape.head_dim);
+            cache.attend(pool, layer, &queries, &mut vec![0.0; queries.len()]);
             cache.end_prompt(pool, layer);
             bar.inc(1);
         }
@@ -180,21 +187,23 @@ fn round(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
 
 fn read_by_one(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> u64 {
     let before = cache.bytes_read();
-    cache.attend(pool, 0, queries, &mut vec![0.0; queries.len()]);
+    let last = cache.shape().layers - 1;
+    cache.attend(pool, last, queries, &mut vec![0.0; queries.len()]);
     cache.bytes_read() - before
 }
 
-/// Against the oracle in the first layer: all heads where that is quick, else the first and the last.
+/// Against the oracle in the last layer (some formats leave the first ones exact): all heads where that is quick,
+/// else the first and the last.
 fn max_error(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
-    let KvShape { heads, kv_heads, head_dim, .. } = cache.shape();
+    let KvShape { layers, heads, kv_heads, head_dim } = cache.shape();
     let mut out = vec![0.0; queries.len()];
-    cache.attend(pool, 0, queries, &mut out);
+    cache.attend(pool, layers - 1, queries, &mut out);
     let quick = cache.tokens() * kv_heads <= 1 << 17;
     let per_head = heads / kv_heads * head_dim;
     let mut worst: f64 = 0.0;
     for g in (0..kv_heads).filter(|&g| quick || g == 0 || g == kv_heads - 1) {
         let span = g * per_head..(g + 1) * per_head;
-        let want = &cache.oracle(0, queries, g)[span.clone()];
+        let want = &cache.oracle(layers - 1, queries, g)[span.clone()];
         let largest = want.iter().fold(0.0f64, |m, w| m.max(w.abs()));
         for (got, want) in out[span].iter().zip(want) {
             worst = worst.max((f64::from(*got) - want).abs() / largest);

@@ -1,0 +1,144 @@
+//! How does a layer of exact pages become a compressed one, in place or as a copy?
+//!
+//! [`KvCache::end_prompt`] compresses in place. [`KvCache::compressed`] makes a copy from a cache that stays exact, so
+//! that one reading of a prompt serves any number of formats; both go through the same function and give the same.
+
+use crate::baselines::{
+    Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
+};
+use crate::exact::ExactHead;
+use crate::packed::PackedHead;
+use crate::{KvCache, KvError, KvFormat, KvShape, Layer};
+use mosaickv_kernels::Pool;
+
+impl KvCache {
+    /// The same empty cache, which remembers the newest 32 queries of each layer while the layer is exact: what a
+    /// [`compressed`](KvCache::compressed) copy in the format `snapkv` is made from.
+    pub fn remember_queries(mut self) -> KvCache {
+        self.recent.get_or_insert_with(|| vec![RecentQueries::default(); self.shape.layers]);
+        self
+    }
+
+    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages. A format that
+    /// observes queries needs the prompt's to have been attended ([`attend`](KvCache::attend)) before. A layer with a
+    /// sliding window stays exact, and forgets what is out of sight.
+    pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
+        if self.shape.window_of(layer).is_some() {
+            return self.forget(layer);
+        }
+        if !self.format.compresses(layer) {
+            return;
+        }
+        let Layer::Exact(exact) = &mut self.layers[layer] else { return };
+        let exact = std::mem::take(exact);
+        let queries =
+            self.recent.as_mut().map(|recent| std::mem::take(&mut recent[layer])).unwrap_or_default();
+        let (wanted, got) = self.wanted_queries(exact[0].tokens(), &queries);
+        assert!(
+            !self.format.observes_queries() || got >= wanted,
+            "layer {layer}: {got} queries were attended before the end of a prompt that needs {wanted}"
+        );
+        self.layers[layer] = compress(pool, self.shape, self.format, (exact, queries.rows()));
+    }
+
+    /// A copy of an exact cache in another format, as if its tokens had been a prompt that was read in that format:
+    /// the same bytes, the same attention. Nothing of the prompt is computed again, and what the format keeps exact is
+    /// shared with this cache. Queries that this cache remembers are not copied.
+    pub fn compressed(&self, pool: &Pool, format: KvFormat) -> Result<KvCache, KvError> {
+        self.fork(pool, format, |_| true)
+    }
+
+    /// The same with one layer compressed (but not where the format itself leaves it exact) and all others
+    /// exact; [`format`](KvCache::format) of the copy is `exact`.
+    pub fn compressed_layer(&self, pool: &Pool, layer: usize, format: KvFormat) -> Result<KvCache, KvError> {
+        assert!(layer < self.shape.layers, "layer {layer} of {}", self.shape.layers);
+        let copy = self.fork(pool, format, |l| l == layer)?;
+        Ok(KvCache { format: KvFormat::Exact, ..copy })
+    }
+
+    fn fork(
+        &self,
+        pool: &Pool,
+        format: KvFormat,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Result<KvCache, KvError> {
+        format.fits(self.shape.head_dim)?;
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for (l, layer) in self.layers.iter().enumerate() {
+            let Layer::Exact(heads) = layer else { return Err(KvError::AlreadyCompressed { layer: l }) };
+            layers.push(if chosen(l) && format.compresses(l) && self.shape.window_of(l).is_none() {
+                let none = RecentQueries::default();
+                let queries = self.recent.as_ref().map_or(&none, |recent| &recent[l]);
+                let (wanted, got) = self.wanted_queries(heads[0].tokens(), queries);
+                if format.observes_queries() && got < wanted {
+                    return Err(KvError::NoQueries { format: format.to_string(), layer: l, wanted, got });
+                }
+                compress(pool, self.shape, format, (heads.clone(), queries.rows()))
+            } else {
+                Layer::Exact(heads.clone())
+            });
+        }
+        Ok(KvCache {
+            shape: self.shape,
+            format,
+            layers,
+            isa: self.isa,
+            bytes_read: 0,
+            recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
+            states: Vec::new(),
+        })
+    }
+
+    /// Queries that a format which observes them needs of `tokens` tokens, and how many there are.
+    fn wanted_queries(&self, tokens: usize, queries: &RecentQueries) -> (usize, usize) {
+        let row = self.shape.heads * self.shape.head_dim;
+        (tokens.min(WINDOW), queries.rows().len() / row)
+    }
+}
+
+/// A layer of the format from its exact heads and its newest queries `[W, H, D]`, which are not scaled.
+fn compress(
+    pool: &Pool,
+    shape: KvShape,
+    format: KvFormat,
+    (exact, queries): (Vec<ExactHead>, &[f32]),
+) -> Layer {
+    let (of_group, row) = (shape.group() * shape.head_dim, shape.heads * shape.head_dim);
+    let scale = (shape.head_dim as f32).sqrt().recip();
+    let of_head = |g: usize| -> Vec<f32> {
+        let rows = queries.chunks_exact(row).flat_map(|row| &row[g * of_group..][..of_group]);
+        rows.map(|q| q * scale).collect()
+    };
+    match format {
+        KvFormat::Exact => Layer::Exact(exact),
+        KvFormat::Packed(strategy) => {
+            Layer::Packed(each(pool, exact, |_, head| PackedHead::compress(&head, strategy)))
+        }
+        KvFormat::Quest(p) => Layer::Baseline(each(pool, exact, |_, head| boxed(QuestHead::new(head, p)))),
+        KvFormat::Strawman(p) => {
+            Layer::Baseline(each(pool, exact, |_, head| boxed(StrawmanHead::new(&head, p))))
+        }
+        KvFormat::Quantized(kind) => {
+            Layer::Baseline(each(pool, exact, |_, head| boxed(QuantizedHead::new(&head, kind))))
+        }
+        KvFormat::Kivi(kind) => {
+            Layer::Baseline(each(pool, exact, |_, head| boxed(KiviHead::new(&head, kind))))
+        }
+        KvFormat::SnapKv(p) => {
+            Layer::Baseline(each(pool, exact, |g, head| boxed(SnapKvHead::new(head, p, &of_head(g)))))
+        }
+    }
+}
+
+fn boxed(head: impl Head + 'static) -> Box<dyn Head> {
+    Box::new(head)
+}
+
+/// `make(g, head)` of each head, which is freed as soon as it is done.
+fn each<T: Send>(pool: &Pool, exact: Vec<ExactHead>, make: impl Fn(usize, ExactHead) -> T + Sync) -> Vec<T> {
+    let mut heads: Vec<_> = exact.into_iter().map(|head| (Some(head), None)).collect();
+    pool.for_each(&mut heads, |g, (exact, made)| *made = exact.take().map(|head| make(g, head)));
+    let mut out = Vec::with_capacity(heads.len());
+    out.extend(heads.into_iter().filter_map(|(_, made)| made));
+    out
+}
