@@ -5,7 +5,7 @@
 //! Needles hidden in the text are asked for *after* compression: a format that threw them away cannot know.
 
 use crate::results::{Cost, KlRow, Row};
-use crate::run::{Run, cost, prompt_tokens};
+use crate::run::{Run, cost};
 use crate::{EvalError, ruler};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::{Sequence, Specials, greedy};
@@ -37,7 +37,7 @@ impl<'a> Run<'a> {
     /// One row a format, or one a format and layer: the text's next tokens.
     pub fn kl(&mut self, document: Document, layers: Layers) -> Result<Vec<Row>, EvalError> {
         let Document { name, prefix, score, .. } = document;
-        let tokens = prompt_tokens(self.text, document.content)?;
+        let tokens = self.text.encode_plain(document.content)?;
         // The token after the prefix is fed, not predicted: its prediction is the exact prompt's.
         let wanted = prefix + score + 1;
         self.fits(name, wanted)?;
@@ -53,10 +53,10 @@ impl<'a> Run<'a> {
     /// `count` needles in one copy of the text's beginning, each asked for on forks of the same caches, compressed
     /// before any question is known: per needle one row a format, over the tokens of the right answer.
     pub fn ask(&mut self, document: Document, count: usize, seed: u64) -> Result<Vec<Row>, EvalError> {
-        let tokens = prompt_tokens(self.text, document.content)?;
+        let tokens = self.text.encode_plain(document.content)?;
         let text = self.text.decode(&tokens[..tokens.len().min(document.prefix)])?;
         let hidden = ruler::hide(&text, count, seed);
-        let prompt = prompt_tokens(self.text, &hidden.prompt)?;
+        let prompt = self.text.encode_plain(&hidden.prompt)?;
         let (exact, _) = self.read(&prompt)?;
         let forks = self.forks(&exact, Layers::All)?;
         let mut rows = Vec::new();

@@ -19,5 +19,5 @@ mod sample;
 pub use error::EvalError;
 pub use kl::{Document, Layers};
 pub use malformed::Malformed;
-pub use run::{Run, Times, prompt_tokens};
+pub use run::{Run, Times};
 pub use sample::{Metric, Sample};

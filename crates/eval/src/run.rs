@@ -10,7 +10,7 @@ use crate::{EvalError, Sample};
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Decoder, Model, Sequence, Specials, Text, greedy};
+use mosaickv_model::{Decoder, Model, Sequence, Text, greedy};
 use std::time::{Duration, Instant};
 
 /// A model and the formats that are compared on it.
@@ -73,7 +73,7 @@ impl<'a> Run<'a> {
     /// A LongBench item's sample, truncated in the middle to what the model's context leaves for a prompt, and whether
     /// it had to be.
     pub fn longbench(&self, item: &Item) -> Result<(Sample, bool), EvalError> {
-        let encode = |text: &str| prompt_tokens(self.text, text);
+        let encode = |text: &str| Ok::<_, EvalError>(self.text.encode_plain(text)?);
         let decode = |tokens: &[u32]| Ok::<_, EvalError>(self.text.decode(tokens)?);
         let (mut sample, tokens) = item.sample(encode, decode, usize::MAX)?;
         // What is left of the context shows once the chat template is around the prompt, and the two halves of a
@@ -94,7 +94,7 @@ impl<'a> Run<'a> {
     fn prompt(&self, sample: &Sample) -> Result<Vec<u32>, EvalError> {
         let tokens = match sample.chat && self.text.has_template() {
             true => self.text.encode_chat(&sample.prompt)?,
-            false => prompt_tokens(self.text, &sample.prompt)?,
+            false => self.text.encode_plain(&sample.prompt)?,
         };
         let (tokens_in_all, context) = (tokens.len() + sample.max_new_tokens, self.model.context());
         if tokens_in_all > context {
@@ -161,13 +161,6 @@ impl<'a> Run<'a> {
         cost.bytes_read_per_step = (steps > 0).then(|| read as f64 / steps as f64);
         Ok(answer)
     }
-}
-
-/// The tokens of a bare text: those the model wants around it, and special tokens in it taken as letters.
-pub fn prompt_tokens(text: &Text, content: &str) -> Result<Vec<u32>, EvalError> {
-    let mut tokens = text.encode("", Specials::Added)?;
-    tokens.extend(text.encode(content, Specials::Literal)?);
-    Ok(tokens)
 }
 
 /// What the cache holds now; nothing read yet.

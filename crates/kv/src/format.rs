@@ -1,6 +1,6 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman};
+use crate::{Basis, Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman};
 use std::fmt;
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ const QUANTIZED_STEP: usize = 32;
 /// How keys and values are stored once they leave the update buffer. Written and read as a name, and after a colon
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1`,
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`.
+/// `snapkv:kept=0.25`. `packed` and `strawman` also take `rotation=none`, for the model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.
@@ -33,6 +33,8 @@ pub enum KvFormat {
 enum Parameter<'a> {
     Share(&'a mut f32),
     Count(&'a mut usize),
+    /// `svd` or `none`; written if it is not the default.
+    Rotation(&'a mut Basis),
 }
 
 impl KvFormat {
@@ -68,7 +70,7 @@ impl KvFormat {
 
     /// The parameters in the order in which they are written.
     fn parameters(&mut self) -> Vec<(&'static str, Parameter<'_>)> {
-        use Parameter::{Count, Share};
+        use Parameter::{Count, Rotation, Share};
         match self {
             KvFormat::Exact | KvFormat::Quantized(_) | KvFormat::Kivi(_) => vec![],
             KvFormat::Packed(p) => vec![
@@ -76,6 +78,7 @@ impl KvFormat {
                 ("group", Count(&mut p.group)),
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
+                ("rotation", Rotation(&mut p.rotation)),
             ],
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
@@ -86,6 +89,7 @@ impl KvFormat {
                 ("kept", Share(&mut p.kept)),
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
+                ("rotation", Rotation(&mut p.rotation)),
             ],
             KvFormat::SnapKv(p) => vec![("kept", Share(&mut p.kept))],
         }
@@ -115,7 +119,7 @@ impl KvFormat {
                 Parameter::Count(x) if key == "block" => listed(*x, blocks, "tokens"),
                 Parameter::Count(x) if key == "group" => listed(*x, &[1, 2, 4], "channels"),
                 // First layers that stay dense: any number.
-                Parameter::Count(_) => Ok(()),
+                Parameter::Count(_) | Parameter::Rotation(_) => Ok(()),
             };
             fits.map_err(|why| format!("{key}={why}"))?;
         }
@@ -159,11 +163,13 @@ impl fmt::Display for KvFormat {
             return Ok(());
         }
         let mut copy = *self;
-        for (i, (key, parameter)) in copy.parameters().into_iter().enumerate() {
+        let told = |p: &(_, Parameter)| !matches!(p.1, Parameter::Rotation(Basis::Svd));
+        for (i, (key, parameter)) in copy.parameters().into_iter().filter(told).enumerate() {
             f.write_str(if i == 0 { ":" } else { "," })?;
             match parameter {
                 Parameter::Share(x) => write!(f, "{key}={x}")?,
                 Parameter::Count(x) => write!(f, "{key}={x}")?,
+                Parameter::Rotation(_) => write!(f, "{key}=none")?,
             }
         }
         Ok(())
@@ -186,6 +192,13 @@ impl FromStr for KvFormat {
             match known.iter_mut().find(|(name, _)| *name == key) {
                 Some((_, Parameter::Share(x))) => **x = number(key, value)?,
                 Some((_, Parameter::Count(x))) => **x = number(key, value)?,
+                Some((_, Parameter::Rotation(x))) => {
+                    **x = match value {
+                        "svd" => Basis::Svd,
+                        "none" => Basis::Model,
+                        _ => return Err(format!("{key}={value}; wanted svd or none")),
+                    }
+                }
                 None if names.is_empty() => {
                     return Err(format!("{name} takes no parameters, got {parameter}"));
                 }

@@ -29,6 +29,7 @@ pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
 pub use format::{KvFormat, KvFormats};
 pub use observe::Overlap;
 pub use packed::{PackedStrategy, SINKS};
+pub use rotation::Basis;
 
 /// Query heads that may share a KV head.
 const MOST_QUERIES: usize = 128;

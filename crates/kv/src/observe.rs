@@ -1,7 +1,7 @@
 //! Does one choice of channels suit every vector? The paper's observation (s. 3), measured on a cache.
 
 use crate::packed::rows;
-use crate::rotation::Rotation;
+use crate::rotation::{Basis, Rotation};
 use crate::{KvCache, Layer};
 use mosaickv_kernels::rotate::multiply;
 
@@ -30,7 +30,7 @@ impl KvCache {
         for head in heads {
             let (keys, values) = rows(&head.pages().collect::<Vec<_>>());
             for (keys, values) in keys.chunks_exact(window * d).zip(values.chunks_exact(window * d)) {
-                let rotation = Rotation::learn(keys, values, d, d);
+                let rotation = Rotation::learn(Basis::Svd, keys, values, (d, d));
                 all.push(Overlap {
                     keys: of(keys, d, count),
                     rotated_keys: of(&multiply(keys, &rotation.key_matrix(), d), d, count),

@@ -6,7 +6,7 @@
 //! Every token stays addressable; a step *selects* token blocks, and always attends to sinks and buffer.
 
 use crate::exact::{ARC_BYTES, ExactHead};
-use crate::rotation::Rotation;
+use crate::rotation::{Basis, Rotation};
 use crate::{KvBytes, MOST_QUERIES, Step, cleared};
 use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
 use mosaickv_kernels::packed::{
@@ -44,11 +44,13 @@ pub struct PackedStrategy {
     pub block: usize,
     /// Share of the packed tokens that a decode step attends to, in (0, 1].
     pub selected: f32,
+    /// Which channels vectors are stored in.
+    pub rotation: Basis,
 }
 
 impl Default for PackedStrategy {
     fn default() -> PackedStrategy {
-        PackedStrategy { kept: 0.25, group: 1, block: 8, selected: 0.10 }
+        PackedStrategy { kept: 0.25, group: 1, block: 8, selected: 0.10, rotation: Basis::Svd }
     }
 }
 
@@ -122,7 +124,7 @@ impl PackedHead {
         let sinks = tokens.min(SINKS);
         let packed = (tokens - sinks).saturating_sub(FLUSH) / FLUSH * FLUSH;
         if packed > 0 {
-            let rotation = Rotation::learn(&keys, &values, d, shape.channels());
+            let rotation = Rotation::learn(strategy.rotation, &keys, &values, (d, shape.channels()));
             let span = sinks * d..(sinks + packed) * d;
             head.pack(Arc::new(rotation), &keys[span.clone()], &values[span]);
         }
@@ -160,7 +162,9 @@ impl PackedHead {
         let (keys, values) = rows(&[&self.buffer]);
         let rotation = match &self.segment {
             Some(segment) => Arc::clone(&segment.rotation),
-            None => Arc::new(Rotation::learn(&keys, &values, d, self.shape.channels())),
+            None => {
+                Arc::new(Rotation::learn(self.strategy.rotation, &keys, &values, (d, self.shape.channels())))
+            }
         };
         self.pack(rotation, &keys[..FLUSH * d], &values[..FLUSH * d]);
         self.buffer.drop_front(FLUSH);

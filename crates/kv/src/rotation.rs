@@ -4,6 +4,16 @@ use faer::{Mat, Side};
 use half::f16;
 use mosaickv_kernels::rotate::gram;
 
+/// Which channels vectors are stored in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Basis {
+    /// The eigenvectors of K^T K and of V^T V: the paper's.
+    #[default]
+    Svd,
+    /// The model's own channels, those with the most energy first: what the rotation is worth shows beside it.
+    Model,
+}
+
 /// The rotations of one segment, f16, truncated to its `C` leading channels.
 #[derive(Clone, Debug)]
 pub(crate) struct Rotation {
@@ -15,9 +25,17 @@ pub(crate) struct Rotation {
 
 impl Rotation {
     /// Learns from keys and values `[T, D]`, all finite.
-    pub(crate) fn learn(keys: &[f32], values: &[f32], d: usize, channels: usize) -> Rotation {
-        let transposed = leading_eigenvectors(values, d, channels);
-        Rotation { keys: transpose(&leading_eigenvectors(keys, d, channels), d), outputs: transposed }
+    pub(crate) fn learn(
+        basis: Basis,
+        keys: &[f32],
+        values: &[f32],
+        (d, channels): (usize, usize),
+    ) -> Rotation {
+        let leading = match basis {
+            Basis::Svd => leading_eigenvectors,
+            Basis::Model => leading_channels,
+        };
+        Rotation { keys: transpose(&leading(keys, d, channels), d), outputs: leading(values, d, channels) }
     }
 
     /// `[D, C]` in f32: what keys are multiplied by.
@@ -46,6 +64,14 @@ fn leading_eigenvectors(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
     (0..channels * d).map(|i| f16::from_f64(vectors[(i % d, d - 1 - i / d)])).collect()
 }
 
+/// `[C, D]`: unit vectors along the channels with the largest sums of squares, largest first.
+fn leading_channels(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
+    let gram = gram(x, d);
+    let mut order: Vec<usize> = (0..d).collect();
+    order.sort_by(|&a, &b| gram[b * d + b].total_cmp(&gram[a * d + a]));
+    (0..channels * d).map(|i| f16::from_f32(f32::from(u8::from(order[i / d] == i % d)))).collect()
+}
+
 /// `[N, M]` of `x` `[M, N]`, whose rows have `n` elements.
 fn transpose(x: &[f16], n: usize) -> Box<[f16]> {
     let m = x.len() / n;
@@ -67,7 +93,7 @@ mod tests {
             row[1] = big - small;
             row[2] = 0.01 * (t as f32).sin();
         }
-        let rotation = Rotation::learn(&x, &x, d, d);
+        let rotation = Rotation::learn(Basis::Svd, &x, &x, (d, d));
         let first: Vec<f32> = (0..d).map(|i| rotation.keys[i * d].to_f32()).collect();
         assert!(
             (first[0].abs() - std::f32::consts::FRAC_1_SQRT_2).abs() < 1e-3
@@ -86,11 +112,19 @@ mod tests {
         }
         assert_eq!(rotation.value_matrix(d), keys);
         // Truncation keeps the leading columns.
-        let fewer = Rotation::learn(&x, &x, d, 3);
+        let fewer = Rotation::learn(Basis::Svd, &x, &x, (d, 3));
         assert_eq!(fewer.keys.len(), 3 * d);
         for i in 0..3 * d {
             let whole = keys[i / 3 * d + i % 3];
             assert_eq!((fewer.key_matrix()[i], fewer.value_matrix(d)[i]), (whole, whole), "element {i}");
         }
+    }
+
+    #[test]
+    fn without_rotation_the_largest_channels_come_first() {
+        let x = [1.0, -3.0, 0.0, 2.0, 1.0, 3.0, 0.5, -2.0];
+        let rotation = Rotation::learn(Basis::Model, &x, &x, (4, 2));
+        assert_eq!(rotation.key_matrix(), [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(rotation.value_matrix(4), rotation.key_matrix());
     }
 }

@@ -4,9 +4,9 @@ use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
 
 const SHAPES: [KvShape; 3] = [
-    KvShape { layers: 3, heads: 6, kv_heads: 2, head_dim: 64 },
-    KvShape { layers: 3, heads: 4, kv_heads: 1, head_dim: 128 },
-    KvShape { layers: 3, heads: 2, kv_heads: 2, head_dim: 80 },
+    KvShape { layers: 3, heads: 6, kv_heads: 2, head_dim: 64, window: None },
+    KvShape { layers: 3, heads: 4, kv_heads: 1, head_dim: 128, window: None },
+    KvShape { layers: 3, heads: 2, kv_heads: 2, head_dim: 80, window: None },
 ];
 
 /// Every format, some of them twice, that heads of `d` channels can have.
@@ -53,7 +53,7 @@ fn rows(seed: u64, tokens: usize, (heads, d): (usize, usize)) -> Vec<f32> {
 
 /// Reads a prompt in chunks, as a forward pass does: append, attend, and at last end it.
 fn read(cache: &mut KvCache, pool: &Pool, chunks: &[usize]) {
-    let KvShape { layers, heads, kv_heads, head_dim } = cache.shape();
+    let KvShape { layers, heads, kv_heads, head_dim, .. } = cache.shape();
     let tokens: usize = chunks.iter().sum();
     let (kv, q) = ((kv_heads, head_dim), (heads, head_dim));
     let (keys, values) = (rows(1, tokens, kv), rows(2, tokens, kv));
@@ -313,7 +313,7 @@ fn a_clone_goes_its_own_way() {
 
 #[test]
 fn each_format_stores_the_bits_that_it_says() {
-    let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 128 };
+    let shape = KvShape { layers: 1, heads: 4, kv_heads: 1, head_dim: 128, window: None };
     let (pool, tokens) = (Pool::new(1), 8192);
     let bits = |name: &str| {
         let mut cache = KvCache::new(shape, name.parse().unwrap()).unwrap();

@@ -179,6 +179,14 @@ impl Text {
         template.render(messages, variables)
     }
 
+    /// The tokens of a text to be continued: those that the model wants around a text, and what looks like a special
+    /// token in `content` taken as letters.
+    pub fn encode_plain(&self, content: &str) -> Result<Vec<u32>, ModelError> {
+        let mut tokens = self.encode("", Specials::Added)?;
+        tokens.extend(self.encode(content, Specials::Literal)?);
+        Ok(tokens)
+    }
+
     /// The tokens of a conversation in which the user says `content`, ending where the answer begins. The template's
     /// special tokens are meant; those that somebody wrote into `content` are letters like any other.
     pub fn encode_chat(&self, content: &str) -> Result<Vec<u32>, ModelError> {

@@ -102,7 +102,12 @@ fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
         Some(document) => format!("{}\n{}", document.trim_end(), asked.question),
         None => asked.question.to_owned(),
     };
-    let tokens = text.encode_chat(&content)?;
+    let tokens = if text.has_template() {
+        text.encode_chat(&content)?
+    } else {
+        tracing::warn!("a base model, without a chat template: it continues the text instead of answering");
+        text.encode_plain(&content)?
+    };
     let context = model.context();
     if tokens.len() + asked.max_tokens > context {
         bail!(

@@ -46,7 +46,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (whole, killed) = (path("whole.jsonl"), path("killed.jsonl"));
     let args = |out: &str| {
-        let words = "ruler --length 700 --tasks niah_single_1,vt,niah_multikey_2 --samples 3 --kv exact,packed,q4_0 -o";
+        let words = "ruler --length 1000 --tasks niah_single_1,vt,niah_multikey_2 --samples 3 --kv exact,packed,q4_0 -o";
         words.split(' ').map(str::to_owned).chain([out.to_owned()]).collect::<Vec<String>>()
     };
     let strings = |words: &'_ [String]| words.iter().map(String::as_str).collect::<Vec<&str>>().join("\u{0}");

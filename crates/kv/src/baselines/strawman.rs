@@ -13,7 +13,7 @@ use super::{Head, Plan, sum_over, to_f16, widen};
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
 use crate::packed::{SINKS, rows};
-use crate::rotation::Rotation;
+use crate::rotation::{Basis, Rotation};
 use half::f16;
 use mosaickv_kernels::exact::{self, ExactPage, PAGE_TOKENS, Visible};
 use mosaickv_kernels::rotate::{multiply, rotate};
@@ -37,11 +37,13 @@ pub struct Strawman {
     pub block: usize,
     /// Share of the compressed tokens that a decode step attends to, in (0, 1].
     pub selected: f32,
+    /// Which channels are chosen from.
+    pub rotation: Basis,
 }
 
 impl Default for Strawman {
     fn default() -> Strawman {
-        Strawman { kept: 0.25, block: 8, selected: 0.1 }
+        Strawman { kept: 0.25, block: 8, selected: 0.1, rotation: Basis::Svd }
     }
 }
 
@@ -77,7 +79,7 @@ impl StrawmanHead {
         let sinks = tokens.min(SINKS);
         let packed = (tokens - sinks).saturating_sub(PAGE) / PAGE * PAGE;
         if packed > 0 {
-            let rotation = Rotation::learn(&keys, &values, d, head.channels());
+            let rotation = Rotation::learn(parameters.rotation, &keys, &values, (d, head.channels()));
             let span = sinks * d..(sinks + packed) * d;
             head.pack(Arc::new(rotation), &keys[span.clone()], &values[span]);
         }
@@ -106,7 +108,7 @@ impl StrawmanHead {
         let (keys, values) = rows(&[&self.buffer]);
         let rotation = match &self.segment {
             Some(segment) => Arc::clone(&segment.rotation),
-            None => Arc::new(Rotation::learn(&keys, &values, d, self.channels())),
+            None => Arc::new(Rotation::learn(self.parameters.rotation, &keys, &values, (d, self.channels()))),
         };
         self.pack(rotation, &keys[..PAGE * d], &values[..PAGE * d]);
         self.buffer.drop_front(PAGE);

@@ -268,7 +268,7 @@ fn snapkv_keeps_what_the_window_voted_for() {
 fn the_strawman_keeps_the_same_channels_of_every_vector() {
     let d = 64;
     let (head, keys, _) = exact(5, 500, d);
-    let straw = StrawmanHead::new(&head, Strawman { kept: 0.25, block: 8, selected: 1.0 });
+    let straw = StrawmanHead::new(&head, Strawman { selected: 1.0, ..Strawman::default() });
     straw.check().unwrap();
     let segment = straw.segment.as_ref().unwrap();
     assert_eq!(straw.channels(), 16);

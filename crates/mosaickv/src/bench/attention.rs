@@ -195,7 +195,7 @@ fn read_by_one(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> u64 {
 /// Against the oracle in the last layer (some formats leave the first ones exact): all heads where that is quick,
 /// else the first and the last.
 fn max_error(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
-    let KvShape { layers, heads, kv_heads, head_dim } = cache.shape();
+    let KvShape { layers, heads, kv_heads, head_dim, .. } = cache.shape();
     let mut out = vec![0.0; queries.len()];
     cache.attend(pool, layers - 1, queries, &mut out);
     let quick = cache.tokens() * kv_heads <= 1 << 17;

@@ -4,7 +4,7 @@ use crate::{ModelArgs, answer, read_document};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use mosaickv_kv::{KvFormat, Overlap};
-use mosaickv_model::{Sequence, Specials};
+use mosaickv_model::Sequence;
 use std::path::PathBuf;
 
 #[derive(Args)]
@@ -37,7 +37,7 @@ pub fn observe(args: &ObserveArgs) -> Result<()> {
     let document = read_document(&args.text)?;
     let pool = args.model.threads.pool();
     let (model, text) = answer::load(&args.model.model)?;
-    let mut tokens = text.encode(&document, Specials::Literal)?;
+    let mut tokens = text.encode_plain(&document)?;
     tokens.truncate(args.tokens as usize);
     if tokens.len() < args.window as usize {
         bail!("the text has {} tokens, fewer than the window of {}", tokens.len(), args.window);

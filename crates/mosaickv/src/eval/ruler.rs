@@ -110,7 +110,7 @@ impl Origin {
             Origin::Generated { generator, groups } => {
                 let (task, length) = groups[group];
                 let mut failed = None;
-                let mut count = |prompt: &str| match mosaickv_eval::prompt_tokens(text, prompt) {
+                let mut count = |prompt: &str| match text.encode_plain(prompt) {
                     Ok(tokens) => tokens.len(),
                     Err(error) => {
                         failed.get_or_insert(error);
