@@ -1,7 +1,18 @@
-//! Which line of a data file could not be used, and why?
+//! What is in a file of JSON lines, and which of them could not be used?
+//!
+//! Such files are anybody's: a line that cannot be used is reported and left out, and none is held that is larger than
+//! any real one by far.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+
+/// Longest line read, in bytes: a prompt of a million tokens has about five million.
+pub(crate) const LONGEST_LINE: usize = 32 << 20;
+
+/// A file with this many malformed lines is some other file; the rest of it is not read.
+pub(crate) const MOST_MALFORMED: usize = 1000;
 
 /// Longest reason kept, in characters: a reason may quote the line, and a line may be megabytes.
 const LONGEST_REASON: usize = 240;
@@ -32,6 +43,43 @@ impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}: {}", self.path.display(), self.line, self.reason)
     }
+}
+
+/// What `parse` makes of each line that is not blank, and the lines that it refuses. `parse` gets the line's number, from
+/// 1, as well. Errors name the file.
+pub(crate) fn read_lines<T>(
+    path: &Path,
+    mut parse: impl FnMut(&[u8], usize) -> Result<T, String>,
+) -> io::Result<(Vec<T>, Vec<Malformed>)> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let mut file = BufReader::new(File::open(path).map_err(named)?);
+    let (mut made, mut malformed) = (Vec::new(), Vec::new());
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let read = (&mut file).take(LONGEST_LINE as u64 + 1).read_until(b'\n', &mut line).map_err(named)?;
+        let too_long = read > LONGEST_LINE && !line.ends_with(b"\n");
+        if read == 0 {
+            break;
+        } else if too_long {
+            file.skip_until(b'\n').map_err(named)?;
+        } else if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let one = match too_long {
+            true => Err(format!("more than {} MiB in a line", LONGEST_LINE >> 20)),
+            false => parse(&line, number),
+        };
+        match one {
+            Ok(one) => made.push(one),
+            Err(reason) => malformed.push(Malformed::new(path, number, reason)),
+        }
+        if malformed.len() == MOST_MALFORMED {
+            malformed.push(Malformed::new(path, number + 1, "not read: too many malformed lines before"));
+            break;
+        }
+    }
+    Ok((made, malformed))
 }
 
 #[cfg(test)]

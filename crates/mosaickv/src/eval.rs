@@ -19,6 +19,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 #[derive(Subcommand)]
@@ -198,6 +199,24 @@ fn share(times: Times, all: Duration) -> String {
         percent(times.compress),
         percent(times.decode)
     )
+}
+
+/// The tasks of these names, each once, or all of them.
+fn tasks<T>(names: &[String], all: &[T]) -> Result<Vec<T>>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static> + Copy + PartialEq,
+{
+    if names == ["all"] {
+        return Ok(all.to_vec());
+    }
+    let mut tasks = Vec::new();
+    for name in names {
+        let task: T = name.parse()?;
+        if !tasks.contains(&task) {
+            tasks.push(task);
+        }
+    }
+    Ok(tasks)
 }
 
 /// Which samples to run: `samples` of each task and length, in turns, so that a run stopped early has some of all.

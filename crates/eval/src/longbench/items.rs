@@ -3,22 +3,18 @@
 //! Files are anybody's: a line that cannot be used is reported and left out, and none is kept that is larger than any of
 //! LongBench's by far.
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use serde::Deserialize;
 
 use super::metric::paragraph;
 use super::{Dataset, Task};
+use crate::malformed::read_lines;
 use crate::{Malformed, Metric, Sample};
 
-/// Longest line read, in bytes. LongBench's longest is below 1 MiB.
-const LONGEST_LINE: usize = 32 << 20;
 /// Longest answer accepted, in bytes. LongBench's longest is a summary of some 10 KiB.
 const LONGEST_ANSWER: usize = 256 << 10;
-/// A file with this many malformed lines is some other file; the rest of it is not read.
-const MOST_MALFORMED: usize = 1000;
 
 /// One line of a LongBench file.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,51 +81,10 @@ pub fn read_dir(dir: &Path, tasks: &[Task]) -> io::Result<Folder> {
 
 /// Reads a file of a task's lines; blank ones are passed over. Errors name the file.
 pub fn read_jsonl(path: &Path, task: Task) -> io::Result<(Vec<Item>, Vec<Malformed>)> {
-    let mut file = BufReader::new(File::open(path).map_err(|error| naming(path, error))?);
-    let (mut items, mut malformed) = (Vec::new(), Vec::new());
-    let (mut number, mut index) = (0, 0);
-    let mut line = Vec::new();
-    while let Some(read) = next_line(&mut file, &mut line).map_err(|error| naming(path, error))? {
-        number += 1;
-        if read == Width::Fits && line.trim_ascii().is_empty() {
-            continue;
-        }
-        let item = match read {
-            Width::Fits => parse(&line, task, index),
-            Width::TooLong => Err(format!("more than {} MiB in a line", LONGEST_LINE >> 20)),
-        };
+    let mut index = 0;
+    read_lines(path, |line, _| {
         index += 1;
-        match item {
-            Ok(item) => items.push(item),
-            Err(reason) => malformed.push(Malformed::new(path, number, reason)),
-        }
-        if malformed.len() == MOST_MALFORMED {
-            malformed.push(Malformed::new(path, number + 1, "not read: too many malformed lines before"));
-            break;
-        }
-    }
-    Ok((items, malformed))
-}
-
-/// Whether a line is within [`LONGEST_LINE`].
-#[derive(PartialEq)]
-enum Width {
-    Fits,
-    TooLong,
-}
-
-/// The next line, in `line` if it fits; nothing at the end.
-fn next_line(file: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<Option<Width>> {
-    line.clear();
-    file.take(LONGEST_LINE as u64 + 1).read_until(b'\n', line)?;
-    Ok(match line.last() {
-        None => None,
-        Some(b'\n') => Some(Width::Fits),
-        Some(_) if line.len() <= LONGEST_LINE => Some(Width::Fits),
-        Some(_) => {
-            file.skip_until(b'\n')?;
-            Some(Width::TooLong)
-        }
+        parse(line, task, index - 1)
     })
 }
 
@@ -389,14 +344,14 @@ mod tests {
     fn bytes_that_are_no_text_and_files_that_are_no_data() {
         let (items, malformed) = read(b"\xff\xfe\n\x00\n", "lcc");
         assert_eq!((items.len(), malformed.len()), (0, 2));
-        let (_, malformed) = read("x\n".repeat(MOST_MALFORMED * 3).as_bytes(), "lcc");
-        assert_eq!(malformed.len(), MOST_MALFORMED + 1);
+        let (_, malformed) = read("x\n".repeat(crate::malformed::MOST_MALFORMED * 3).as_bytes(), "lcc");
+        assert_eq!(malformed.len(), crate::malformed::MOST_MALFORMED + 1);
         assert!(malformed.last().unwrap().reason.contains("too many"));
     }
 
     #[test]
     fn an_endless_line_is_passed_over() {
-        let mut text = vec![b' '; LONGEST_LINE + 10];
+        let mut text = vec![b' '; crate::malformed::LONGEST_LINE + 10];
         text.push(b'\n');
         text.extend(line(&[]).into_bytes());
         let (items, malformed) = read(&text, "lcc");

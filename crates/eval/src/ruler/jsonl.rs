@@ -1,17 +1,14 @@
 //! What did the official generator make? Its files, one JSON object a line, whatever may be wrong with some lines.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io;
 use std::path::Path;
 
 use serde::Deserialize;
 
 use super::Task;
+use crate::malformed::read_lines;
 use crate::{Malformed, Sample};
-
-/// Most bytes of a line: prompts of a million tokens have about five million.
-const MOST_BYTES: usize = 32 << 20;
 
 /// What a folder of RULER's files holds.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -46,44 +43,12 @@ pub fn read_dir(dir: &Path, tasks: &[Task]) -> io::Result<Folder> {
 
 /// Reads one file of `task`'s samples and gives them `length`. Lines that are no sample are told; blank ones are not.
 pub fn read_jsonl(path: &Path, task: Task, length: usize) -> io::Result<(Vec<Sample>, Vec<Malformed>)> {
-    let mut file = BufReader::new(File::open(path)?);
-    let (mut samples, mut malformed) = (Vec::new(), Vec::new());
     let mut lines_of = HashMap::new();
-    let mut bytes = Vec::new();
-    for line in 1.. {
-        let sample = match next_line(&mut file, &mut bytes)? {
-            Line::End => break,
-            Line::TooLong => Err(format!("more than {MOST_BYTES} bytes")),
-            Line::Whole if bytes.iter().all(u8::is_ascii_whitespace) => continue,
-            Line::Whole => sample(&bytes, task, length),
-        };
-        let sample = sample.and_then(|sample| match lines_of.insert(sample.index, line) {
+    read_lines(path, |line, number| {
+        let sample = sample(line, task, length)?;
+        match lines_of.insert(sample.index, number) {
             None => Ok(sample),
             Some(first) => Err(format!("index {} was that of line {first}", sample.index)),
-        });
-        match sample {
-            Ok(sample) => samples.push(sample),
-            Err(reason) => malformed.push(Malformed::new(path, line, reason)),
-        }
-    }
-    Ok((samples, malformed))
-}
-
-enum Line {
-    Whole,
-    TooLong,
-    End,
-}
-
-fn next_line(file: &mut impl BufRead, bytes: &mut Vec<u8>) -> io::Result<Line> {
-    bytes.clear();
-    let read = file.by_ref().take(MOST_BYTES as u64 + 1).read_until(b'\n', bytes)?;
-    Ok(match read {
-        0 => Line::End,
-        _ if bytes.ends_with(b"\n") || read <= MOST_BYTES => Line::Whole,
-        _ => {
-            file.skip_until(b'\n')?;
-            Line::TooLong
         }
     })
 }
@@ -140,7 +105,7 @@ mod tests {
             bytes.push(b'\n');
         }
         bytes.extend(b"{\"index\": 8, \"input\": \"\xff\", \"outputs\": [\"y\"]}\n");
-        bytes.extend(vec![b' '; MOST_BYTES + 10]);
+        bytes.extend(vec![b' '; crate::malformed::LONGEST_LINE + 10]);
         bytes.extend(b"\n{\"index\": 9, \"input\": \"x\", \"outputs\": [\"y\"]}");
         fs::write(&path, bytes).unwrap();
         let (samples, malformed) = read_jsonl(&path, Task::NiahSingle1, 64).unwrap();

@@ -1,6 +1,6 @@
 //! `mosaickv eval longbench`: LongBench's tasks, read from its data files.
 
-use super::{RunArgs, Work, in_turns, measure, warn_malformed};
+use super::{RunArgs, Work, in_turns, measure, tasks, warn_malformed};
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_eval::Run;
@@ -29,7 +29,7 @@ pub struct LongbenchArgs {
 }
 
 pub fn longbench(args: &LongbenchArgs) -> Result<()> {
-    let tasks = tasks(&args.tasks)?;
+    let tasks = tasks(&args.tasks, &Task::ALL)?;
     let folder = longbench::read_dir(&args.data, &tasks)?;
     if args.tasks != ["all"] && !folder.missing.is_empty() {
         let names: Vec<String> = folder.missing.iter().map(Task::to_string).collect();
@@ -72,20 +72,6 @@ pub fn longbench(args: &LongbenchArgs) -> Result<()> {
         let (sample, _) = run.longbench(groups[group][index])?;
         Ok(run.answers(&sample)?)
     })
-}
-
-fn tasks(names: &[String]) -> Result<Vec<Task>> {
-    if names == ["all"] {
-        return Ok(Task::ALL.to_vec());
-    }
-    let mut tasks = Vec::new();
-    for name in names {
-        let task: Task = name.parse()?;
-        if !tasks.contains(&task) {
-            tasks.push(task);
-        }
-    }
-    Ok(tasks)
 }
 
 /// The items of each task that are to be run.

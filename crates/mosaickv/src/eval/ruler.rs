@@ -1,6 +1,6 @@
 //! `mosaickv eval ruler`: RULER's tasks, generated with the model's own tokenizer or read from files.
 
-use super::{RunArgs, Work, in_turns, measure, warn_malformed};
+use super::{RunArgs, Work, in_turns, measure, tasks, warn_malformed};
 use crate::demo::DOCUMENT;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -37,7 +37,7 @@ pub struct RulerArgs {
 }
 
 pub fn ruler(args: &RulerArgs) -> Result<()> {
-    let tasks = tasks(&args.tasks)?;
+    let tasks = tasks(&args.tasks, &Task::ALL)?;
     let lengths: Vec<usize> = args.length.iter().map(|&n| n as usize).collect();
     let origin = match &args.data {
         Some(dir) => read(dir, &lengths, &tasks)?,
@@ -73,20 +73,6 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
         let sample = origin.sample(group, index, &loaded.text)?;
         Ok(run.answers(&sample)?)
     })
-}
-
-fn tasks(names: &[String]) -> Result<Vec<Task>> {
-    if names == ["all"] {
-        return Ok(Task::ALL.to_vec());
-    }
-    let mut tasks = Vec::new();
-    for name in names {
-        let task: Task = name.parse()?;
-        if !tasks.contains(&task) {
-            tasks.push(task);
-        }
-    }
-    Ok(tasks)
 }
 
 /// Where samples come from, in groups of one task and length.
