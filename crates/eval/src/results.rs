@@ -111,7 +111,7 @@ pub struct KlRow {
 #[derive(Debug, thiserror::Error)]
 pub enum ResultsError {
     /// The system said no.
-    #[error("{}: {source}", path.display())]
+    #[error("cannot use the results file {}", path.display())]
     Io {
         /// The file.
         path: PathBuf,

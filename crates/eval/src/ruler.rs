@@ -190,7 +190,7 @@ pub enum RulerError {
         origin: &'static str,
     },
     /// A source file cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
