@@ -95,8 +95,8 @@ impl<'a> Run<'a> {
         Ok(forks)
     }
 
-    /// Feeds `tokens`, each but the last, to the exact sequence and the forks, and adds up what they say of the next
-    /// ones; of the first `unscored` nothing is added.
+    /// Feeds `tokens`, each but the last, to the exact sequence and the forks. After the first `unscored` it adds up what
+    /// they say of each next token.
     fn compare(
         &mut self,
         exact: &mut Sequence,
@@ -105,14 +105,18 @@ impl<'a> Run<'a> {
         unscored: usize,
     ) -> Result<(), EvalError> {
         let start = Instant::now();
-        for (i, next) in tokens.windows(2).enumerate() {
-            let logits = exact.step(next[0])?;
-            let reference = Said::new(&logits, next[1]);
+        let (before, scored) = tokens.split_at(unscored);
+        for &token in before {
+            exact.feed(token)?;
+            for fork in &mut *forks {
+                fork.sequence.feed(token)?;
+            }
+        }
+        for next in scored.windows(2) {
+            let reference = Said::new(&exact.step(next[0])?, next[1]);
             for fork in &mut *forks {
                 let logits = fork.sequence.step(next[0])?;
-                if i >= unscored {
-                    fork.add(&reference, &Said::new(&logits, next[1]));
-                }
+                fork.add(&reference, &Said::new(&logits, next[1]));
             }
         }
         self.times.decode += start.elapsed();

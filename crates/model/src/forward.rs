@@ -149,11 +149,13 @@ impl<'a> Sequence<'a> {
         assert!(!prompt.is_empty(), "a prompt needs at least one token");
         self.check(prompt)?;
         if self.cache.is_compressed() {
-            let mut logits = Vec::new();
-            for (i, &token) in prompt.iter().enumerate() {
-                logits = self.step(token)?;
+            let (last, before) = prompt.split_last().expect("not empty");
+            for (i, &token) in before.iter().enumerate() {
+                self.feed(token)?;
                 progress(i + 1, prompt.len());
             }
+            let logits = self.step(*last)?;
+            progress(prompt.len(), prompt.len());
             return Ok(logits);
         }
         let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
@@ -165,6 +167,13 @@ impl<'a> Sequence<'a> {
         }
         let hidden = self.model.config.hidden;
         self.logits(&last[last.len() - hidden..])
+    }
+
+    /// Reads one more token, whatever follows it.
+    pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
+        self.check(&[token])?;
+        self.layers(&[token], false, &mut |_| ())?;
+        Ok(())
     }
 
     /// Reads one more token and returns the logits `[vocab]` that follow it.

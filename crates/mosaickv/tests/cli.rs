@@ -63,7 +63,7 @@ fn bad_documents_and_questions() {
 fn bad_flags() {
     let model = tiny("llama.gguf");
     refused(&["run", "--model", &model, "--colour", "hello"], &["--colour"]);
-    refused(&["run", "--model", &model, "--kv", "zipped", "hello"], &["zipped", "exact or packed"]);
+    refused(&["run", "--model", &model, "--kv", "zipped", "hello"], &["zipped", "exact, packed"]);
     refused(&["run", "--model", &model, "--kv", "packed:kept=7", "hello"], &["kept"]);
     refused(&["run", "--model", &model, "--threads", "0", "hello"], &["--threads"]);
     refused(&["bench", "attention", "--heads", "5", "--kv-heads", "3"], &["5 query heads", "3 KV heads"]);

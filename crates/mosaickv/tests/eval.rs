@@ -24,7 +24,9 @@ fn model() -> Option<PathBuf> {
 
 fn eval(args: &[&str], model: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mosaickv"));
-    command.arg("eval").args(args).arg("--model").arg(model).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // The tests of this file run side by side.
+    command.arg("eval").args(args).args(["--threads", "1"]).arg("--model").arg(model);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 

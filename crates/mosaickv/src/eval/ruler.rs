@@ -58,8 +58,7 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
                 ("tasks", join(tasks.iter().map(Task::to_string).collect())),
                 ("samples", samples.to_string()),
                 ("seed", args.run.seed.to_string()),
-                ("data", args.data.as_ref().map_or("generated".into(), |dir| dir.display().to_string())),
-                ("essays", if args.sources.is_some() { "given" } else { "built in" }.to_owned()),
+                ("haystack", haystack(args)),
             ],
         ),
         args: &args.run,
@@ -73,6 +72,15 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
         let sample = origin.sample(group, index, &loaded.text)?;
         Ok(run.answers(&sample)?)
     })
+}
+
+/// Where the text around needles and questions is from.
+fn haystack(args: &RulerArgs) -> String {
+    match (&args.data, &args.sources) {
+        (Some(dir), _) => format!("samples of {}", dir.display()),
+        (None, Some(dir)) => format!("sources of {}", dir.display()),
+        (None, None) => "built in".to_owned(),
+    }
 }
 
 /// Where samples come from, in groups of one task and length.
