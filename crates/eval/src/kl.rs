@@ -36,17 +36,11 @@ pub enum Layers {
 impl<'a> Run<'a> {
     /// One row a format, or one a format and layer: the text's next tokens.
     pub fn kl(&mut self, document: Document, layers: Layers) -> Result<Vec<Row>, EvalError> {
-        let Document { name, prefix, score, .. } = document;
-        let tokens = self.text.encode_plain(document.content)?;
-        // The token after the prefix is fed, not predicted: its prediction is the exact prompt's.
-        let wanted = prefix + score + 1;
-        self.fits(name, wanted)?;
-        if tokens.len() < wanted {
-            return Err(EvalError::TooShort { which: name.to_owned(), tokens: tokens.len(), wanted });
-        }
+        let Document { name, prefix, .. } = document;
+        let tokens = self.tokens(document)?;
         let (mut exact, _) = self.read(&tokens[..prefix])?;
         let mut forks = self.forks(&exact, layers)?;
-        self.compare(&mut exact, &mut forks, &tokens[prefix..wanted], 0)?;
+        self.compare(&mut exact, &mut forks, &tokens[prefix..], 0)?;
         Ok(forks.into_iter().map(|fork| fork.row(name.to_owned(), None)).collect())
     }
 
@@ -54,13 +48,21 @@ impl<'a> Run<'a> {
     /// before any question is known: per needle one row a format, over the tokens of the right answer.
     pub fn ask(&mut self, document: Document, count: usize, seed: u64) -> Result<Vec<Row>, EvalError> {
         let tokens = self.text.encode_plain(document.content)?;
-        let text = self.text.decode(&tokens[..tokens.len().min(document.prefix)])?;
-        let hidden = ruler::hide(&text, count, seed);
-        let prompt = self.text.encode_plain(&hidden.prompt)?;
+        let hidden = |tokens: &[u32]| -> Result<_, EvalError> {
+            let hidden = ruler::hide(&self.text.decode(tokens)?, count, seed);
+            let prompt = self.text.encode_plain(&hidden.prompt)?;
+            Ok((hidden, prompt))
+        };
+        // As much text as leaves the needles their room.
+        let whole = tokens.len().min(document.prefix);
+        let (mut hidden_in, mut prompt) = hidden(&tokens[..whole])?;
+        if let Some(excess) = prompt.len().checked_sub(document.prefix) {
+            (hidden_in, prompt) = hidden(&tokens[..whole.saturating_sub(excess)])?;
+        }
         let (exact, _) = self.read(&prompt)?;
         let forks = self.forks(&exact, Layers::All)?;
         let mut rows = Vec::new();
-        for (i, needle) in hidden.needles.iter().enumerate() {
+        for (i, needle) in hidden_in.needles.iter().enumerate() {
             let question = self.text.encode(&needle.question, Specials::Literal)?;
             let answer = self.text.encode(&needle.answer, Specials::Literal)?;
             let asked = [question.as_slice(), &answer].concat();
@@ -71,6 +73,20 @@ impl<'a> Run<'a> {
             rows.extend(forks.into_iter().map(|fork| fork.row(name.clone(), Some(needle.depth))));
         }
         Ok(rows)
+    }
+
+    /// The tokens that [`kl`](Run::kl) reads of a text; an error if it has too few, or they do not fit the model.
+    pub fn tokens(&self, document: Document) -> Result<Vec<u32>, EvalError> {
+        let Document { name, content, prefix, score } = document;
+        let mut tokens = self.text.encode_plain(content)?;
+        // The token after the prefix is fed, not predicted: its prediction is the exact prompt's.
+        let wanted = prefix + score + 1;
+        self.fits(name, wanted)?;
+        if tokens.len() < wanted {
+            return Err(EvalError::TooShort { which: name.to_owned(), tokens: tokens.len(), wanted });
+        }
+        tokens.truncate(wanted);
+        Ok(tokens)
     }
 
     fn fits(&self, which: &str, tokens: usize) -> Result<(), EvalError> {

@@ -82,6 +82,13 @@ pub(crate) fn read_lines<T>(
     Ok((made, malformed))
 }
 
+/// What serde has against a line, without its line number, which would be that within the line.
+pub(crate) fn unreadable(error: &serde_json::Error) -> String {
+    let whole = error.to_string();
+    let what = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(what, _)| what);
+    format!("{what} (column {})", error.column())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@
 //! cuts off what was written last if it is not whole. Files are of untrusted origin: what is malformed or out of
 //! its range is refused with its line.
 
+use crate::malformed::unreadable;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -358,13 +359,13 @@ fn to_line<T: Serialize>(value: &T) -> Result<Vec<u8>, io::Error> {
 }
 
 fn parse_settings(line: &[u8]) -> Result<Settings, String> {
-    serde_json::from_slice(line).map_err(|error| format!("no settings here: {}", position(&error)))
+    serde_json::from_slice(line).map_err(|error| format!("no settings here: {}", unreadable(&error)))
 }
 
 /// A row whose numbers are in their ranges.
 fn parse_row(line: &[u8]) -> Result<Row, String> {
     let row: Row =
-        serde_json::from_slice(line).map_err(|error| format!("not a row: {}", position(&error)))?;
+        serde_json::from_slice(line).map_err(|error| format!("not a row: {}", unreadable(&error)))?;
     let (cost, depth) = match &row {
         Row::Answer(row) => {
             within("score", row.score, 0.0, 1.0)?;
@@ -394,14 +395,6 @@ fn within(name: &str, value: f64, low: f64, high: f64) -> Result<(), String> {
         false => Err(format!("{name} is {value}; wanted {low} to {high}")),
     }
 }
-
-/// What serde_json says, without its line number: that is always 1 here.
-fn position(error: &serde_json::Error) -> String {
-    let text = error.to_string();
-    let what = text.split(" at line ").next().unwrap_or(&text);
-    format!("{what} (column {})", error.column())
-}
-
 fn same_settings(path: &Path, got: &Settings, wanted: &Settings) -> Result<(), ResultsError> {
     let differ = |setting: &str, got: String, wanted: String| match got == wanted {
         true => Ok(()),

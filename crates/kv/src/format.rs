@@ -232,7 +232,11 @@ impl FromStr for KvFormats {
                 _ => formats.push(piece.to_owned()),
             }
         }
-        formats.iter().map(|format| format.parse()).collect::<Result<_, _>>().map(KvFormats)
+        let formats: Vec<KvFormat> = formats.iter().map(|format| format.parse()).collect::<Result<_, _>>()?;
+        match formats.iter().enumerate().find(|(i, format)| formats[..*i].contains(format)) {
+            Some((_, format)) => Err(format!("{format} is there twice")),
+            None => Ok(KvFormats(formats)),
+        }
     }
 }
 
@@ -265,6 +269,7 @@ mod tests {
     #[test]
     fn a_list_keeps_each_format_whole() {
         let text = "exact,packed:kept=0.375,group=2,block=8,selected=0.1,packed";
+        assert!("exact,packed,exact".parse::<KvFormats>().unwrap_err().contains("exact is there twice"));
         let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
         assert!("exact,,packed".parse::<KvFormats>().is_err());

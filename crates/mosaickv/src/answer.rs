@@ -8,6 +8,7 @@ use mosaickv_kernels::Pool;
 use mosaickv_kv::KvFormat;
 use mosaickv_model::{Decoder, Model, Sequence, Text, greedy};
 use serde::Serialize;
+use std::path::Path;
 use std::time::Instant;
 
 /// What to answer, and how.
@@ -32,9 +33,13 @@ pub struct Answer {
 
 /// Fetches the model if it must be, and reads it, with a progress bar.
 pub fn load(name: &str) -> Result<(Model, Text)> {
-    let path = fetch::resolve(name)?;
+    load_from(&fetch::resolve(name)?)
+}
+
+/// Reads the model, with a progress bar.
+pub fn load_from(path: &Path) -> Result<(Model, Text)> {
     let bar = bar("loading", "pieces");
-    let loaded = Model::load(&path, &mut |done, all| {
+    let loaded = Model::load(path, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     });

@@ -6,7 +6,7 @@ mod observe;
 mod report;
 mod ruler;
 
-use crate::{ModelArgs, answer};
+use crate::{ModelArgs, answer, fetch};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,7 +17,7 @@ use mosaickv_kv::{KvFormat, KvFormats};
 use mosaickv_model::{Model, Text};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -61,15 +61,12 @@ struct RunArgs {
     /// Print rows as JSON lines instead of a table
     #[arg(long)]
     json: bool,
-    /// What random choices depend on
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
     /// Begin no further sample after this time; the same command goes on later
     #[arg(long, value_name = "SECONDS")]
     max_seconds: Option<u64>,
 }
 
-/// A run's model, ready, and the name its results carry.
+/// A run's model, ready, and the name that its results carry: with a digest, as names of files say little.
 struct Loaded {
     model: Model,
     text: Text,
@@ -80,10 +77,13 @@ struct Loaded {
 impl RunArgs {
     fn load(&self) -> Result<Loaded> {
         let pool = self.model.threads.pool();
-        let (model, text) = answer::load(&self.model.model)?;
+        let path = fetch::resolve(&self.model.model)?;
+        let (model, text) = answer::load_from(&path)?;
         let name = Path::new(&self.model.model);
-        let name = name.file_stem().filter(|_| name.exists()).unwrap_or(name.as_os_str());
-        Ok(Loaded { model, text, pool, name: name.to_string_lossy().into_owned() })
+        let gguf = name.extension().is_some_and(|extension| extension == "gguf");
+        let name = if gguf { name.file_stem() } else { name.file_name() }.unwrap_or(name.as_os_str());
+        let name = format!("{} ({})", name.to_string_lossy(), files_digest(&path)?);
+        Ok(Loaded { model, text, pool, name })
     }
 
     /// The formats, with `exact` before them if it is missing: answers are paired with its answers.
@@ -103,8 +103,9 @@ impl RunArgs {
         formats: &[KvFormat],
         options: &[(&str, String)],
     ) -> Settings {
-        let options: BTreeMap<String, String> =
+        let mut options: BTreeMap<String, String> =
             options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        options.insert("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
         Settings {
             suite: suite.to_owned(),
             model: model.to_owned(),
@@ -133,6 +134,9 @@ fn measure(
     let path = work.args.out.clone().unwrap_or_else(|| default_path(&work.settings));
     let mut results = Results::open(&path, &work.settings, work.rows_per_unit)?;
     let done = results.done();
+    if results.cut_bytes() > 0 {
+        eprintln!("{}: cut off {} bytes of a sample that was not whole", path.display(), results.cut_bytes());
+    }
     if done > 0 {
         eprintln!("{}: {done} of {} {} are there; going on", path.display(), work.units, work.unit);
     }
@@ -146,13 +150,16 @@ fn measure(
     bar.enable_steady_tick(Duration::from_secs(1));
     let (start, limit) = (Instant::now(), work.args.max_seconds.map(Duration::from_secs));
     let mut stopped = None;
+    let mut failed = None;
     for i in done..work.units {
         if limit.is_some_and(|limit| start.elapsed() >= limit) {
             stopped = Some(i);
             break;
         }
-        let rows = each(run, i)?;
-        results.append(&rows)?;
+        if let Err(error) = each(run, i).and_then(|rows| Ok(results.append(&rows)?)) {
+            failed = Some(error.context(format!("stopped after {i} of {} {}", work.units, work.unit)));
+            break;
+        }
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -165,17 +172,48 @@ fn measure(
         );
     }
     eprintln!("results in {}", path.display());
-    Ok(())
+    failed.map_or(Ok(()), Err)
+}
+
+/// The first eight hexadecimal digits of the SHA-256 of some texts.
+fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
+    let mut sha = Sha256::new();
+    for text in texts {
+        sha.update((text.len() as u64).to_le_bytes());
+        sha.update(text);
+    }
+    hex(&sha.finalize())
+}
+
+/// The same of a file, or of the files of a folder: of each its name, its length and its first mebibyte.
+fn files_digest(path: &Path) -> Result<String> {
+    const MOST: u64 = 1 << 20;
+    let mut files = vec![path.to_owned()];
+    if path.is_dir() {
+        files = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+        files.retain(|file| file.is_file());
+        files.sort();
+    }
+    let mut sha = Sha256::new();
+    for file in files {
+        let open = std::fs::File::open(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        sha.update(file.file_name().unwrap_or_default().as_encoded_bytes());
+        sha.update(open.metadata()?.len().to_le_bytes());
+        let mut bytes = Vec::new();
+        open.take(MOST).read_to_end(&mut bytes)?;
+        sha.update(&bytes);
+    }
+    Ok(hex(&sha.finalize()))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A name that belongs to these settings, so that the same command finds it again and no other does.
 fn default_path(settings: &Settings) -> PathBuf {
     let json = serde_json::to_vec(settings).expect("settings are plain text");
-    let digest = Sha256::digest(&json);
-    PathBuf::from(format!(
-        "eval-{}-{:02x}{:02x}{:02x}.jsonl",
-        settings.suite, digest[0], digest[1], digest[2]
-    ))
+    PathBuf::from(format!("eval-{}-{}.jsonl", settings.suite, hex(&Sha256::digest(&json))))
 }
 
 fn show(rows: &[Row], json: bool) -> Result<()> {
@@ -227,6 +265,17 @@ fn in_turns(groups: &[usize], samples: Option<usize>) -> Vec<(usize, usize)> {
         .flat_map(|i| (0..groups.len()).map(move |group| (group, i)))
         .filter(|&(group, i)| i < count(groups[group]))
         .collect()
+}
+
+/// Tells which tasks have no file: an error, unless `all` that have one were asked for.
+fn say_missing<T: std::fmt::Display>(dir: &Path, missing: &[T], all: bool) -> Result<()> {
+    let names = missing.iter().map(T::to_string).collect::<Vec<_>>().join(", ");
+    if !missing.is_empty() && !all {
+        bail!("{} has no file of {names}; give the folder that has it, or leave the task out", dir.display());
+    } else if !missing.is_empty() {
+        eprintln!("{}: no file of {names}", dir.display());
+    }
+    Ok(())
 }
 
 /// Reports lines that could not be read; an error if nothing else is there.

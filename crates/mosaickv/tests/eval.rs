@@ -80,7 +80,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     run_to(&killed);
     assert!(std::fs::read(&killed).unwrap() == whole);
     let mut other = args(&killed);
-    other[6] = "4".to_owned();
+    other[6] = "4".to_owned(); // --samples
     let output = eval(&strings(&other).split('\u{0}').collect::<Vec<_>>(), &model).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("samples"));

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::metric::paragraph;
 use super::{Dataset, Task};
-use crate::malformed::read_lines;
+use crate::malformed::{read_lines, unreadable};
 use crate::{Malformed, Metric, Sample};
 
 /// Longest answer accepted, in bytes. LongBench's longest is a summary of some 10 KiB.
@@ -122,13 +122,6 @@ fn parse(line: &[u8], task: Task, index: usize) -> Result<Item, String> {
         length: line.length,
         classes,
     })
-}
-
-/// The reason without its line number, which would be that within the line.
-fn unreadable(error: &serde_json::Error) -> String {
-    let whole = error.to_string();
-    let what = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(what, _)| what);
-    format!("{what} (column {})", error.column())
 }
 
 fn naming(path: &Path, error: io::Error) -> io::Error {

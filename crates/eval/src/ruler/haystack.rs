@@ -7,7 +7,7 @@ pub(super) const NOISE: &str =
 /// A text as words with one blank between them.
 #[derive(Clone, Debug)]
 pub(super) struct Haystack {
-    pub text: String,
+    text: String,
     /// Where each word ends, in bytes.
     ends: Vec<usize>,
 }

@@ -1,7 +1,6 @@
 //! Can a cache that was compressed before the question still answer it? Needles in somebody's text, questions apart.
 
 use super::draw::Draw;
-use super::haystack::{Haystack, sentences};
 use super::niah::{Kind, fresh, needle_sentence, question};
 use std::collections::HashSet;
 
@@ -25,13 +24,12 @@ pub struct Needle {
     pub depth: f64,
 }
 
-/// Hides `count` numbers between the sentences of a text, evenly from its beginning to its end, in RULER's words
-/// (`niah`). The same seed gives the same keys and numbers.
+/// Hides `count` numbers in a text, evenly from its beginning to its end, in RULER's words (`niah`); the text itself stays
+/// as it is. A needle goes after the end of a sentence, a line or a word, the best of them that is near its place. The
+/// same seed gives the same keys and numbers.
 pub fn hide(text: &str, count: usize, seed: u64) -> Hidden {
     let mut draw = Draw::new([seed, count as u64, 0, 0]);
     let mut seen = HashSet::new();
-    let text = Haystack::new(text).map_or(String::new(), |haystack| haystack.text);
-    let sentences = sentences(&text);
     let mut prompt =
         "Some special magic numbers are hidden within the following text. Make sure to memorize them. I \
                       will quiz you about the numbers afterwards.\n"
@@ -39,20 +37,17 @@ pub fn hide(text: &str, count: usize, seed: u64) -> Hidden {
     let mut begins = Vec::new();
     let mut from = 0;
     for i in 0..count {
-        let to = (sentences.len() * (2 * i + 1)).div_ceil(2 * count);
+        let to = gap(text, from, text.len() * (2 * i + 1) / (2 * count));
+        prompt.push_str(&text[from..to]);
         let key = fresh(Kind::Words, &mut seen, &mut draw);
         let value = fresh(Kind::Number, &mut seen, &mut draw);
-        for sentence in &sentences[from..to] {
-            prompt.push_str(sentence);
-            prompt.push(' ');
-        }
         begins.push((prompt.len(), key.clone(), value.clone()));
         prompt.push_str(&needle_sentence(Kind::Number, &key, &value));
-        prompt.push(' ');
+        // As the text goes on: with the line or the blank that ended before the needle.
+        prompt.push_str(if text[..to].ends_with('\n') { "\n" } else { " " });
         from = to;
     }
-    prompt.push_str(&sentences[from..].join(" "));
-    let prompt = prompt.trim_end().to_owned();
+    prompt.push_str(&text[from..]);
     let needle = |(begin, key, value): (usize, String, String)| Needle {
         question: question(Kind::Number, &key),
         answer: format!(" {value}"),
@@ -60,6 +55,17 @@ pub fn hide(text: &str, count: usize, seed: u64) -> Hidden {
     };
     let needles = begins.into_iter().map(needle).collect();
     Hidden { prompt, needles }
+}
+
+/// Where a needle that belongs at byte `place` goes: after the next blank or line end that follows a sentence, else after
+/// the next line end, else after the next blank, if there is one within a few hundred bytes; else at the end.
+fn gap(text: &str, from: usize, place: usize) -> usize {
+    const NEAR: usize = 400;
+    let begin = text.floor_char_boundary(place.max(from));
+    let near = &text[begin..text.floor_char_boundary(begin.saturating_add(NEAR).min(text.len()))];
+    let after = |pattern: &str| near.find(pattern).map(|at| begin + at + pattern.len());
+    let ends = [". ", ".\n", "? ", "! "].iter().filter_map(|end| after(end)).min();
+    ends.or_else(|| after("\n")).or_else(|| after(" ")).unwrap_or(text.len())
 }
 
 #[cfg(test)]
@@ -80,13 +86,29 @@ mod tests {
             assert!(hidden.prompt[from..at].contains(key));
             from = at;
         }
-        // Nothing of the text is lost.
+        // Nothing of the text is lost or changed.
         let bare = hidden.needles.iter().fold(hidden.prompt.clone(), |prompt, needle| {
-            let end = prompt.find(&format!("{}. ", needle.answer)).unwrap() + needle.answer.len() + 2;
+            let end = prompt.find(&format!("{}.", needle.answer)).unwrap() + needle.answer.len() + 2;
             let begin = prompt[..end].rfind("One of the special").unwrap();
             prompt[..begin].to_owned() + &prompt[end..]
         });
         assert!(bare.ends_with(text), "{bare}");
         assert_eq!(hide("", 1, 1).needles.len(), 1);
+    }
+
+    #[test]
+    fn needles_are_spread_over_texts_of_any_kind() {
+        let code = "fn main() {\n    let x = 1;\n}\n".repeat(40);
+        let words = "word ".repeat(300);
+        for text in [code.as_str(), &words, &"\u{e9}".repeat(2000)] {
+            let hidden = hide(text, 4, 3);
+            let depths: Vec<f64> = hidden.needles.iter().map(|needle| needle.depth).collect();
+            assert!(depths.is_sorted(), "{depths:?}");
+            if text.contains(' ') {
+                for (i, depth) in depths.iter().enumerate() {
+                    assert!((depth - (2 * i + 1) as f64 / 8.0).abs() < 0.15, "{depths:?}");
+                }
+            }
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::Task;
-use crate::malformed::read_lines;
+use crate::malformed::{read_lines, unreadable};
 use crate::{Malformed, Sample};
 
 /// What a folder of RULER's files holds.
@@ -64,7 +64,7 @@ struct Record {
 }
 
 fn sample(line: &[u8], task: Task, length: usize) -> Result<Sample, String> {
-    let record: Record = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    let record: Record = serde_json::from_slice(line.trim_ascii_end()).map_err(|error| unreadable(&error))?;
     if record.input.trim().is_empty() {
         return Err("its input is empty".to_string());
     }

@@ -9,8 +9,10 @@
 //!
 //! As there: keys after RoPE; keys and values alike, a token's row at a time; every token is quantized when it is
 //! stored, no recent window stays exact. Not as there: attention multiplies what the codes stand for in f32, where
-//! llama.cpp also quantizes the query to 8 bits. A prompt's numbers pass through the f16 pages of prefill first, so
-//! a scale may differ from llama.cpp's in its last bit.
+//! llama.cpp also quantizes the query to 8 bits; and since April 2026 llama.cpp turns queries, keys and values by a
+//! Hadamard matrix before it quantizes them, where head_dim is a multiple of 64 (pull request 21038), which lowers the
+//! error: this is the format without that, as llama.cpp has it with `LLAMA_ATTN_ROT_DISABLE=1`. A prompt's numbers pass
+//! through the f16 pages of prefill first, so a scale may differ from llama.cpp's in its last bit.
 
 use super::{Head, Plan, TOKENS_PER_TASK, pack, to_f16, unpack};
 use crate::KvBytes;

@@ -1,6 +1,6 @@
 //! `mosaickv eval kl`: next-token distributions on texts, and on needles hidden in them.
 
-use super::{RunArgs, Work, measure};
+use super::{RunArgs, Work, digest, measure};
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_eval::{Document, Layers, Run};
@@ -30,6 +30,9 @@ pub struct KlArgs {
     /// Also hide N needles in each text's prefix and ask for them after compression
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(..=64))]
     ask: u32,
+    /// What the needles depend on
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
     /// Compress one layer at a time, the others staying exact: a row for each
     #[arg(long, conflicts_with = "ask")]
     each_layer: bool,
@@ -55,11 +58,12 @@ pub fn kl(args: &KlArgs) -> Result<()> {
             &formats,
             &[
                 ("text", names.join(" ")),
+                ("text digest", digest(texts.iter().map(String::as_str))),
                 ("prefix", args.prefix.to_string()),
                 ("score", args.score.to_string()),
                 ("ask", args.ask.to_string()),
                 ("layers", if args.each_layer { "each" } else { "all" }.to_owned()),
-                ("seed", args.run.seed.to_string()),
+                ("seed", if args.ask > 0 { args.seed.to_string() } else { "none".to_owned() }),
             ],
         ),
         args: &args.run,
@@ -70,16 +74,20 @@ pub fn kl(args: &KlArgs) -> Result<()> {
     let mut run = Run::new(&loaded.model, &loaded.text, &loaded.pool, &formats);
     // 8-bit activations turn the smallest difference in the cache into a KL of some 0.003 nats: more than q8_0 costs.
     run.precision = Precision::Full;
+    let document = |i: usize| Document {
+        name: &names[i],
+        content: &texts[i],
+        prefix: args.prefix as usize,
+        score: args.score as usize,
+    };
+    for i in 0..texts.len() {
+        run.tokens(document(i))?;
+    }
     measure(&work, &mut run, &mut |run, i| {
-        let document = Document {
-            name: &names[i],
-            content: &texts[i],
-            prefix: args.prefix as usize,
-            score: args.score as usize,
-        };
+        let document = document(i);
         let mut rows = run.kl(document, layers)?;
         if args.ask > 0 {
-            rows.extend(run.ask(document, args.ask as usize, args.run.seed)?);
+            rows.extend(run.ask(document, args.ask as usize, args.seed)?);
         }
         Ok(rows)
     })

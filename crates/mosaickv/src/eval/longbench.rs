@@ -1,6 +1,6 @@
 //! `mosaickv eval longbench`: LongBench's tasks, read from its data files.
 
-use super::{RunArgs, Work, in_turns, measure, tasks, warn_malformed};
+use super::{RunArgs, Work, digest, in_turns, measure, say_missing, tasks, warn_malformed};
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_eval::Run;
@@ -31,14 +31,7 @@ pub struct LongbenchArgs {
 pub fn longbench(args: &LongbenchArgs) -> Result<()> {
     let tasks = tasks(&args.tasks, &Task::ALL)?;
     let folder = longbench::read_dir(&args.data, &tasks)?;
-    if args.tasks != ["all"] && !folder.missing.is_empty() {
-        let names: Vec<String> = folder.missing.iter().map(Task::to_string).collect();
-        bail!(
-            "{} has no file of {}; give the folder with LongBench's data",
-            args.data.display(),
-            names.join(", ")
-        );
-    }
+    say_missing(&args.data, &folder.missing, args.tasks == ["all"])?;
     warn_malformed(&folder.malformed, folder.items.len())?;
     let loaded = args.run.load()?;
     let groups = grouped(args, &folder.items, &tasks, &loaded)?;
@@ -48,14 +41,15 @@ pub fn longbench(args: &LongbenchArgs) -> Result<()> {
     if units.is_empty() {
         bail!("no sample is left; drop --only-whole, or use a model with a longer context");
     }
-    let names: Vec<String> = tasks.iter().map(Task::to_string).collect();
+    let names: Vec<String> = groups.iter().map(|group| group[0].task.to_string()).collect();
+    let prompts = groups.iter().flatten().flat_map(|item| [item.context.as_str(), &item.input]);
     let work = Work {
         settings: args.run.settings(
             "longbench",
             &loaded.name,
             &formats,
             &[
-                ("data", args.data.display().to_string()),
+                ("origin", format!("samples {}", digest(prompts))),
                 ("tasks", names.join(" ")),
                 ("samples", samples.map_or("all".to_owned(), |n| n.to_string())),
                 ("truncated", if args.only_whole { "left out" } else { "in the middle" }.to_owned()),

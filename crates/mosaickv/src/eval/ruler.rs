@@ -1,13 +1,14 @@
 //! `mosaickv eval ruler`: RULER's tasks, generated with the model's own tokenizer or read from files.
 
-use super::{RunArgs, Work, in_turns, measure, tasks, warn_malformed};
+use super::{RunArgs, Work, digest, files_digest, in_turns, measure, say_missing, tasks, warn_malformed};
 use crate::demo::DOCUMENT;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use mosaickv_eval::ruler::{self, Generator, Sources, Task};
 use mosaickv_eval::{Run, Sample};
 use mosaickv_model::Text;
-use std::path::PathBuf;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
@@ -27,6 +28,9 @@ pub struct RulerArgs {
     /// Samples of each task and length
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
+    /// What generated samples depend on
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
     /// Folder with PaulGrahamEssays.json, squad_dev-v2.0.json and hotpot_dev_distractor_v1.json, or those with .xz;
     /// without it needles hide in a built-in text, and qa_1 and qa_2 can't be made
     #[arg(long, value_name = "DIR")]
@@ -40,10 +44,11 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
     let tasks = tasks(&args.tasks, &Task::ALL)?;
     let lengths: Vec<usize> = args.length.iter().map(|&n| n as usize).collect();
     let origin = match &args.data {
-        Some(dir) => read(dir, &lengths, &tasks)?,
+        Some(dir) => read(dir, &lengths, (&tasks, args.tasks == ["all"]))?,
         None => generate(args, &lengths, &tasks)?,
     };
     let loaded = args.run.load()?;
+    origin.check(&loaded.text, loaded.model.context(), &lengths)?;
     let formats = args.run.paired();
     let samples = args.samples as usize;
     let units = in_turns(&origin.available(samples), Some(samples));
@@ -55,10 +60,9 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
             &formats,
             &[
                 ("length", join(lengths.iter().map(usize::to_string).collect())),
-                ("tasks", join(tasks.iter().map(Task::to_string).collect())),
+                ("tasks", join(origin.tasks())),
                 ("samples", samples.to_string()),
-                ("seed", args.run.seed.to_string()),
-                ("haystack", haystack(args)),
+                ("origin", origin.name(args)?),
             ],
         ),
         args: &args.run,
@@ -74,15 +78,6 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
     })
 }
 
-/// Where the text around needles and questions is from.
-fn haystack(args: &RulerArgs) -> String {
-    match (&args.data, &args.sources) {
-        (Some(dir), _) => format!("samples of {}", dir.display()),
-        (None, Some(dir)) => format!("sources of {}", dir.display()),
-        (None, None) => "built in".to_owned(),
-    }
-}
-
 /// Where samples come from, in groups of one task and length.
 enum Origin {
     Generated { generator: Generator, groups: Vec<(Task, usize)> },
@@ -90,6 +85,38 @@ enum Origin {
 }
 
 impl Origin {
+    /// The tasks, each once.
+    fn tasks(&self) -> Vec<String> {
+        let mut names: Vec<String> = match self {
+            Origin::Generated { groups, .. } => groups.iter().map(|(task, _)| task.to_string()).collect(),
+            Origin::Read(groups) => groups.iter().map(|samples| samples[0].task.clone()).collect(),
+        };
+        let mut seen = HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        names
+    }
+
+    /// What the samples depend on beside task, length and index.
+    fn name(&self, args: &RulerArgs) -> Result<String> {
+        Ok(match (self, &args.sources) {
+            (Origin::Read(groups), _) => {
+                let prompts = groups.iter().flatten().map(|sample| sample.prompt.as_str());
+                format!("samples {}", digest(prompts))
+            }
+            (_, Some(dir)) => format!("seed {}, sources {}", args.seed, files_digest(dir)?),
+            (_, None) => format!("seed {}, built-in text", args.seed),
+        })
+    }
+
+    /// Makes one sample of each group that is generated, so that what can't be made is said before anything is run.
+    fn check(&self, text: &Text, context: usize, lengths: &[usize]) -> Result<()> {
+        let Origin::Generated { groups, .. } = self else { return Ok(()) };
+        if let Some(length) = lengths.iter().find(|&&length| length > context) {
+            bail!("--length {length} exceeds the model's context of {context} tokens; ask for shorter ones");
+        }
+        (0..groups.len()).try_for_each(|group| self.sample(group, 0, text).map(|_| ()))
+    }
+
     /// Samples that each group can give, if at most `wanted` are.
     fn available(&self, wanted: usize) -> Vec<usize> {
         match self {
@@ -146,19 +173,17 @@ fn generate(args: &RulerArgs, lengths: &[usize], tasks: &[Task]) -> Result<Origi
         eprintln!("left out, as --sources has no questions for them: {names}");
     }
     let groups = lengths.iter().flat_map(|&length| can.iter().map(move |&task| (task, length))).collect();
-    Ok(Origin::Generated { generator: Generator::new(sources, args.run.seed), groups })
+    Ok(Origin::Generated { generator: Generator::new(sources, args.seed), groups })
 }
 
-fn read(dir: &std::path::Path, lengths: &[usize], tasks: &[Task]) -> Result<Origin> {
+fn read(dir: &Path, lengths: &[usize], (tasks, all): (&[Task], bool)) -> Result<Origin> {
     let mut groups = Vec::new();
     let (mut malformed, mut count) = (Vec::new(), 0);
     for &length in lengths {
         let folder = dir.join(length.to_string());
         let read = ruler::read_dir(&folder, tasks)
             .with_context(|| format!("cannot read RULER samples in {}", folder.display()))?;
-        for task in &read.missing {
-            eprintln!("{}: no file of {task}", folder.display());
-        }
+        say_missing(&folder, &read.missing, all)?;
         for &task in tasks {
             let samples: Vec<Sample> =
                 read.samples.iter().filter(|sample| sample.task == task.name()).cloned().collect();
