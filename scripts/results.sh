@@ -17,14 +17,14 @@ limit=(--max-seconds "${SECONDS_EACH:-1000000}")
 all=exact,quest,strawman,packed,q8_0,q4_0,kivi4,kivi2,snapkv
 
 texts=("$data/corpus/melville-moby_dick.txt" "$data/corpus/wikitext-2-raw.test.txt" crates/kernels/src/packed/attend.rs)
-mosaickv eval kl --model $small --text "${texts[@]}" --ask 8 --kv $all -o "$out/kl.jsonl" "${limit[@]}"
+mosaickv eval kl --model $small --text "${texts[@]}" --ask 6 --kv $all -o "$out/kl.jsonl" "${limit[@]}"
 
 # Quality against ratio: every token selected, so that only what is kept differs.
 rates=exact,q8_0,q4_0,kivi4,kivi2
 for kept in 0.125 0.25 0.375 0.5 0.75; do
     rates+=,packed:kept=$kept,selected=1,strawman:kept=$kept,selected=1,snapkv:kept=$kept
 done
-mosaickv eval kl --model $small --text "${texts[0]}" --kv $rates -o "$out/rates.jsonl" "${limit[@]}"
+mosaickv eval kl --model $small --text "${texts[0]}" --score 128 --kv $rates -o "$out/rates.jsonl" "${limit[@]}"
 
 # What the paper's parts are worth, at 30 % and 70 % of the elements removed.
 parts=exact
@@ -36,8 +36,8 @@ for kept in 0.7 0.3; do
         done
     done
 done
-mosaickv eval kl --model $small --text "${texts[0]}" --ask 8 --kv "$parts" -o "$out/parts.jsonl" "${limit[@]}"
-mosaickv eval kl --model $small --text "${texts[0]}" --score 64 --each-layer --kv packed,strawman,kivi2 \
+mosaickv eval kl --model $small --text "${texts[0]}" --score 128 --kv "$parts" -o "$out/parts.jsonl" "${limit[@]}"
+mosaickv eval kl --model $small --text "${texts[0]}" --score 32 --each-layer --kv packed,kivi2 \
     -o "$out/layers.jsonl" "${limit[@]}"
 mosaickv eval observe --model $small --text "${texts[0]}" >"$out/observe.txt"
 
