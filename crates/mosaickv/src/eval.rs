@@ -55,7 +55,7 @@ struct RunArgs {
     #[arg(long, default_value = "exact,packed", value_name = "FORMATS")]
     kv: KvFormats,
     /// Where results go, one JSON object a line; an interrupted run goes on from there
-    /// [default: eval-<suite>-<settings>.jsonl]
+    /// [default: eval-SUITE-DIGEST.jsonl]
     #[arg(short, long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// Print rows as JSON lines instead of a table

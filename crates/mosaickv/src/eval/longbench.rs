@@ -14,7 +14,7 @@ use std::path::PathBuf;
 pub struct LongbenchArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Folder with LongBench's <task>.jsonl files
+    /// Folder with LongBench's TASK.jsonl files
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// Tasks, separated by commas (LongBench-E's end in _e), or all that have a file

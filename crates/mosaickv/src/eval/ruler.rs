@@ -35,7 +35,7 @@ pub struct RulerArgs {
     /// without it needles hide in a built-in text, and qa_1 and qa_2 can't be made
     #[arg(long, value_name = "DIR")]
     sources: Option<PathBuf>,
-    /// Read samples instead of generating them: DIR/<length>/<task>.jsonl, as RULER's own generator writes them
+    /// Read samples instead of generating them: DIR/LENGTH/TASK.jsonl, as RULER's own generator writes them
     #[arg(long, value_name = "DIR", conflicts_with = "sources")]
     data: Option<PathBuf>,
 }
