@@ -156,7 +156,7 @@ fn pack<const BITS: usize>(codes: &[u8; 32], out: &mut [u8]) {
     }
 }
 
-/// Calls `each(run, codes)` for the runs of neighbours that [`pack`] made: `n` codes that begin at `run * n`.
+/// The codes that [`pack`] packed, in their order, as numbers: 32 of them.
 #[inline(always)]
 fn unpack<const BITS: usize>(packed: &[u8], out: &mut [f32]) {
     let n = 4 * BITS;

@@ -1,7 +1,7 @@
 //! `mosaickv eval observe`: the share of each vector's largest elements that lie in the commonly largest channels.
 
 use crate::{ModelArgs, answer, read_document};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kv::{KvFormat, Overlap};
 use mosaickv_model::Sequence;
@@ -52,6 +52,9 @@ pub fn observe(args: &ObserveArgs) -> Result<()> {
     let overlaps: Vec<(usize, Overlap)> = (0..model.config.layers)
         .filter_map(|l| Some((l, sequence.cache().overlap(l, args.window as usize, args.share)?)))
         .collect();
+    if overlaps.is_empty() {
+        bail!("no layer keeps {} tokens exactly; lower --window", args.window);
+    }
     println!(
         "share of each vector's largest {:.0} % of elements in the largest {:.0} % of channels, in %, windows of {} tokens",
         args.share * 100.0,
@@ -71,8 +74,6 @@ pub fn observe(args: &ObserveArgs) -> Result<()> {
     for (l, overlap) in &overlaps {
         line(&l.to_string(), &|part| part(overlap));
     }
-    let count = overlaps.len().max(1) as f64;
-    overlaps.first().context("no layer keeps all of its tokens exactly; read fewer with --tokens")?;
-    line("mean", &|part| overlaps.iter().map(|(_, o)| part(o)).sum::<f64>() / count);
+    line("mean", &|part| overlaps.iter().map(|(_, o)| part(o)).sum::<f64>() / overlaps.len() as f64);
     Ok(())
 }
