@@ -8,7 +8,7 @@ use crate::results::{Cost, KlRow, Row};
 use crate::run::{Run, cost};
 use crate::{EvalError, ruler};
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Sequence, Specials, greedy};
+use mosaickv_model::{Sequence, Specials, feed_each, greedy, step_each};
 use std::time::Instant;
 
 /// A text to predict, and how much of it.
@@ -115,24 +115,26 @@ impl<'a> Run<'a> {
     /// they say of each next token.
     fn compare(
         &mut self,
-        exact: &mut Sequence,
-        forks: &mut [Fork],
+        exact: &mut Sequence<'a>,
+        forks: &mut [Fork<'a>],
         tokens: &[u32],
         unscored: usize,
     ) -> Result<(), EvalError> {
         let start = Instant::now();
-        let (before, scored) = tokens.split_at(unscored);
-        for &token in before {
-            exact.feed(token)?;
-            for fork in &mut *forks {
-                fork.sequence.feed(token)?;
+        let vocab = self.model.config.vocab;
+        for (i, next) in tokens.windows(2).enumerate() {
+            let forked = forks.iter_mut().map(|fork| &mut fork.sequence);
+            let mut all: Vec<&mut Sequence> = std::iter::once(&mut *exact).chain(forked).collect();
+            let fed = vec![next[0]; all.len()];
+            if i < unscored {
+                feed_each(&mut all, &fed)?;
+                continue;
             }
-        }
-        for next in scored.windows(2) {
-            let reference = Said::new(&exact.step(next[0])?, next[1]);
-            for fork in &mut *forks {
-                let logits = fork.sequence.step(next[0])?;
-                fork.add(&reference, &Said::new(&logits, next[1]));
+            let logits = step_each(&mut all, &fed)?;
+            let (reference, others) = logits.split_at(vocab);
+            let reference = Said::new(reference, next[1]);
+            for (fork, logits) in forks.iter_mut().zip(others.chunks_exact(vocab)) {
+                fork.add(&reference, &Said::new(logits, next[1]));
             }
         }
         self.times.decode += start.elapsed();

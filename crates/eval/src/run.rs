@@ -10,7 +10,7 @@ use crate::{EvalError, Sample};
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Decoder, Model, Sequence, Text, greedy};
+use mosaickv_model::{Decoder, Model, Sequence, Text, greedy, step_each};
 use std::time::{Duration, Instant};
 
 /// A model and the formats that are compared on it.
@@ -46,28 +46,37 @@ impl<'a> Run<'a> {
         Run { model, text, pool, formats, precision: Precision::EightBits, times: Times::default() }
     }
 
-    /// Lets every format answer the sample greedily: one row a format, in their order.
+    /// Lets every format answer the sample greedily: one row a format, in their order. They go on in step with each
+    /// other, so that the weights are read once for all of them.
     pub fn answers(&mut self, sample: &Sample) -> Result<Vec<Row>, EvalError> {
         let prompt = self.prompt(sample)?;
         let (exact, logits) = self.read(&prompt)?;
-        let mut rows = Vec::with_capacity(self.formats.len());
+        let mut answers = Vec::with_capacity(self.formats.len());
         for &format in self.formats {
-            let mut fork = self.fork(&exact, format, None)?;
-            let mut cost = cost(&fork);
-            let prediction = self.generate(&mut fork, &logits, sample, &mut cost)?;
-            rows.push(Row::Answer(AnswerRow {
-                task: sample.task.clone(),
-                length: sample.length,
-                sample: sample.index,
-                kv: format.to_string(),
-                cost,
-                depth: sample.depth,
-                score: sample.metric.score(&prediction, &sample.answers),
-                prediction,
-                answers: sample.answers.clone(),
-            }));
+            answers.push(Answering::new(format, self.fork(&exact, format, None)?, greedy(&logits)));
         }
-        Ok(rows)
+        drop(exact);
+        let start = Instant::now();
+        loop {
+            let mut going = Vec::with_capacity(answers.len());
+            for answer in &mut answers {
+                if answer.take(self.text, sample)? {
+                    going.push(answer);
+                }
+            }
+            if going.is_empty() {
+                break;
+            }
+            let tokens: Vec<u32> = going.iter().map(|answer| answer.next).collect();
+            let mut forks: Vec<_> = going.iter_mut().map(|answer| &mut answer.fork).collect();
+            let logits = step_each(&mut forks, &tokens)?;
+            let vocab = self.model.config.vocab;
+            for (answer, logits) in going.into_iter().zip(logits.chunks_exact(vocab)) {
+                answer.next = greedy(logits);
+            }
+        }
+        self.times.decode += start.elapsed();
+        answers.into_iter().map(|answer| answer.row(self.text, sample)).collect()
     }
 
     /// A LongBench item's sample, truncated in the middle to what the model's context leaves for a prompt, and whether
@@ -129,37 +138,62 @@ impl<'a> Run<'a> {
         self.times.compress += start.elapsed();
         Ok(fork)
     }
+}
 
-    /// Goes on greedily after `logits` until the answer ends; adds the mean bytes read to `cost`.
-    fn generate(
-        &mut self,
-        fork: &mut Sequence,
-        logits: &[f32],
-        sample: &Sample,
-        cost: &mut Cost,
-    ) -> Result<String, EvalError> {
-        let start = Instant::now();
-        let (read, held) = (fork.cache().bytes_read(), fork.cache().tokens());
-        let (mut decoder, mut answer) = (Decoder::new(), String::new());
-        let mut next = greedy(logits);
-        for made in 1.. {
-            if self.text.eos().contains(&next) {
-                break;
-            }
-            answer += &decoder.push(self.text, next)?;
-            let line_is_over = sample.one_line && answer.trim_start_matches('\n').contains('\n');
-            let is_over = line_is_over || sample.metric.is_settled(&answer, &sample.answers);
-            if made >= sample.max_new_tokens || is_over {
-                break;
-            }
-            next = greedy(&fork.step(next)?);
+/// One format's answer to a sample, as far as it has come.
+struct Answering<'a> {
+    format: KvFormat,
+    fork: Sequence<'a>,
+    cost: Cost,
+    /// Tokens held and bytes read when the prompt was in.
+    before: (usize, u64),
+    decoder: Decoder,
+    answer: String,
+    /// Tokens taken.
+    made: usize,
+    /// The token that comes next.
+    next: u32,
+    is_over: bool,
+}
+
+impl<'a> Answering<'a> {
+    fn new(format: KvFormat, fork: Sequence<'a>, next: u32) -> Answering<'a> {
+        let (cost, cache) = (cost(&fork), fork.cache());
+        let before = (cache.tokens(), cache.bytes_read());
+        let (decoder, answer) = (Decoder::new(), String::new());
+        Answering { format, fork, cost, before, decoder, answer, made: 0, next, is_over: false }
+    }
+
+    /// Takes the next token into the answer; whether the answer goes on after it.
+    fn take(&mut self, text: &Text, sample: &Sample) -> Result<bool, EvalError> {
+        if self.is_over || text.eos().contains(&self.next) {
+            self.is_over = true;
+            return Ok(false);
         }
-        answer += &decoder.finish(self.text)?;
-        self.times.decode += start.elapsed();
-        let steps = fork.cache().tokens() - held;
-        let read = fork.cache().bytes_read() - read;
-        cost.bytes_read_per_step = (steps > 0).then(|| read as f64 / steps as f64);
-        Ok(answer)
+        self.answer += &self.decoder.push(text, self.next)?;
+        self.made += 1;
+        let line_is_over = sample.one_line && self.answer.trim_start_matches('\n').contains('\n');
+        let is_settled = sample.metric.is_settled(&self.answer, &sample.answers);
+        self.is_over = line_is_over || is_settled || self.made >= sample.max_new_tokens;
+        Ok(!self.is_over)
+    }
+
+    fn row(mut self, text: &Text, sample: &Sample) -> Result<Row, EvalError> {
+        self.answer += &self.decoder.finish(text)?;
+        let cache = self.fork.cache();
+        let (steps, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
+        self.cost.bytes_read_per_step = (steps > 0).then(|| read as f64 / steps as f64);
+        Ok(Row::Answer(AnswerRow {
+            task: sample.task.clone(),
+            length: sample.length,
+            sample: sample.index,
+            kv: self.format.to_string(),
+            cost: self.cost,
+            depth: sample.depth,
+            score: sample.metric.score(&self.answer, &sample.answers),
+            prediction: self.answer,
+            answers: sample.answers.clone(),
+        }))
     }
 }
 

@@ -1,235 +1,48 @@
 //! How do tokens become logits? One straight forward pass for the whole Llama family, Gemma included.
 //!
-//! A chunk of tokens goes through the layers one after the other, all its tokens together, so that only one
-//! layer of a prompt (of up to 8,192 tokens) is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
-//! cache's business.
+//! Rows of a pass are tokens: a chunk of one sequence, or the next token of several. A token's products do not depend
+//! on the others of its pass. What a layer remembers, and how attention reads it, is the caller's business.
 
 use crate::config::Architecture;
 use crate::rope::{Rope, Rotation};
+use crate::sequence::ForwardError;
 use crate::weights::{Layer, LayerRope, Model};
 use mosaickv_kernels::activation::{gelu_gate, silu_gate};
 use mosaickv_kernels::matrix::{Matrix, Precision, multiply_each};
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
-use std::time::{Duration, Instant};
-
-/// Tokens of a prompt that go through the layers together; bounds the activations' memory.
-const CHUNK_TOKENS: usize = 8192;
 
 /// Tokens that go through a feed-forward layer together.
-const BLOCK_TOKENS: usize = 512;
+pub(crate) const BLOCK_TOKENS: usize = 512;
 
-/// Logits that are computed together at most, unless one token has more.
-const BLOCK_LOGITS: usize = 1 << 24;
-
-/// One sequence of tokens: a model, the threads to run it on, and what it remembers. A clone goes on from the same
-/// tokens and shares their sealed pages.
-#[derive(Clone)]
-pub struct Sequence<'a> {
-    model: &'a Model,
-    pool: &'a Pool,
-    isa: Isa,
-    precision: Precision,
-    cache: KvCache,
-    attention: Duration,
+/// What a pass computes with.
+#[derive(Clone, Copy)]
+pub(crate) struct Forward<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) pool: &'a Pool,
+    pub(crate) isa: Isa,
+    pub(crate) precision: Precision,
 }
 
-/// Why a forward pass was refused. `Context` and `Token` leave the sequence as it was; after the others it is
-/// of no further use.
-#[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
-    /// The sequence would be longer than the model can attend to.
-    #[error(
-        "{tokens} tokens are more than the model's context of {context}; shorten the document or the answer, or \
-         use a model with a longer context"
-    )]
-    Context {
-        /// Tokens of the whole sequence.
-        tokens: usize,
-        /// What the model takes.
-        context: usize,
-    },
-    /// A token id that the model does not know.
-    #[error("token id {id} is outside the model's vocabulary of {vocab}")]
-    Token {
-        /// The id.
-        id: u32,
-        /// Rows of the embedding.
-        vocab: usize,
-    },
-    /// The logits are NaN or infinite.
-    #[error(
-        "the model computed logits that are not finite; its weights are damaged, or its activations exceed f32"
-    )]
-    NotFinite,
-    /// The cache refused.
-    #[error(transparent)]
-    Kv(#[from] KvError),
+/// Queries `[T, H, D]`, keys and values `[T, G, D]` of a layer, after RoPE; queries are not yet divided by the root
+/// of head_dim.
+pub(crate) struct Projected {
+    pub(crate) queries: Vec<f32>,
+    pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
 }
 
-impl Model {
-    /// What the KV cache needs to know.
-    pub fn kv_shape(&self) -> KvShape {
-        let config = &self.config;
-        KvShape {
-            layers: config.layers,
-            heads: config.heads,
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            window: config.sliding_window,
-        }
-    }
-
-    /// Tokens that a sequence may have.
-    pub fn context(&self) -> usize {
-        self.config.context
-    }
-}
-
-impl<'a> Sequence<'a> {
-    /// An empty sequence.
-    pub fn new(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Result<Sequence<'a>, KvError> {
-        let cache = KvCache::new(model.kv_shape(), format)?;
-        Ok(Sequence {
-            model,
-            pool,
-            isa: Isa::current(),
-            precision: Precision::EightBits,
-            cache,
-            attention: Duration::ZERO,
-        })
-    }
-
-    /// The same with activations of another precision where they meet quantized weights; 8 bits is the default.
-    pub fn with_precision(mut self, precision: Precision) -> Sequence<'a> {
-        self.precision = precision;
-        self
-    }
-
-    /// The same, and it remembers the newest queries of each exact layer: what a compressed copy in the format
-    /// `snapkv` is made from.
-    pub fn remember_queries(mut self) -> Sequence<'a> {
-        self.cache = self.cache.remember_queries();
-        self
-    }
-
-    /// A copy that goes on from the same tokens with its cache in another format; this one must be exact. Nothing of
-    /// the prompt is computed again.
-    pub fn compressed(&self, format: KvFormat) -> Result<Sequence<'a>, KvError> {
-        let start = Instant::now();
-        let cache = self.cache.compressed(self.pool, format)?;
-        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
-    }
-
-    /// The same with one layer compressed and the others exact.
-    pub fn compressed_layer(&self, layer: usize, format: KvFormat) -> Result<Sequence<'a>, KvError> {
-        let start = Instant::now();
-        let cache = self.cache.compressed_layer(self.pool, layer, format)?;
-        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
-    }
-
-    /// What it remembers.
-    pub fn cache(&self) -> &KvCache {
-        &self.cache
-    }
-
-    /// Time spent in the cache so far: storing keys and values, compressing, and attention.
-    pub fn attention_time(&self) -> Duration {
-        self.attention
-    }
-
-    /// Reads a whole prompt, compresses it layer by layer as the format says, and returns the logits `[vocab]`
-    /// that follow its last token. `progress` is called with layers done and layers in all. After a compressed
-    /// prompt a further one goes token by token, each reading what is compressed.
-    pub fn prefill(
-        &mut self,
-        prompt: &[u32],
-        progress: &mut dyn FnMut(usize, usize),
-    ) -> Result<Vec<f32>, ForwardError> {
-        assert!(!prompt.is_empty(), "a prompt needs at least one token");
-        self.check(prompt)?;
-        if self.cache.is_compressed() {
-            let (last, before) = prompt.split_last().expect("not empty");
-            for (i, &token) in before.iter().enumerate() {
-                self.feed(token)?;
-                progress(i + 1, prompt.len());
-            }
-            let logits = self.step(*last)?;
-            progress(prompt.len(), prompt.len());
-            return Ok(logits);
-        }
-        let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
-        let layers = self.model.layers.len();
-        let mut last = Vec::new();
-        for (i, chunk) in prompt.chunks(CHUNK_TOKENS).enumerate() {
-            let report = &mut |layer| progress(i * layers + layer, chunks * layers);
-            last = self.layers(chunk, i + 1 == chunks, report)?;
-        }
-        let hidden = self.model.config.hidden;
-        self.logits(&last[last.len() - hidden..])
-    }
-
-    /// Reads one more token, whatever follows it.
-    pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
-        self.check(&[token])?;
-        self.layers(&[token], false, &mut |_| ())?;
-        Ok(())
-    }
-
-    /// Reads one more token and returns the logits `[vocab]` that follow it.
-    pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
-        self.check(&[token])?;
-        let hidden = self.layers(&[token], false, &mut |_| ())?;
-        self.logits(&hidden)
-    }
-
-    /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
-    /// one of them. Compresses nothing; after a compressed prompt it goes token by token.
-    pub fn score(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), ForwardError> {
-        self.check(tokens)?;
-        if tokens.is_empty() {
-            return Ok(());
-        }
-        if self.cache.is_compressed() {
-            for (i, &token) in tokens.iter().enumerate() {
-                each(i, &self.step(token)?);
-            }
-            return Ok(());
-        }
-        let hidden = self.layers(tokens, false, &mut |_| ())?;
-        let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
-        let together = (BLOCK_LOGITS / vocab).clamp(1, BLOCK_TOKENS);
-        for (b, block) in hidden.chunks(together * width).enumerate() {
-            for (i, logits) in self.logits(block)?.chunks_exact(vocab).enumerate() {
-                each(b * together + i, logits);
-            }
-        }
-        Ok(())
-    }
-
-    fn check(&self, tokens: &[u32]) -> Result<(), ForwardError> {
-        let (total, context) = (self.cache.tokens() + tokens.len(), self.model.context());
-        if total > context {
-            return Err(ForwardError::Context { tokens: total, context });
-        }
-        let vocab = self.model.config.vocab;
-        match tokens.iter().find(|&&id| id as usize >= vocab) {
-            Some(&id) => Err(ForwardError::Token { id, vocab }),
-            None => Ok(()),
-        }
-    }
-
-    /// All layers: the residual stream `[T, hidden]` after the last one.
-    fn layers(
-        &mut self,
+impl Forward<'_> {
+    /// All layers: the residual stream `[T, hidden]` of tokens at these positions after the last one.
+    /// `attend(l, projected, out)` stores what layer `l` must remember and writes attention's output `[T, H, D]`.
+    pub(crate) fn layers(
+        self,
         tokens: &[u32],
-        ends_prompt: bool,
-        done: &mut dyn FnMut(usize),
+        positions: impl Iterator<Item = usize> + Clone,
+        attend: &mut dyn FnMut(usize, &Projected, &mut [f32]) -> Result<(), ForwardError>,
     ) -> Result<Vec<f32>, ForwardError> {
         let model = self.model;
         let hidden = model.config.hidden;
-        let start = self.cache.tokens();
-        let rotations = |rope: &Rope| (start..start + tokens.len()).map(|p| rope.rotation(p)).collect();
+        let rotations = |rope: &Rope| positions.clone().map(|p| rope.rotation(p)).collect();
         let rotations = Rotations {
             model: rotations(&model.rope),
             local: model.local_rope.as_ref().map(rotations).unwrap_or_default(),
@@ -240,28 +53,19 @@ impl<'a> Sequence<'a> {
             scale(row, model.config.embed_scale);
         }
         for (l, layer) in model.layers.iter().enumerate() {
-            self.attention(l, layer, &rotations, &mut x)?;
-            if ends_prompt {
-                let start = Instant::now();
-                self.cache.end_prompt(self.pool, l);
-                self.attention += start.elapsed();
-            }
+            let projected = self.project(layer, &rotations, &x);
+            let mut out = vec![0.0; projected.queries.len()];
+            attend(l, &projected, &mut out)?;
+            // `x += norm(wo * attention(norm(x)))`, the outer norm where the layer has one.
+            self.add_product((&layer.wo, layer.post_attn_norm.as_deref()), &out, &mut x);
             for block in x.chunks_mut(BLOCK_TOKENS * hidden) {
                 self.feed_forward(layer, block);
             }
-            done(l + 1);
         }
         Ok(x)
     }
 
-    /// `x += norm(wo * attention(norm(x)))`, the outer norm where the layer has one.
-    fn attention(
-        &mut self,
-        l: usize,
-        layer: &Layer,
-        rotations: &Rotations,
-        x: &mut [f32],
-    ) -> Result<(), ForwardError> {
+    fn project(self, layer: &Layer, rotations: &Rotations, x: &[f32]) -> Projected {
         let config = &self.model.config;
         let (tokens, d) = (x.len() / config.hidden, config.head_dim);
         let mut q = vec![0.0; tokens * config.heads * d];
@@ -284,18 +88,12 @@ impl<'a> Sequence<'a> {
         // The cache divides by the root of head_dim.
         scale(&mut q, config.attention_scale * (d as f32).sqrt());
         v.chunks_exact_mut(config.kv_heads * d).for_each(|row| add_bias(row, layer.bv.as_deref()));
-        let start = Instant::now();
-        self.cache.append(self.pool, l, &k, &v)?;
-        let mut out = vec![0.0; q.len()];
-        self.cache.attend(self.pool, l, &q, &mut out);
-        self.attention += start.elapsed();
-        self.add_product((&layer.wo, layer.post_attn_norm.as_deref()), &out, x);
-        Ok(())
+        Projected { queries: q, keys: k, values: v }
     }
 
     /// `x += norm(down * (silu(gate * norm(x)) * (up * norm(x))))`, the outer norm where the layer has one; for
     /// Gemma, GELU in place of SiLU.
-    fn feed_forward(&self, layer: &Layer, x: &mut [f32]) {
+    fn feed_forward(self, layer: &Layer, x: &mut [f32]) {
         let ffn = self.model.config.ffn;
         let tokens = x.len() / self.model.config.hidden;
         let normed = self.norm(x, &layer.ffn_norm);
@@ -310,12 +108,12 @@ impl<'a> Sequence<'a> {
     }
 
     /// Each output `[T, rows] = x[T, cols] W^T`.
-    fn multiply(&self, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
+    fn multiply(self, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
         multiply_each(self.precision, self.isa, self.pool, x, parts);
     }
 
     /// `x += norm(w * y)`, or without a norm `x += w * y`
-    fn add_product(&self, (w, norm): (&Matrix, Option<&[f32]>), y: &[f32], x: &mut [f32]) {
+    fn add_product(self, (w, norm): (&Matrix, Option<&[f32]>), y: &[f32], x: &mut [f32]) {
         let mut out = vec![0.0; x.len()];
         self.multiply(y, &mut [(w, &mut out)]);
         if let Some(weight) = norm {
@@ -326,7 +124,7 @@ impl<'a> Sequence<'a> {
     }
 
     /// RMSNorm of every row of `x`.
-    fn norm(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+    fn norm(self, x: &[f32], weight: &[f32]) -> Vec<f32> {
         let mut out = x.to_vec();
         let eps = self.model.config.norm_eps;
         each_row(self.pool, &mut out, weight.len(), |_, row| rms_norm(row, weight, eps));
@@ -334,7 +132,7 @@ impl<'a> Sequence<'a> {
     }
 
     /// Logits `[T, vocab]` of the residual stream `[T, hidden]`.
-    fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>, ForwardError> {
+    pub(crate) fn logits(self, hidden: &[f32]) -> Result<Vec<f32>, ForwardError> {
         let normed = self.norm(hidden, &self.model.norm);
         let head = self.model.head.as_ref().unwrap_or(&self.model.embed);
         let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
@@ -392,15 +190,4 @@ fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
     let square: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
     let inverse = (square / x.len() as f64 + f64::from(eps)).sqrt().recip() as f32;
     x.iter_mut().zip(weight).for_each(|(x, w)| *x *= inverse * w);
-}
-
-/// The most probable token; the first of equals.
-pub fn greedy(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &x) in logits.iter().enumerate() {
-        if x > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
 }

@@ -7,11 +7,12 @@
 
 pub mod config;
 pub mod error;
-pub mod forward;
 pub mod rope;
+pub mod sequence;
 pub mod text;
 pub mod weights;
 
+mod forward;
 mod gguf;
 mod gguf_check;
 mod shards;
@@ -19,7 +20,7 @@ mod source;
 
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
-pub use forward::{ForwardError, Sequence, greedy};
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
+pub use sequence::{ForwardError, Sequence, feed_each, greedy, step_each};
 pub use text::{Decoder, Message, Specials, Text};
 pub use weights::{Layer, LayerRope, Model};
