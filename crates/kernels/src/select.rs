@@ -74,6 +74,24 @@ pub fn top_k(scores: &[f32], k: usize) -> Vec<u32> {
     out
 }
 
+/// Like [`top_k`] for blocks of different sizes: `spans` are runs of blocks `(count, tokens of each)` that cover
+/// `scores`. The best blocks, ascending, as many as it takes to hold at least `tokens` tokens (all of them if there are
+/// fewer).
+pub fn top_tokens(scores: &[f32], spans: &[(usize, usize)], tokens: usize) -> Vec<u32> {
+    assert_eq!(spans.iter().map(|span| span.0).sum::<usize>(), scores.len(), "spans cover the scores");
+    if let [(_, size)] = spans {
+        return top_k(scores, tokens.div_ceil(*size));
+    }
+    let sizes = spans.iter().flat_map(|&(count, size)| std::iter::repeat_n(size, count));
+    let mut ranks: Vec<(u64, usize)> =
+        scores.iter().zip(sizes).enumerate().map(|(i, (&s, size))| (rank(s, i), size)).collect();
+    ranks.sort_unstable();
+    let enough = ranks.iter().scan(0, |held, (_, size)| (*held < tokens).then(|| *held += size)).count();
+    let mut out: Vec<u32> = ranks[..enough].iter().map(|&(rank, _)| rank as u32).collect();
+    out.sort_unstable();
+    out
+}
+
 /// Orders by falling score, then by rising index.
 #[inline(always)]
 fn rank(score: f32, index: usize) -> u64 {

@@ -111,8 +111,8 @@ fn compress(
     };
     match format {
         KvFormat::Exact => Layer::Exact(exact),
-        KvFormat::Packed(strategy) => {
-            Layer::Packed(each(pool, exact, |_, head| PackedHead::compress(&head, strategy)))
+        KvFormat::Packed(settings) => {
+            Layer::Packed(each(pool, exact, |_, head| PackedHead::compress(&head, settings)))
         }
         KvFormat::Quest(p) => Layer::Baseline(each(pool, exact, |_, head| boxed(QuestHead::new(head, p)))),
         KvFormat::Strawman(p) => {

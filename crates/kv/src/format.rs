@@ -1,6 +1,6 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Basis, Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman};
+use crate::{Basis, Kivi, KvError, Packed, Quantized, Quest, SnapKv, Strawman};
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,7 +16,7 @@ pub enum KvFormat {
     /// f16, all of it.
     Exact,
     /// The paper's two-dimensional compression, with one static strategy.
-    Packed(PackedStrategy),
+    Packed(Packed),
     /// All in f16; a step reads the blocks whose keys could match best.
     Quest(Quest),
     /// Leading channels of rotated vectors, and selected blocks.
@@ -30,10 +30,11 @@ pub enum KvFormat {
 }
 
 /// A parameter of a format, to be read or written.
+#[derive(PartialEq)]
 enum Parameter<'a> {
     Share(&'a mut f32),
     Count(&'a mut usize),
-    /// `svd` or `none`; written if it is not the default.
+    /// `svd` or `none`.
     Rotation(&'a mut Basis),
 }
 
@@ -42,7 +43,7 @@ impl KvFormat {
     fn all() -> [KvFormat; 9] {
         [
             KvFormat::Exact,
-            KvFormat::Packed(PackedStrategy::default()),
+            KvFormat::Packed(Packed::default()),
             KvFormat::Quest(Quest::default()),
             KvFormat::Strawman(Strawman::default()),
             KvFormat::Quantized(Quantized::Q8_0),
@@ -79,6 +80,7 @@ impl KvFormat {
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
                 ("rotation", Rotation(&mut p.rotation)),
+                ("segment", Count(&mut p.segment)),
             ],
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
@@ -131,7 +133,7 @@ impl KvFormat {
         let refuse = |why| Err(KvError::Format { format: self.to_string(), why });
         self.check().or_else(refuse)?;
         match self {
-            KvFormat::Packed(strategy) => Ok(strategy.shape(head_dim).map(|_| ())?),
+            KvFormat::Packed(settings) => Ok(settings.strategy(head_dim).map(|_| ())?),
             KvFormat::Quantized(_) | KvFormat::Kivi(_) if !head_dim.is_multiple_of(QUANTIZED_STEP) => {
                 refuse(format!(
                     "it quantizes groups of {QUANTIZED_STEP} channels, and head_dim {head_dim} is no multiple"
@@ -156,23 +158,31 @@ impl KvFormat {
     }
 }
 
+/// The name, and what is not as by default.
 impl fmt::Display for KvFormat {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str(self.name())?;
-        if KvFormat::all().contains(self) {
-            return Ok(());
-        }
-        let mut copy = *self;
-        let told = |p: &(_, Parameter)| !matches!(p.1, Parameter::Rotation(Basis::Svd));
-        for (i, (key, parameter)) in copy.parameters().into_iter().filter(told).enumerate() {
-            f.write_str(if i == 0 { ":" } else { "," })?;
-            match parameter {
-                Parameter::Share(x) => write!(f, "{key}={x}")?,
-                Parameter::Count(x) => write!(f, "{key}={x}")?,
-                Parameter::Rotation(_) => write!(f, "{key}=none")?,
+        let (mut copy, same) = (*self, |format: &KvFormat| format.name() == self.name());
+        let mut default = KvFormat::all().into_iter().find(same).expect("every format is among all");
+        let mut separator = ':';
+        for ((key, here), (_, default)) in copy.parameters().into_iter().zip(default.parameters()) {
+            if here != default {
+                write!(f, "{separator}{key}={here}")?;
+                separator = ',';
             }
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Parameter<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Parameter::Share(x) => x.fmt(f),
+            Parameter::Count(x) => x.fmt(f),
+            Parameter::Rotation(Basis::Svd) => f.write_str("svd"),
+            Parameter::Rotation(Basis::Model) => f.write_str("none"),
+        }
     }
 }
 
@@ -253,7 +263,7 @@ mod tests {
         for text in [
             "packed:kept=0.375,group=2,block=16,selected=0.5",
             "quest:block=64,selected=1,dense=0",
-            "strawman:kept=1,block=32,selected=0.05",
+            "strawman:kept=1,block=32,selected=0.05,rotation=none",
             "snapkv:kept=0.5",
         ] {
             assert_eq!(text.parse::<KvFormat>().unwrap().to_string(), text);
@@ -263,12 +273,12 @@ mod tests {
             assert_eq!(format.name().parse(), Ok(format));
         }
         let partial: KvFormat = "packed:group=4".parse().unwrap();
-        assert_eq!(partial.to_string(), "packed:kept=0.25,group=4,block=8,selected=0.1");
+        assert_eq!(partial.to_string(), "packed:group=4");
     }
 
     #[test]
     fn a_list_keeps_each_format_whole() {
-        let text = "exact,packed:kept=0.375,group=2,block=8,selected=0.1,packed";
+        let text = "exact,packed:kept=0.375,group=2,packed";
         assert!("exact,packed,exact".parse::<KvFormats>().unwrap_err().contains("exact is there twice"));
         let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));

@@ -28,7 +28,7 @@ use packed::PackedHead;
 pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
 pub use format::{KvFormat, KvFormats};
 pub use observe::Overlap;
-pub use packed::{PackedStrategy, SINKS};
+pub use packed::{Packed, SINKS};
 pub use rotation::Basis;
 
 /// Query heads that may share a KV head.

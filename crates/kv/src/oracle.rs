@@ -4,7 +4,7 @@
 //! Nobody optimizes this file.
 
 use crate::exact::ExactHead;
-use crate::packed::PackedHead;
+use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
 use mosaickv_kernels::oracle;
 
@@ -53,35 +53,58 @@ impl PackedHead {
         let (keys, values) = crate::packed::rows(&[&self.sinks, &self.buffer]);
         let mut keys: Vec<f64> = keys.into_iter().map(f64::from).collect();
         let mut values: Vec<f64> = values.into_iter().map(f64::from).collect();
-        let Some(segment) = &self.segment else { return (keys, values) };
-        // Both [D, C]: a packed row times the transpose is back in the model's channels.
-        let (to_keys, to_values) = (segment.rotation.key_matrix(), segment.rotation.value_matrix(d));
-        let restore = |rows: Vec<f32>, matrix: &[f32]| -> Vec<f64> {
-            let c = self.shape.channels();
-            let dot = |row: &[f32], i: usize| {
-                row.iter().zip(&matrix[i * c..]).map(|(&x, &m)| f64::from(x) * f64::from(m)).sum::<f64>()
-            };
-            rows.chunks_exact(c).flat_map(|row| (0..d).map(move |i| dot(row, i))).collect()
-        };
-        let block_keys: Vec<f64> =
-            segment.pages.iter().flat_map(|page| restore(page.decode_block_keys(), &to_keys)).collect();
-        let count = (self.strategy.selected * (block_keys.len() / d) as f32).ceil() as usize;
-        for block in most_probable(queries, &block_keys, d, count) {
-            let page = segment.starts.partition_point(|&start| start as usize <= block) - 1;
-            let (page, block) = (&segment.pages[page], block - segment.starts[page] as usize);
-            let span = |row: usize| block * page.block() * row..(block + 1) * page.block() * row;
-            let c = self.shape.channels();
-            keys.extend(restore(page.decode_keys()[span(c)].to_vec(), &to_keys));
-            values.extend(restore(page.decode_values()[span(c)].to_vec(), &to_values));
+        // Of all token blocks in order: the segment, the block in it, and its tokens.
+        let mut blocks = vec![];
+        let mut block_keys = vec![];
+        for segment in &self.segments {
+            for page in &segment.pages {
+                block_keys.extend(segment.restore(page.decode_block_keys(), Side::Keys, d));
+                blocks.extend((0..page.blocks()).map(|block| (segment, page, block)));
+            }
+        }
+        let sizes: Vec<usize> = blocks.iter().map(|(_, page, _)| page.block()).collect();
+        for block in most_probable(queries, &block_keys, &sizes, self.selected_tokens()) {
+            let (segment, page, block) = blocks[block];
+            let row = segment.strategy.shape.channels() * page.block();
+            let span = block * row..(block + 1) * row;
+            keys.extend(segment.restore(page.decode_keys()[span.clone()].to_vec(), Side::Keys, d));
+            values.extend(segment.restore(page.decode_values()[span].to_vec(), Side::Values, d));
         }
         (keys, values)
     }
 }
 
-/// The `count` best blocks, ascending, by each block's largest log-probability among the block keys `[blocks, D]`
-/// over the queries `[R, D]`.
-pub(crate) fn most_probable(queries: &[f64], block_keys: &[f64], d: usize, count: usize) -> Vec<usize> {
-    let blocks = block_keys.len() / d;
+#[derive(Clone, Copy)]
+enum Side {
+    Keys,
+    Values,
+}
+
+impl Segment {
+    /// Rows `[n, C]` of the segment back in the model's channels, `[n, D]`.
+    fn restore(&self, rows: Vec<f32>, side: Side, d: usize) -> Vec<f64> {
+        // [D, C]: a packed row times the transpose is back in the model's channels.
+        let matrix = match side {
+            Side::Keys => self.rotation.key_matrix(),
+            Side::Values => self.rotation.value_matrix(d),
+        };
+        let c = self.strategy.shape.channels();
+        let dot = |row: &[f32], i: usize| {
+            row.iter().zip(&matrix[i * c..]).map(|(&x, &m)| f64::from(x) * f64::from(m)).sum::<f64>()
+        };
+        rows.chunks_exact(c).flat_map(|row| (0..d).map(|i| dot(row, i)).collect::<Vec<_>>()).collect()
+    }
+}
+
+/// The best blocks, ascending, as many as hold `tokens` tokens, by each block's largest log-probability among the block
+/// keys `[blocks, D]` over the queries `[R, D]`. `sizes` are the blocks' tokens.
+pub(crate) fn most_probable(
+    queries: &[f64],
+    block_keys: &[f64],
+    sizes: &[usize],
+    tokens: usize,
+) -> Vec<usize> {
+    let (blocks, d) = (sizes.len(), block_keys.len().checked_div(sizes.len()).unwrap_or(1));
     let mut best = vec![f64::NEG_INFINITY; blocks];
     for query in queries.chunks_exact(d) {
         let scores: Vec<f64> =
@@ -92,7 +115,8 @@ pub(crate) fn most_probable(queries: &[f64], block_keys: &[f64], d: usize, count
     }
     let mut order: Vec<usize> = (0..blocks).collect();
     order.sort_by(|&a, &b| best[b].total_cmp(&best[a]).then(a.cmp(&b)));
-    order.truncate(count);
+    let enough = order.iter().scan(0, |held, &b| (*held < tokens).then(|| *held += sizes[b])).count();
+    order.truncate(enough);
     order.sort_unstable();
     order
 }

@@ -1,7 +1,7 @@
 //! Bytes reported are bytes allocated: the bill against a counting allocator.
 
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{KvCache, KvFormat, KvShape, PackedStrategy};
+use mosaickv_kv::{KvCache, KvFormat, KvShape, Packed};
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
@@ -22,7 +22,7 @@ fn bytes_reported_are_bytes_allocated() {
     let pool = Pool::new(1);
     let row = |t: usize| -> Vec<f32> { (0..128).map(|c| ((t * 131 + c * 17) as f32).sin()).collect() };
     // Matrix products keep working memory for each thread, which is no cache's: let them have it first.
-    let mut first = KvCache::new(shape, KvFormat::Packed(PackedStrategy::default())).unwrap();
+    let mut first = KvCache::new(shape, KvFormat::Packed(Packed::default())).unwrap();
     let tokens: Vec<f32> = (0..1000).flat_map(row).collect();
     first.append(&pool, 0, &tokens, &tokens).unwrap();
     first.end_prompt(&pool, 0);

@@ -1,7 +1,7 @@
 //! The cache against its oracle, over its whole life.
 
 use mosaickv_kernels::{Isa, Pool, oracle as kernels};
-use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, PackedStrategy};
+use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, Packed};
 
 /// 48 of whose channels are stored.
 const D: usize = 64;
@@ -70,7 +70,7 @@ fn close(got: &[f32], want: &[f64], bound: f64, what: &str) {
 }
 
 fn packed(group: usize, block: usize, selected: f32) -> KvFormat {
-    KvFormat::Packed(PackedStrategy { group, block, selected, ..PackedStrategy::default() })
+    KvFormat::Packed(Packed { group, block, selected, ..Packed::default() })
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn exact_prefill_is_causal_attention_at_any_start() {
 #[test]
 fn selecting_and_keeping_everything_is_exact_attention() {
     let pool = Pool::new(1);
-    let all = KvFormat::Packed(PackedStrategy { kept: 0.75, selected: 1.0, ..PackedStrategy::default() });
+    let all = KvFormat::Packed(Packed { kept: 0.75, selected: 1.0, ..Packed::default() });
     // Rank 32 of 64: the truncated quarter of the channels holds nothing.
     let mut low = rows(1, 300, KV_ROW);
     low.chunks_exact_mut(D).for_each(|head| {

@@ -1,7 +1,7 @@
 //! Layers with a sliding window: what a query sees, what is remembered, and what is counted.
 
 use mosaickv_kernels::{Isa, Pool, oracle as kernels};
-use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, PackedStrategy, Window};
+use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, Packed, Window};
 
 const D: usize = 32;
 const KV_ROW: usize = 2 * D;
@@ -85,7 +85,7 @@ fn follows_the_formula(isa: Isa, format: KvFormat, window: usize, chunks: &[usiz
 
 #[test]
 fn queries_see_their_window_in_chunks_and_steps() {
-    let packed = KvFormat::Packed(PackedStrategy::default());
+    let packed = KvFormat::Packed(Packed::default());
     for &isa in Isa::available() {
         for window in [1, 7, 64, 100, 128, 1000] {
             for format in [KvFormat::Exact, packed] {
@@ -103,7 +103,7 @@ fn a_window_layer_remembers_its_window_and_is_counted_so() {
     let pool = Pool::new(1);
     let (window, tokens) = (100, 3000);
     let page = 64 * D * 2 * 2;
-    for format in [KvFormat::Exact, KvFormat::Packed(PackedStrategy::default())] {
+    for format in [KvFormat::Exact, KvFormat::Packed(Packed::default())] {
         let mut cache = KvCache::new(shape(window), format).unwrap();
         let (keys, queries) = (rows(1, tokens, KV_ROW), rows(3, tokens, Q_ROW));
         let mut out = vec![0.0; tokens * Q_ROW];

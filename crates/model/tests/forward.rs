@@ -8,7 +8,7 @@ mod common;
 use common::SMOLLM2;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
-use mosaickv_kv::{KvFormat, PackedStrategy};
+use mosaickv_kv::{KvFormat, Packed};
 use mosaickv_model::{ForwardError, Model, Sequence};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -198,7 +198,7 @@ fn packed_follows_exact_as_far_as_it_keeps() {
     let tokens = ids(&json("smollm2_reference.json")["ids"]);
     let (prompt, rest) = tokens[..640].split_at(600);
     let pool = Pool::new(2);
-    let mean_kl = |strategy: PackedStrategy| {
+    let mean_kl = |strategy: Packed| {
         let mut exact = Sequence::new(model, &pool, KvFormat::Exact).unwrap();
         let mut packed = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
         let first = exact.prefill(prompt, &mut |_, _| ()).unwrap();
@@ -213,10 +213,10 @@ fn packed_follows_exact_as_far_as_it_keeps() {
         packed.cache().check().unwrap();
         kl / rest.len() as f64
     };
-    let paper = PackedStrategy::default();
+    let paper = Packed::default();
     let (all, most, quarter) = (
-        mean_kl(PackedStrategy { kept: 0.75, selected: 1.0, ..paper }),
-        mean_kl(PackedStrategy { kept: 0.5, selected: 1.0, ..paper }),
+        mean_kl(Packed { kept: 0.75, selected: 1.0, ..paper }),
+        mean_kl(Packed { kept: 0.5, selected: 1.0, ..paper }),
         mean_kl(paper),
     );
     println!("mean KL: kept 0.75 of all tokens {all:.4}, 0.5 of all {most:.4}, the paper's {quarter:.4}");
@@ -271,7 +271,7 @@ fn a_second_prompt_reads_the_compressed_first() {
     let Some((model, _)) = &*SMOLLM2 else { return };
     let tokens = ids(&json("smollm2_reference.json")["ids"]);
     let pool = Pool::new(2);
-    let strategy = PackedStrategy { kept: 0.5, selected: 1.0, ..PackedStrategy::default() };
+    let strategy = Packed { kept: 0.5, selected: 1.0, ..Packed::default() };
     let mut whole = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
     whole.prefill(&tokens[..150], &mut |_, _| ()).unwrap();
     let mut scored = whole.clone();

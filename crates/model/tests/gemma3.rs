@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
-use mosaickv_kv::{KvFormat, PackedStrategy, Window};
+use mosaickv_kv::{KvFormat, Packed, Window};
 use mosaickv_model::{Architecture, Model, RopeStyle, Sequence, Specials, Text};
 use serde_json::Value;
 
@@ -177,7 +177,7 @@ fn packed_leaves_the_windows_alone() {
     let Some((model, _)) = &*GEMMA else { return };
     let tokens = &ids(&reference()["ids"])[..1200];
     let pool = Pool::new(2);
-    let strategy = PackedStrategy { kept: 0.5, selected: 1.0, ..PackedStrategy::default() };
+    let strategy = Packed { kept: 0.5, selected: 1.0, ..Packed::default() };
     let mut exact = Sequence::new(model, &pool, KvFormat::Exact).unwrap();
     let mut packed = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
     let first = exact.prefill(&tokens[..1160], &mut |_, _| ()).unwrap();

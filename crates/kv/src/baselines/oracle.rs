@@ -124,7 +124,7 @@ impl StrawmanHead {
             segment.pages.iter().flat_map(|page| restore(&page[2 * PAGE * c..], &to_keys)).collect();
         let (block, per_page) = (self.parameters.block, PAGE / self.parameters.block);
         let count = self.budget(means.len() / d);
-        for b in crate::oracle::most_probable(queries, &means, d, count) {
+        for b in crate::oracle::most_probable(queries, &means, &vec![1; means.len() / d], count) {
             let (page, first) = (&segment.pages[b / per_page], b % per_page * block);
             keys.extend(restore(&page[first * c..][..block * c], &to_keys));
             values.extend(restore(&page[(PAGE + first) * c..][..block * c], &to_values));
