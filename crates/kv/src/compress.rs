@@ -85,6 +85,7 @@ impl KvCache {
             isa: self.isa,
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
+            learning: self.learning.clone(),
             states: Vec::new(),
         })
     }

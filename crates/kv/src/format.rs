@@ -34,6 +34,12 @@ pub enum KvFormat {
 enum Parameter<'a> {
     Share(&'a mut f32),
     Count(&'a mut usize),
+    /// A share or `auto`.
+    AutoShare(&'a mut Option<f32>),
+    /// A count or `auto`.
+    AutoCount(&'a mut Option<usize>),
+    /// A number above 0.
+    Positive(&'a mut f32),
     /// `svd` or `none`.
     Rotation(&'a mut Basis),
 }
@@ -71,16 +77,19 @@ impl KvFormat {
 
     /// The parameters in the order in which they are written.
     fn parameters(&mut self) -> Vec<(&'static str, Parameter<'_>)> {
-        use Parameter::{Count, Rotation, Share};
+        use Parameter::{AutoCount, AutoShare, Count, Positive, Rotation, Share};
         match self {
             KvFormat::Exact | KvFormat::Quantized(_) | KvFormat::Kivi(_) => vec![],
             KvFormat::Packed(p) => vec![
-                ("kept", Share(&mut p.kept)),
-                ("group", Count(&mut p.group)),
-                ("block", Count(&mut p.block)),
+                ("kept", AutoShare(&mut p.kept)),
+                ("group", AutoCount(&mut p.group)),
+                ("block", AutoCount(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
                 ("rotation", Rotation(&mut p.rotation)),
                 ("segment", Count(&mut p.segment)),
+                ("loss", Share(&mut p.loss)),
+                ("spread", Share(&mut p.spread)),
+                ("close", Positive(&mut p.close)),
             ],
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
@@ -111,17 +120,23 @@ impl KvFormat {
             }
             _ => Ok(()),
         };
+        let share = |key: &str, x: f32| {
+            let most = if key == "kept" { most_kept } else { 1.0 };
+            if x > 0.0 && x <= most { Ok(()) } else { Err(format!("{x} is not a share in (0, {most}]")) }
+        };
         for (key, parameter) in self.parameters() {
             let fits = match parameter {
-                Parameter::Share(x) => {
-                    let most = if key == "kept" { most_kept } else { 1.0 };
-                    let fits = *x > 0.0 && *x <= most;
-                    if fits { Ok(()) } else { Err(format!("{x} is not a share in (0, {most}]")) }
+                Parameter::Share(x) => share(key, *x),
+                Parameter::AutoShare(x) => x.map_or(Ok(()), |x| share(key, x)),
+                Parameter::Positive(x) if x.is_nan() || *x <= 0.0 => Err(format!("{x}; wanted more than 0")),
+                Parameter::AutoCount(Some(x)) if key == "block" => listed(*x, blocks, "tokens"),
+                Parameter::AutoCount(Some(x)) => listed(*x, &[1, 2, 4], "channels"),
+                Parameter::Count(x) if key == "segment" && (*x == 0 || !x.is_multiple_of(32)) => {
+                    Err(format!("{x}; wanted a multiple of 32 tokens"))
                 }
                 Parameter::Count(x) if key == "block" => listed(*x, blocks, "tokens"),
-                Parameter::Count(x) if key == "group" => listed(*x, &[1, 2, 4], "channels"),
                 // First layers that stay dense: any number.
-                Parameter::Count(_) | Parameter::Rotation(_) => Ok(()),
+                _ => Ok(()),
             };
             fits.map_err(|why| format!("{key}={why}"))?;
         }
@@ -133,7 +148,7 @@ impl KvFormat {
         let refuse = |why| Err(KvError::Format { format: self.to_string(), why });
         self.check().or_else(refuse)?;
         match self {
-            KvFormat::Packed(settings) => Ok(settings.strategy(head_dim).map(|_| ())?),
+            KvFormat::Packed(settings) => Ok(settings.fits(head_dim)?),
             KvFormat::Quantized(_) | KvFormat::Kivi(_) if !head_dim.is_multiple_of(QUANTIZED_STEP) => {
                 refuse(format!(
                     "it quantizes groups of {QUANTIZED_STEP} channels, and head_dim {head_dim} is no multiple"
@@ -178,8 +193,11 @@ impl fmt::Display for KvFormat {
 impl fmt::Display for Parameter<'_> {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Parameter::Share(x) => x.fmt(f),
+            Parameter::Share(x) | Parameter::Positive(x) => x.fmt(f),
             Parameter::Count(x) => x.fmt(f),
+            Parameter::AutoShare(Some(x)) => x.fmt(f),
+            Parameter::AutoCount(Some(x)) => x.fmt(f),
+            Parameter::AutoShare(None) | Parameter::AutoCount(None) => f.write_str("auto"),
             Parameter::Rotation(Basis::Svd) => f.write_str("svd"),
             Parameter::Rotation(Basis::Model) => f.write_str("none"),
         }
@@ -200,7 +218,9 @@ impl FromStr for KvFormat {
             let mut known = format.parameters();
             let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
             match known.iter_mut().find(|(name, _)| *name == key) {
-                Some((_, Parameter::Share(x))) => **x = number(key, value)?,
+                Some((_, Parameter::Share(x) | Parameter::Positive(x))) => **x = number(key, value)?,
+                Some((_, Parameter::AutoShare(x))) => **x = auto(key, value)?,
+                Some((_, Parameter::AutoCount(x))) => **x = auto(key, value)?,
                 Some((_, Parameter::Count(x))) => **x = number(key, value)?,
                 Some((_, Parameter::Rotation(x))) => {
                     **x = match value {
@@ -248,6 +268,10 @@ impl FromStr for KvFormats {
             None => Ok(KvFormats(formats)),
         }
     }
+}
+
+fn auto<T: FromStr>(key: &str, value: &str) -> Result<Option<T>, String> {
+    if value == "auto" { Ok(None) } else { number(key, value).map(Some) }
 }
 
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {

@@ -14,6 +14,7 @@ mod baselines;
 mod compress;
 mod exact;
 mod format;
+mod learner;
 mod observe;
 mod oracle;
 mod packed;
@@ -21,12 +22,15 @@ mod rotation;
 
 use baselines::{Head, RecentQueries};
 use exact::ExactHead;
+use learner::Learning;
 use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
+use std::sync::Arc;
 
 pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
 pub use format::{KvFormat, KvFormats};
+pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
 pub use packed::{Packed, SINKS};
 pub use rotation::Basis;
@@ -174,6 +178,8 @@ pub struct KvBytes {
     pub packed: usize,
     /// Rotations of keys and values.
     pub rotations: usize,
+    /// Raw keys and values of growing segments, and the sums over them, until their strategies are worked out.
+    pub raw: usize,
     /// Lists of pages and other bookkeeping.
     pub lists: usize,
     /// The newest queries of each layer, while they are remembered.
@@ -183,7 +189,7 @@ pub struct KvBytes {
 impl KvBytes {
     /// All of them.
     pub fn total(self) -> usize {
-        self.exact + self.packed + self.rotations + self.lists + self.queries
+        self.exact + self.packed + self.rotations + self.raw + self.lists + self.queries
     }
 }
 
@@ -197,6 +203,8 @@ pub struct KvCache {
     bytes_read: u64,
     /// Of each layer, if they are to be remembered.
     recent: Option<Vec<RecentQueries>>,
+    /// Strategies for what is generated.
+    learning: Learning,
     /// Partial attention states, kept for their allocations.
     states: Vec<AttnState>,
 }
@@ -230,8 +238,38 @@ impl KvCache {
             isa: Isa::current(),
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
+            learning: Learning::default(),
             states: Vec::new(),
         })
+    }
+
+    /// The same cache, whose generated tokens get their strategies from a background thread; without one, they are worked
+    /// out between steps.
+    pub fn with_background(mut self, background: Arc<Background>, timing: Timing) -> KvCache {
+        for layer in &mut self.layers {
+            if let Layer::Packed(heads) = layer {
+                heads.iter_mut().for_each(PackedHead::settle);
+            }
+        }
+        self.learning = Learning::shared(background, timing);
+        self
+    }
+
+    /// To be called between two forward passes: hands what was packed meanwhile to whoever works out strategies, and swaps
+    /// in the segments that are finished. Without this, temporary segments stay.
+    pub fn between_steps(&mut self) {
+        for (l, layer) in self.layers.iter_mut().enumerate() {
+            if let Layer::Packed(heads) = layer {
+                for (g, head) in heads.iter_mut().enumerate() {
+                    self.learning.attend_to((l, g), head);
+                }
+            }
+        }
+    }
+
+    /// What has become of segments that grew while tokens were generated.
+    pub fn swaps(&self) -> Swaps {
+        self.learning.swaps
     }
 
     /// The same cache with other kernels: for tests and benchmarks.
@@ -367,6 +405,7 @@ impl KvCache {
                 Layer::Packed(heads) => {
                     bytes.lists += heads.capacity() * size_of::<PackedHead>();
                     heads.iter().for_each(|head| head.count(&mut bytes));
+                    self.learning.count(heads, &mut bytes);
                 }
                 Layer::Baseline(heads) => {
                     bytes.lists += heads.capacity() * size_of::<Box<dyn Head>>();

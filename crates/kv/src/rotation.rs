@@ -25,10 +25,14 @@ pub(crate) struct Rotation {
 
 impl Rotation {
     /// Learns from keys and values `[T, D]`, all finite.
-    pub(crate) fn learn(
+    pub(crate) fn learn(basis: Basis, keys: &[f32], values: &[f32], shape: (usize, usize)) -> Rotation {
+        Rotation::from_grams(basis, (&gram(keys, shape.0), &gram(values, shape.0)), shape)
+    }
+
+    /// Learns from K^T K and V^T V, `[D, D]`, and keeps `C` channels: `(D, C)`.
+    pub(crate) fn from_grams(
         basis: Basis,
-        keys: &[f32],
-        values: &[f32],
+        (keys, values): (&[f32], &[f32]),
         (d, channels): (usize, usize),
     ) -> Rotation {
         let leading = match basis {
@@ -54,9 +58,8 @@ impl Rotation {
     }
 }
 
-/// `[C, D]`: the unit eigenvectors of `x^T x` with the largest eigenvalues, largest first.
-fn leading_eigenvectors(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
-    let gram = gram(x, d);
+/// `[C, D]`: the unit eigenvectors of a Gram matrix with the largest eigenvalues, largest first.
+fn leading_eigenvectors(gram: &[f32], d: usize, channels: usize) -> Box<[f16]> {
     let matrix = Mat::from_fn(d, d, |i, j| f64::from(gram[i * d + j]));
     let eigen = matrix.self_adjoint_eigen(Side::Lower).expect("finite symmetric matrices have eigenvectors");
     // Eigenvalues come in rising order.
@@ -65,15 +68,14 @@ fn leading_eigenvectors(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
 }
 
 /// `[C, D]`: unit vectors along the channels with the largest sums of squares, largest first.
-fn leading_channels(x: &[f32], d: usize, channels: usize) -> Box<[f16]> {
-    let gram = gram(x, d);
+fn leading_channels(gram: &[f32], d: usize, channels: usize) -> Box<[f16]> {
     let mut order: Vec<usize> = (0..d).collect();
     order.sort_by(|&a, &b| gram[b * d + b].total_cmp(&gram[a * d + a]));
     (0..channels * d).map(|i| f16::from_f32(f32::from(u8::from(order[i / d] == i % d)))).collect()
 }
 
 /// `[N, M]` of `x` `[M, N]`, whose rows have `n` elements.
-fn transpose(x: &[f16], n: usize) -> Box<[f16]> {
+pub(crate) fn transpose(x: &[f16], n: usize) -> Box<[f16]> {
     let m = x.len() / n;
     (0..x.len()).map(|i| x[i % m * n + i / m]).collect()
 }

@@ -70,7 +70,7 @@ fn close(got: &[f32], want: &[f64], bound: f64, what: &str) {
 }
 
 fn packed(group: usize, block: usize, selected: f32) -> KvFormat {
-    KvFormat::Packed(Packed { group, block, selected, ..Packed::default() })
+    KvFormat::Packed(Packed { group: Some(group), block: Some(block), selected, ..Packed::STATIC })
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn exact_prefill_is_causal_attention_at_any_start() {
 #[test]
 fn selecting_and_keeping_everything_is_exact_attention() {
     let pool = Pool::new(1);
-    let all = KvFormat::Packed(Packed { kept: 0.75, selected: 1.0, ..Packed::default() });
+    let all = KvFormat::Packed(Packed { kept: Some(0.75), selected: 1.0, ..Packed::STATIC });
     // Rank 32 of 64: the truncated quarter of the channels holds nothing.
     let mut low = rows(1, 300, KV_ROW);
     low.chunks_exact_mut(D).for_each(|head| {

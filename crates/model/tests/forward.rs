@@ -213,10 +213,10 @@ fn packed_follows_exact_as_far_as_it_keeps() {
         packed.cache().check().unwrap();
         kl / rest.len() as f64
     };
-    let paper = Packed::default();
+    let paper = Packed::STATIC;
     let (all, most, quarter) = (
-        mean_kl(Packed { kept: 0.75, selected: 1.0, ..paper }),
-        mean_kl(Packed { kept: 0.5, selected: 1.0, ..paper }),
+        mean_kl(Packed { kept: Some(0.75), selected: 1.0, ..paper }),
+        mean_kl(Packed { kept: Some(0.5), selected: 1.0, ..paper }),
         mean_kl(paper),
     );
     println!("mean KL: kept 0.75 of all tokens {all:.4}, 0.5 of all {most:.4}, the paper's {quarter:.4}");
@@ -271,7 +271,7 @@ fn a_second_prompt_reads_the_compressed_first() {
     let Some((model, _)) = &*SMOLLM2 else { return };
     let tokens = ids(&json("smollm2_reference.json")["ids"]);
     let pool = Pool::new(2);
-    let strategy = Packed { kept: 0.5, selected: 1.0, ..Packed::default() };
+    let strategy = Packed { kept: Some(0.5), selected: 1.0, ..Packed::STATIC };
     let mut whole = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
     whole.prefill(&tokens[..150], &mut |_, _| ()).unwrap();
     let mut scored = whole.clone();

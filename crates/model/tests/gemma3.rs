@@ -177,7 +177,7 @@ fn packed_leaves_the_windows_alone() {
     let Some((model, _)) = &*GEMMA else { return };
     let tokens = &ids(&reference()["ids"])[..1200];
     let pool = Pool::new(2);
-    let strategy = Packed { kept: 0.5, selected: 1.0, ..Packed::default() };
+    let strategy = Packed { kept: Some(0.5), selected: 1.0, ..Packed::STATIC };
     let mut exact = Sequence::new(model, &pool, KvFormat::Exact).unwrap();
     let mut packed = Sequence::new(model, &pool, KvFormat::Packed(strategy)).unwrap();
     let first = exact.prefill(&tokens[..1160], &mut |_, _| ()).unwrap();

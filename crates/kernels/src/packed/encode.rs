@@ -7,7 +7,7 @@ use super::{BLOCKS, LOAD_PADDING, Layout, PAGE_TOKENS, PackedPage, PackedShape, 
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 impl PackedPage {
     /// Packs `keys` and `values`, both `[T, C]`: rotated, truncated, `T` a multiple of `block` of at most 64.
@@ -37,6 +37,24 @@ impl PackedPage {
             packer.pack(layout.block_keys(), b, &mean);
         }
         PackedPage { shape, block: block as u8, tokens: tokens as u8, words: packer.words }
+    }
+
+    /// Sums of squares of the stored elements: of the keys, of the values.
+    pub fn energies(&self) -> [f32; 2] {
+        let (shape, layout) = (self.shape, self.layout());
+        let mut widened = vec![0.0; self.block() * shape.kept()];
+        let mut energy = |rows: Rows| {
+            let elements = &self.words[rows.elements..][..rows.n * shape.kept()];
+            elements.reinterpret_cast::<f16>().convert_to_f32_slice(&mut widened);
+            widened.iter().map(|x| x * x).sum::<f32>()
+        };
+        let mut sums = [0.0; 2];
+        for b in 0..self.blocks() {
+            let (keys, values) = layout.block(b);
+            sums[0] += energy(keys);
+            sums[1] += energy(values);
+        }
+        sums
     }
 
     /// The keys, `[T, C]`: f16 values as f32, 0 where an element was dropped. For tests and oracles.

@@ -1,20 +1,13 @@
 //! A run of tokens with one strategy: its rotation and its packed pages.
 
+use super::Packed;
+use super::strategy::{Chosen, Strategy, Sums, choose};
 use crate::exact::ARC_BYTES;
 use crate::rotation::Rotation;
 use mosaickv_kernels::exact::PAGE_TOKENS;
-use mosaickv_kernels::packed::{PackedPage, PackedShape};
+use mosaickv_kernels::packed::PackedPage;
 use mosaickv_kernels::rotate::multiply;
 use std::sync::Arc;
-
-/// What a segment's tokens are packed with (paper, s. 4), beside its rotation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Strategy {
-    /// Stored channels, elements kept of each vector, and their groups.
-    pub(crate) shape: PackedShape,
-    /// Tokens of a token block.
-    pub(crate) block: usize,
-}
 
 /// Packed pages with one strategy.
 #[derive(Clone, Debug)]
@@ -24,12 +17,34 @@ pub(crate) struct Segment {
     pub(crate) pages: Vec<Arc<PackedPage>>,
     /// `starts[i]` = token blocks before page `i`; one more entry than pages.
     pub(crate) starts: Vec<u32>,
+    /// Compression loss when the strategy was chosen: the share of energy that is not stored, mean of keys and values.
+    pub(crate) loss: f32,
 }
 
 impl Segment {
-    /// Without tokens.
-    pub(crate) fn new(strategy: Strategy, rotation: Arc<Rotation>) -> Segment {
-        Segment { strategy, rotation, pages: Vec::new(), starts: vec![0] }
+    /// Keys and values `[T, D]`, packed with the strategy that suits them; `sums` are theirs.
+    pub(crate) fn learn(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]) -> Segment {
+        let Chosen { strategy, rotation, loss } = choose(settings, sums, keys, values);
+        let (rotation, pages, starts) = (Arc::new(rotation), Vec::new(), vec![0]);
+        let mut segment = Segment { strategy, rotation, pages, starts, loss };
+        segment.pack(keys, values, sums.head_dim());
+        segment
+    }
+
+    /// Without tokens, to be packed as `previous` is.
+    pub(crate) fn after(previous: &Segment) -> Segment {
+        Segment {
+            strategy: previous.strategy,
+            rotation: Arc::clone(&previous.rotation),
+            pages: Vec::new(),
+            starts: vec![0],
+            loss: previous.loss,
+        }
+    }
+
+    /// Whether its tokens are packed as `other`'s are.
+    pub(crate) fn is_like(&self, other: &Segment) -> bool {
+        self.strategy == other.strategy && Arc::ptr_eq(&self.rotation, &other.rotation)
     }
 
     /// Token blocks.
@@ -41,8 +56,10 @@ impl Segment {
         self.blocks() * self.strategy.block
     }
 
-    /// Rotates keys and values `[T, D]`, `T` a multiple of 16, and adds them as packed pages.
-    pub(crate) fn pack(&mut self, keys: &[f32], values: &[f32], d: usize) {
+    /// Rotates keys and values `[T, D]`, `T` a multiple of 16, and adds them as packed pages. Returns their loss.
+    pub(crate) fn pack(&mut self, keys: &[f32], values: &[f32], d: usize) -> f32 {
+        let energies = [keys, values].map(|x| x.iter().map(|x| x * x).sum::<f32>());
+        let mut stored = [0.0; 2];
         let page = PAGE_TOKENS * self.strategy.shape.channels();
         let keys = multiply(keys, &self.rotation.key_matrix(), d);
         let values = multiply(values, &self.rotation.value_matrix(d), d);
@@ -51,8 +68,11 @@ impl Segment {
         for (keys, values) in keys.chunks(page).zip(values.chunks(page)) {
             let page = PackedPage::encode(self.strategy.shape, self.strategy.block, keys, values);
             self.starts.push((self.blocks() + page.blocks()) as u32);
+            stored.iter_mut().zip(page.energies()).for_each(|(stored, energy)| *stored += energy);
             self.pages.push(Arc::new(page));
         }
+        let lost = |side: usize| (1.0 - stored[side] / energies[side].max(f32::MIN_POSITIVE)).max(0.0);
+        (lost(0) + lost(1)) / 2.0
     }
 
     /// Bytes of its pages.
