@@ -1,6 +1,6 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Basis, Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman};
+use crate::{Basis, GgmlType, Kivi, KvError, PackedStrategy, Quantized, Quest, SnapKv, Strawman, Turn};
 use std::fmt;
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ const QUANTIZED_STEP: usize = 32;
 /// How keys and values are stored once they leave the update buffer. Written and read as a name, and after a colon
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1`,
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`. `packed` and `strawman` also take `rotation=none`, for the model's own channels.
+/// `snapkv:kept=0.25`. `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.
@@ -21,7 +21,7 @@ pub enum KvFormat {
     Quest(Quest),
     /// Leading channels of rotated vectors, and selected blocks.
     Strawman(Strawman),
-    /// llama.cpp's types for keys and values.
+    /// llama.cpp's types for keys and values, after its rotation.
     Quantized(Quantized),
     /// Keys quantized by channel, values by token.
     Kivi(Kivi),
@@ -35,6 +35,8 @@ enum Parameter<'a> {
     Count(&'a mut usize),
     /// `svd` or `none`; written if it is not the default.
     Rotation(&'a mut Basis),
+    /// `hadamard` or `none`; written if it is not the default.
+    Turn(&'a mut Turn),
 }
 
 impl KvFormat {
@@ -45,8 +47,8 @@ impl KvFormat {
             KvFormat::Packed(PackedStrategy::default()),
             KvFormat::Quest(Quest::default()),
             KvFormat::Strawman(Strawman::default()),
-            KvFormat::Quantized(Quantized::Q8_0),
-            KvFormat::Quantized(Quantized::Q4_0),
+            KvFormat::Quantized(Quantized::new(GgmlType::Q8_0)),
+            KvFormat::Quantized(Quantized::new(GgmlType::Q4_0)),
             KvFormat::Kivi(Kivi::Bits4),
             KvFormat::Kivi(Kivi::Bits2),
             KvFormat::SnapKv(SnapKv::default()),
@@ -60,8 +62,8 @@ impl KvFormat {
             KvFormat::Packed(_) => "packed",
             KvFormat::Quest(_) => "quest",
             KvFormat::Strawman(_) => "strawman",
-            KvFormat::Quantized(Quantized::Q8_0) => "q8_0",
-            KvFormat::Quantized(Quantized::Q4_0) => "q4_0",
+            KvFormat::Quantized(Quantized { kind: GgmlType::Q8_0, .. }) => "q8_0",
+            KvFormat::Quantized(Quantized { kind: GgmlType::Q4_0, .. }) => "q4_0",
             KvFormat::Kivi(Kivi::Bits4) => "kivi4",
             KvFormat::Kivi(Kivi::Bits2) => "kivi2",
             KvFormat::SnapKv(_) => "snapkv",
@@ -72,7 +74,8 @@ impl KvFormat {
     fn parameters(&mut self) -> Vec<(&'static str, Parameter<'_>)> {
         use Parameter::{Count, Rotation, Share};
         match self {
-            KvFormat::Exact | KvFormat::Quantized(_) | KvFormat::Kivi(_) => vec![],
+            KvFormat::Exact | KvFormat::Kivi(_) => vec![],
+            KvFormat::Quantized(p) => vec![("rotation", Parameter::Turn(&mut p.rotation))],
             KvFormat::Packed(p) => vec![
                 ("kept", Share(&mut p.kept)),
                 ("group", Count(&mut p.group)),
@@ -119,7 +122,7 @@ impl KvFormat {
                 Parameter::Count(x) if key == "block" => listed(*x, blocks, "tokens"),
                 Parameter::Count(x) if key == "group" => listed(*x, &[1, 2, 4], "channels"),
                 // First layers that stay dense: any number.
-                Parameter::Count(_) | Parameter::Rotation(_) => Ok(()),
+                Parameter::Count(_) | Parameter::Rotation(_) | Parameter::Turn(_) => Ok(()),
             };
             fits.map_err(|why| format!("{key}={why}"))?;
         }
@@ -163,13 +166,15 @@ impl fmt::Display for KvFormat {
             return Ok(());
         }
         let mut copy = *self;
-        let told = |p: &(_, Parameter)| !matches!(p.1, Parameter::Rotation(Basis::Svd));
+        let told = |p: &(_, Parameter)| {
+            !matches!(p.1, Parameter::Rotation(Basis::Svd) | Parameter::Turn(Turn::Hadamard))
+        };
         for (i, (key, parameter)) in copy.parameters().into_iter().filter(told).enumerate() {
             f.write_str(if i == 0 { ":" } else { "," })?;
             match parameter {
                 Parameter::Share(x) => write!(f, "{key}={x}")?,
                 Parameter::Count(x) => write!(f, "{key}={x}")?,
-                Parameter::Rotation(_) => write!(f, "{key}=none")?,
+                Parameter::Rotation(_) | Parameter::Turn(_) => write!(f, "{key}=none")?,
             }
         }
         Ok(())
@@ -197,6 +202,13 @@ impl FromStr for KvFormat {
                         "svd" => Basis::Svd,
                         "none" => Basis::Model,
                         _ => return Err(format!("{key}={value}; wanted svd or none")),
+                    }
+                }
+                Some((_, Parameter::Turn(x))) => {
+                    **x = match value {
+                        "hadamard" => Turn::Hadamard,
+                        "none" => Turn::None,
+                        _ => return Err(format!("{key}={value}; wanted hadamard or none")),
                     }
                 }
                 None if names.is_empty() => {
@@ -255,6 +267,8 @@ mod tests {
             "quest:block=64,selected=1,dense=0",
             "strawman:kept=1,block=32,selected=0.05",
             "snapkv:kept=0.5",
+            "q8_0:rotation=none",
+            "q4_0:rotation=none",
         ] {
             assert_eq!(text.parse::<KvFormat>().unwrap().to_string(), text);
         }
@@ -262,6 +276,7 @@ mod tests {
             assert_eq!(format.to_string(), format.name());
             assert_eq!(format.name().parse(), Ok(format));
         }
+        assert_eq!("q4_0:rotation=hadamard".parse::<KvFormat>().unwrap().to_string(), "q4_0");
         let partial: KvFormat = "packed:group=4".parse().unwrap();
         assert_eq!(partial.to_string(), "packed:kept=0.25,group=4,block=8,selected=0.1");
     }
@@ -294,6 +309,8 @@ mod tests {
             "strawman:block=64",
             "strawman:kept=1.5",
             "q8_0:block=32",
+            "q8_0:rotation=svd",
+            "packed:rotation=hadamard",
             "kivi3",
             "snapkv:kept=0",
         ] {

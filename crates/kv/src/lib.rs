@@ -25,7 +25,7 @@ use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 
-pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
+pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
 pub use observe::Overlap;
 pub use packed::{PackedStrategy, SINKS};
