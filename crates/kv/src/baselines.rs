@@ -22,7 +22,7 @@ use mosaickv_kernels::{AttnState, Isa};
 use std::fmt::Debug;
 
 pub use kivi::Kivi;
-pub use quantized::Quantized;
+pub use quantized::{GgmlType, Quantized, Turn};
 pub use quest::Quest;
 pub use snapkv::SnapKv;
 pub use strawman::Strawman;

@@ -119,8 +119,8 @@ fn compress(
         KvFormat::Strawman(p) => {
             Layer::Baseline(each(pool, exact, |_, head| boxed(StrawmanHead::new(&head, p))))
         }
-        KvFormat::Quantized(kind) => {
-            Layer::Baseline(each(pool, exact, |_, head| boxed(QuantizedHead::new(&head, kind))))
+        KvFormat::Quantized(p) => {
+            Layer::Baseline(each(pool, exact, |_, head| boxed(QuantizedHead::new(&head, p))))
         }
         KvFormat::Kivi(kind) => {
             Layer::Baseline(each(pool, exact, |_, head| boxed(KiviHead::new(&head, kind))))

@@ -1,6 +1,6 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Basis, Kivi, KvError, Packed, Quantized, Quest, SnapKv, Strawman};
+use crate::{Basis, GgmlType, Kivi, KvError, Packed, Quantized, Quest, SnapKv, Strawman, Turn};
 use std::fmt;
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ const QUANTIZED_STEP: usize = 32;
 /// How keys and values are stored once they leave the update buffer. Written and read as a name, and after a colon
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1`,
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`. `packed` and `strawman` also take `rotation=none`, for the model's own channels.
+/// `snapkv:kept=0.25`. `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.
@@ -21,7 +21,7 @@ pub enum KvFormat {
     Quest(Quest),
     /// Leading channels of rotated vectors, and selected blocks.
     Strawman(Strawman),
-    /// llama.cpp's types for keys and values.
+    /// llama.cpp's types for keys and values, after its rotation.
     Quantized(Quantized),
     /// Keys quantized by channel, values by token.
     Kivi(Kivi),
@@ -42,6 +42,8 @@ enum Parameter<'a> {
     Positive(&'a mut f32),
     /// `svd` or `none`.
     Rotation(&'a mut Basis),
+    /// `hadamard` or `none`.
+    Turn(&'a mut Turn),
 }
 
 impl KvFormat {
@@ -52,8 +54,8 @@ impl KvFormat {
             KvFormat::Packed(Packed::default()),
             KvFormat::Quest(Quest::default()),
             KvFormat::Strawman(Strawman::default()),
-            KvFormat::Quantized(Quantized::Q8_0),
-            KvFormat::Quantized(Quantized::Q4_0),
+            KvFormat::Quantized(Quantized::new(GgmlType::Q8_0)),
+            KvFormat::Quantized(Quantized::new(GgmlType::Q4_0)),
             KvFormat::Kivi(Kivi::Bits4),
             KvFormat::Kivi(Kivi::Bits2),
             KvFormat::SnapKv(SnapKv::default()),
@@ -67,8 +69,8 @@ impl KvFormat {
             KvFormat::Packed(_) => "packed",
             KvFormat::Quest(_) => "quest",
             KvFormat::Strawman(_) => "strawman",
-            KvFormat::Quantized(Quantized::Q8_0) => "q8_0",
-            KvFormat::Quantized(Quantized::Q4_0) => "q4_0",
+            KvFormat::Quantized(Quantized { kind: GgmlType::Q8_0, .. }) => "q8_0",
+            KvFormat::Quantized(Quantized { kind: GgmlType::Q4_0, .. }) => "q4_0",
             KvFormat::Kivi(Kivi::Bits4) => "kivi4",
             KvFormat::Kivi(Kivi::Bits2) => "kivi2",
             KvFormat::SnapKv(_) => "snapkv",
@@ -79,7 +81,8 @@ impl KvFormat {
     fn parameters(&mut self) -> Vec<(&'static str, Parameter<'_>)> {
         use Parameter::{AutoCount, AutoShare, Count, Positive, Rotation, Share};
         match self {
-            KvFormat::Exact | KvFormat::Quantized(_) | KvFormat::Kivi(_) => vec![],
+            KvFormat::Exact | KvFormat::Kivi(_) => vec![],
+            KvFormat::Quantized(p) => vec![("rotation", Parameter::Turn(&mut p.rotation))],
             KvFormat::Packed(p) => vec![
                 ("kept", AutoShare(&mut p.kept)),
                 ("group", AutoCount(&mut p.group)),
@@ -199,7 +202,8 @@ impl fmt::Display for Parameter<'_> {
             Parameter::AutoCount(Some(x)) => x.fmt(f),
             Parameter::AutoShare(None) | Parameter::AutoCount(None) => f.write_str("auto"),
             Parameter::Rotation(Basis::Svd) => f.write_str("svd"),
-            Parameter::Rotation(Basis::Model) => f.write_str("none"),
+            Parameter::Turn(Turn::Hadamard) => f.write_str("hadamard"),
+            Parameter::Rotation(Basis::Model) | Parameter::Turn(Turn::None) => f.write_str("none"),
         }
     }
 }
@@ -227,6 +231,13 @@ impl FromStr for KvFormat {
                         "svd" => Basis::Svd,
                         "none" => Basis::Model,
                         _ => return Err(format!("{key}={value}; wanted svd or none")),
+                    }
+                }
+                Some((_, Parameter::Turn(x))) => {
+                    **x = match value {
+                        "hadamard" => Turn::Hadamard,
+                        "none" => Turn::None,
+                        _ => return Err(format!("{key}={value}; wanted hadamard or none")),
                     }
                 }
                 None if names.is_empty() => {
@@ -289,6 +300,8 @@ mod tests {
             "quest:block=64,selected=1,dense=0",
             "strawman:kept=1,block=32,selected=0.05,rotation=none",
             "snapkv:kept=0.5",
+            "q8_0:rotation=none",
+            "q4_0:rotation=none",
         ] {
             assert_eq!(text.parse::<KvFormat>().unwrap().to_string(), text);
         }
@@ -296,6 +309,7 @@ mod tests {
             assert_eq!(format.to_string(), format.name());
             assert_eq!(format.name().parse(), Ok(format));
         }
+        assert_eq!("q4_0:rotation=hadamard".parse::<KvFormat>().unwrap().to_string(), "q4_0");
         let partial: KvFormat = "packed:group=4".parse().unwrap();
         assert_eq!(partial.to_string(), "packed:group=4");
     }
@@ -328,6 +342,8 @@ mod tests {
             "strawman:block=64",
             "strawman:kept=1.5",
             "q8_0:block=32",
+            "q8_0:rotation=svd",
+            "packed:rotation=hadamard",
             "kivi3",
             "snapkv:kept=0",
         ] {

@@ -28,7 +28,7 @@ use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 use std::sync::Arc;
 
-pub use baselines::{Kivi, Quantized, Quest, SnapKv, Strawman};
+pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;

@@ -19,7 +19,9 @@ fn formats(d: usize) -> Vec<KvFormat> {
         "snapkv",
         "snapkv:kept=0.6",
         "q8_0",
+        "q8_0:rotation=none",
         "q4_0",
+        "q4_0:rotation=none",
         "kivi4",
         "kivi2",
     ];
@@ -128,6 +130,30 @@ fn attention_agrees_with_the_oracle_over_a_whole_life() {
                     let what = format!("{format} {shape:?} {prompt} + {more}, layer {layer}");
                     close(&out, &oracle(&cache, layer), 2e-5, &what);
                 }
+            }
+        }
+    }
+}
+
+/// The rotation of queries, keys, values and outputs at every kind of head_dim; 32 and 96 have none.
+#[test]
+fn quantized_types_agree_with_the_oracle_rotated_or_not() {
+    let pool = Pool::new(2);
+    for head_dim in [32, 64, 96, 128, 192, 256] {
+        let shape = KvShape { layers: 1, heads: 6, kv_heads: 2, head_dim, window: None };
+        for name in ["q8_0", "q4_0"] {
+            let unrotated = format!("{name}:rotation=none");
+            for (prompt, more) in [(1, 0), (65, 3), (1100, 1)] {
+                let [rotated, plain] = [name, &unrotated].map(|text| {
+                    let mut cache = KvCache::new(shape, text.parse().unwrap()).unwrap();
+                    read(&mut cache, &pool, &[prompt]);
+                    grow(&mut cache, &pool, more);
+                    let out = attended(&mut cache, &pool, 0);
+                    close(&out, &oracle(&cache, 0), 2e-5, &format!("{text} {shape:?} {prompt} + {more}"));
+                    (cache.bytes(), out)
+                });
+                assert_eq!(rotated.0, plain.0, "the matrix is stored");
+                assert_eq!(rotated.1 == plain.1, head_dim % 64 != 0, "{name} {shape:?} {prompt} + {more}");
             }
         }
     }

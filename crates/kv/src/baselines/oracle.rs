@@ -3,7 +3,7 @@
 //! It reads what is stored (codes, truncated channels) and decodes and selects anew, token by token, by the formulas.
 
 use super::kivi::{Codes, GROUP, Kivi, KiviHead, RESIDUAL};
-use super::quantized::{BLOCK, Quantized, QuantizedHead};
+use super::quantized::{BLOCK, GgmlType, QuantizedHead};
 use super::quest::QuestHead;
 use super::strawman::{PAGE, StrawmanHead};
 use crate::oracle::exact_rows;
@@ -12,7 +12,7 @@ use half::f16;
 use mosaickv_kernels::exact::PAGE_TOKENS;
 
 impl QuantizedHead {
-    /// All keys and values.
+    /// All keys and values, back in the model's channels.
     pub(super) fn stored_rows(&self) -> (Vec<f64>, Vec<f64>) {
         let (mut keys, mut values) = (vec![], vec![]);
         for page in self.pages() {
@@ -24,19 +24,29 @@ impl QuantizedHead {
                 }
             }
         }
-        (keys, values)
+        (turned(&keys, self.orders.keys), turned(&values, self.orders.values))
     }
 }
 
+/// Each run of `order` numbers times the orthonormal Walsh-Hadamard matrix, its own inverse.
+pub(super) fn turned(numbers: &[f64], order: usize) -> Vec<f64> {
+    let sign = |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
+    let matrix: Vec<f64> =
+        (0..order * order).map(|at| sign(at / order, at % order) / (order as f64).sqrt()).collect();
+    let dot = |run: &[f64], row: &[f64]| run.iter().zip(row).map(|(x, m)| x * m).sum();
+    let runs = numbers.chunks_exact(order);
+    runs.flat_map(|run| matrix.chunks_exact(order).map(move |row| dot(run, row))).collect()
+}
+
 /// Channel `i` of a quantized row.
-fn element(kind: Quantized, row: &[u8], i: usize) -> f64 {
+fn element(kind: GgmlType, row: &[u8], i: usize) -> f64 {
     let block = &row[i / BLOCK * kind.block_bytes()..];
     let d = f16::from_le_bytes([block[0], block[1]]).to_f64();
     let i = i % BLOCK;
     match kind {
-        Quantized::Q8_0 => d * f64::from(block[2 + i].cast_signed()),
-        Quantized::Q4_0 if i < 16 => d * (f64::from(block[2 + i] % 16) - 8.0),
-        Quantized::Q4_0 => d * (f64::from(block[2 + i - 16] / 16) - 8.0),
+        GgmlType::Q8_0 => d * f64::from(block[2 + i].cast_signed()),
+        GgmlType::Q4_0 if i < 16 => d * (f64::from(block[2 + i] % 16) - 8.0),
+        GgmlType::Q4_0 => d * (f64::from(block[2 + i - 16] / 16) - 8.0),
     }
 }
 

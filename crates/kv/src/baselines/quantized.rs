@@ -1,4 +1,4 @@
-//! llama.cpp's quantized KV types, `q8_0` and `q4_0`.
+//! llama.cpp's quantized KV types, `q8_0` and `q4_0`, and the rotation that it puts before them.
 //!
 //! Source: ggml (github.com/ggml-org/llama.cpp), `block_q8_0` and `block_q4_0` of `ggml-common.h`, rounded as
 //! `quantize_row_q8_0_ref` and `quantize_row_q4_0_ref` of `ggml-quants.c` do; chosen there by `--cache-type-k` and
@@ -7,18 +7,24 @@
 //! - `q4_0`, 18 bytes: `d = m / -8` for the number `m` of largest magnitude (the first of them), codes
 //!   `min(15, floor(x / d + 8.5))`; channel `i` shares its byte with channel `i + 16`.
 //!
+//! Where head_dim is a multiple of 64, both are of rotated channels, as in llama.cpp since April 2026 (pull request
+//! 21038): the orthonormal Walsh-Hadamard matrix of order `n` multiplies each run of `n` channels, which spreads a
+//! large channel over all of its run instead of letting it make its block's scale. Of keys and queries `n` is the largest
+//! power of two that divides head_dim; of values it is 64, which that pull request found to be better. The matrix is its
+//! own inverse, so it also turns outputs back; no byte is stored for it. `rotation=none` is llama.cpp with
+//! `LLAMA_ATTN_ROT_DISABLE=1`.
+//!
 //! As there: keys after RoPE; keys and values alike, a token's row at a time; every token is quantized when it is
 //! stored, no recent window stays exact. Not as there: attention multiplies what the codes stand for in f32, where
-//! llama.cpp also quantizes the query to 8 bits; and since April 2026 llama.cpp turns queries, keys and values by a
-//! Hadamard matrix before it quantizes them, where head_dim is a multiple of 64 (pull request 21038), which lowers the
-//! error: this is the format without that, as llama.cpp has it with `LLAMA_ATTN_ROT_DISABLE=1`. A prompt's numbers pass
-//! through the f16 pages of prefill first, so a scale may differ from llama.cpp's in its last bit.
+//! llama.cpp also quantizes the query to 8 bits. A prompt's numbers pass through the f16 pages of prefill first, and
+//! the rotation adds in another order, so a scale may differ from llama.cpp's in its last bit, and a code by one.
 
 use super::{Head, Plan, TOKENS_PER_TASK, pack, to_f16, unpack};
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
 use half::f16;
 use mosaickv_kernels::exact::PAGE_TOKENS;
+use mosaickv_kernels::rotate::hadamard;
 use mosaickv_kernels::rows::Rows;
 use mosaickv_kernels::{AttnState, Isa};
 use std::sync::Arc;
@@ -26,21 +32,70 @@ use std::sync::Arc;
 /// Channels that share a scale.
 pub(crate) const BLOCK: usize = 32;
 
+/// The order of the matrix that turns values, and the least that turns keys.
+const LEAST_ORDER: usize = 64;
+
+/// Parameters of llama.cpp's quantized cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantized {
+    /// How keys and values are quantized.
+    pub kind: GgmlType,
+    /// Which channels are quantized.
+    pub rotation: Turn,
+}
+
+impl Quantized {
+    /// `kind` as llama.cpp has it without further arguments.
+    pub const fn new(kind: GgmlType) -> Quantized {
+        Quantized { kind, rotation: Turn::Hadamard }
+    }
+}
+
 /// One of llama.cpp's types for keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quantized {
+pub enum GgmlType {
     /// 8.5 bits a scalar.
     Q8_0,
     /// 4.5 bits a scalar.
     Q4_0,
 }
 
-impl Quantized {
+/// Which channels llama.cpp quantizes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Turn {
+    /// Those of a Walsh-Hadamard matrix if head_dim is a multiple of 64, else the model's.
+    #[default]
+    Hadamard,
+    /// The model's own: what the rotation is worth shows beside it.
+    None,
+}
+
+/// Orders of the Hadamard matrices of one head; order 1 is no rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Orders {
+    /// Of keys and queries.
+    pub(super) keys: usize,
+    /// Of values and outputs.
+    pub(super) values: usize,
+}
+
+impl Turn {
+    pub(super) fn orders(self, head_dim: usize) -> Orders {
+        match self {
+            Turn::Hadamard if head_dim.is_multiple_of(LEAST_ORDER) => {
+                Orders { keys: 1 << head_dim.trailing_zeros(), values: LEAST_ORDER }
+            }
+            Turn::Hadamard | Turn::None => Orders { keys: 1, values: 1 },
+        }
+    }
+}
+
+impl GgmlType {
     /// Bytes of 32 channels.
     pub(crate) fn block_bytes(self) -> usize {
         match self {
-            Quantized::Q8_0 => 34,
-            Quantized::Q4_0 => 18,
+            GgmlType::Q8_0 => 34,
+            GgmlType::Q4_0 => 18,
         }
     }
 
@@ -49,8 +104,8 @@ impl Quantized {
         for (x, out) in row.chunks_exact(BLOCK).zip(out.chunks_exact_mut(self.block_bytes())) {
             let (scale, codes) = out.split_at_mut(2);
             let d = match self {
-                Quantized::Q8_0 => encode_q8_0(x, codes),
-                Quantized::Q4_0 => encode_q4_0(x, codes),
+                GgmlType::Q8_0 => encode_q8_0(x, codes),
+                GgmlType::Q4_0 => encode_q4_0(x, codes),
             };
             scale.copy_from_slice(&to_f16(d).to_le_bytes());
         }
@@ -60,13 +115,13 @@ impl Quantized {
     fn decode(self, bytes: &[u8], out: &mut [f32]) {
         let blocks = bytes.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(BLOCK));
         match self {
-            Quantized::Q8_0 => blocks.for_each(|(block, out)| {
+            GgmlType::Q8_0 => blocks.for_each(|(block, out)| {
                 let d = scale(block);
                 for (x, &code) in out.iter_mut().zip(&block[2..34]) {
                     *x = d * f32::from(code.cast_signed());
                 }
             }),
-            Quantized::Q4_0 => blocks.for_each(|(block, out)| {
+            GgmlType::Q4_0 => blocks.for_each(|(block, out)| {
                 let d = scale(block);
                 unpack::<4>(&block[2..18], out);
                 out.iter_mut().for_each(|x| *x = d * (*x - 8.0));
@@ -97,8 +152,9 @@ fn encode_q4_0(x: &[f32], packed: &mut [u8]) -> f32 {
 /// Pages of 64 tokens; a token is its key's blocks, then its value's.
 #[derive(Clone, Debug)]
 pub(crate) struct QuantizedHead {
-    pub(super) kind: Quantized,
+    pub(super) kind: GgmlType,
     pub(super) head_dim: usize,
+    pub(super) orders: Orders,
     sealed: Vec<Arc<[u8]>>,
     /// Room for 64 tokens.
     open: Box<[u8]>,
@@ -107,13 +163,14 @@ pub(crate) struct QuantizedHead {
 }
 
 impl QuantizedHead {
-    pub(crate) fn new(exact: &ExactHead, kind: Quantized) -> QuantizedHead {
+    pub(crate) fn new(exact: &ExactHead, Quantized { kind, rotation }: Quantized) -> QuantizedHead {
         let head_dim = exact.page(0).head_dim();
         let bytes = PAGE_TOKENS * 2 * head_dim / BLOCK * kind.block_bytes();
         let open = vec![0; bytes].into_boxed_slice();
         let mut head = QuantizedHead {
             kind,
             head_dim,
+            orders: rotation.orders(head_dim),
             sealed: Vec::with_capacity(exact.tokens() / PAGE_TOKENS),
             open,
             open_tokens: 0,
@@ -125,8 +182,8 @@ impl QuantizedHead {
     fn push(&mut self, key: &[f32], value: &[f32]) {
         let bytes = self.token_bytes();
         let (k, v) = self.open[self.open_tokens * bytes..][..bytes].split_at_mut(bytes / 2);
-        self.kind.encode(key, k);
-        self.kind.encode(value, v);
+        self.kind.encode(&turned(key, self.orders.keys), k);
+        self.kind.encode(&turned(value, self.orders.values), v);
         self.open_tokens += 1;
         if self.open_tokens == PAGE_TOKENS {
             self.sealed.push(Arc::from(&*self.open));
@@ -146,6 +203,13 @@ impl QuantizedHead {
     }
 }
 
+/// Rows of a head in the channels of the Hadamard matrix of `order`.
+fn turned(rows: &[f32], order: usize) -> Vec<f32> {
+    let mut turned = rows.to_vec();
+    hadamard(&mut turned, order);
+    turned
+}
+
 impl Head for QuantizedHead {
     fn tokens(&self) -> usize {
         self.sealed.len() * PAGE_TOKENS + self.open_tokens
@@ -160,7 +224,7 @@ impl Head for QuantizedHead {
     }
 
     fn plan(&self, _: Isa, queries: &[f32]) -> Plan {
-        Plan::all(queries)
+        Plan { rotated: turned(queries, self.orders.keys), ..Plan::default() }
     }
 
     fn runs(&self) -> usize {
@@ -170,6 +234,7 @@ impl Head for QuantizedHead {
     fn fold(&self, isa: Isa, plan: &Plan, run: usize, state: &mut AttnState) {
         let (d, bytes) = (self.head_dim, self.token_bytes());
         let mut rows = Rows::new(d, state.rows());
+        let mut stored = AttnState::new(state.rows(), d);
         let pages = TOKENS_PER_TASK / PAGE_TOKENS;
         for page in self.pages().skip(run * pages).take(pages) {
             let (keys, values) = rows.push_many(page.len() / bytes);
@@ -178,8 +243,13 @@ impl Head for QuantizedHead {
                 self.kind.decode(&token[..bytes / 2], key);
                 self.kind.decode(&token[bytes / 2..], value);
             }
-            rows.fold(isa, &plan.queries, state);
+            rows.fold(isa, &plan.rotated, &mut stored);
         }
+        // Back in the model's channels once for 1,024 tokens, next to nothing beside decoding them.
+        state.merge(&stored.turned(d, |acc, out| {
+            out.copy_from_slice(acc);
+            hadamard(out, self.orders.values);
+        }));
     }
 
     fn bytes_read(&self, _: &Plan) -> usize {

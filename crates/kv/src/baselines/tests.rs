@@ -1,7 +1,8 @@
 //! Each method's arithmetic against formulas written a second time, and its rules at their boundaries.
 
 use super::kivi::{Kivi, KiviHead, RESIDUAL};
-use super::quantized::Quantized;
+use super::oracle::turned;
+use super::quantized::{GgmlType, Orders, Quantized, QuantizedHead, Turn};
 use super::quest::{Quest, QuestHead};
 use super::snapkv::{SnapKv, SnapKvHead, WINDOW};
 use super::strawman::{Strawman, StrawmanHead};
@@ -42,10 +43,10 @@ fn packing_keeps_every_code() {
 }
 
 /// `quantize_row_q8_0_ref` and `quantize_row_q4_0_ref` of ggml, one number at a time.
-fn reference(kind: Quantized, x: &[f32]) -> Vec<u8> {
+fn reference(kind: GgmlType, x: &[f32]) -> Vec<u8> {
     let first_largest = (0..32).rev().fold(0, |best, i| if x[i].abs() >= x[best].abs() { i } else { best });
     match kind {
-        Quantized::Q8_0 => {
+        GgmlType::Q8_0 => {
             let d = x[first_largest].abs() / 127.0;
             let id = if d > 0.0 { 1.0 / d } else { 0.0 };
             let codes = x.iter().map(|&x| {
@@ -55,7 +56,7 @@ fn reference(kind: Quantized, x: &[f32]) -> Vec<u8> {
             });
             f16::from_f32(d).to_bits().to_le_bytes().into_iter().chain(codes).collect()
         }
-        Quantized::Q4_0 => {
+        GgmlType::Q4_0 => {
             let d = x[first_largest] / -8.0;
             let id = if d != 0.0 { 1.0 / d } else { 0.0 };
             let code = |i: usize| ((x[i] * id + 8.5).floor() as i32).min(15) as u8;
@@ -74,7 +75,7 @@ fn ggml_blocks_are_those_of_its_reference() {
     rows.push((0..32).map(|i| if i % 2 == 0 { -8.0 } else { 8.0 }).collect());
     rows.push((0..32).map(|i| 1e-7 * i as f32).collect());
     for row in &rows {
-        for kind in [Quantized::Q8_0, Quantized::Q4_0] {
+        for kind in [GgmlType::Q8_0, GgmlType::Q4_0] {
             let mut out = vec![0; kind.block_bytes()];
             kind.encode(row, &mut out);
             assert_eq!(out, reference(kind, row), "{kind:?} {row:?}");
@@ -87,7 +88,7 @@ fn ggml_blocks_worked_by_hand() {
     // -16..=15: the largest is -16, so q4_0 has d = 2 and codes floor(x / 2 + 8.5), at most 15.
     let row: Vec<f32> = (-16..16).map(|x| x as f32).collect();
     let mut out = [0; 18];
-    Quantized::Q4_0.encode(&row, &mut out);
+    GgmlType::Q4_0.encode(&row, &mut out);
     let codes =
         [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15];
     let code = |i: usize| codes.get(i).copied().unwrap_or(15u8);
@@ -98,9 +99,104 @@ fn ggml_blocks_worked_by_hand() {
     let mut row = vec![0.0; 32];
     (row[0], row[5], row[31]) = (127.0, -63.5, 0.5);
     let mut out = [0; 34];
-    Quantized::Q8_0.encode(&row, &mut out);
+    GgmlType::Q8_0.encode(&row, &mut out);
     assert_eq!(&out[..2], f16::from_f32(1.0).to_le_bytes());
     assert_eq!((out[2], out[7].cast_signed(), out[33]), (127, -64, 1));
+}
+
+#[test]
+fn ggml_turns_keys_in_the_longest_runs_and_values_in_runs_of_64() {
+    for (head_dim, keys, values) in [
+        (32, 1, 1),
+        (64, 64, 64),
+        (80, 1, 1),
+        (96, 1, 1),
+        (128, 128, 64),
+        (192, 64, 64),
+        (256, 256, 64),
+        (320, 64, 64),
+        (576, 64, 64),
+    ] {
+        assert_eq!(Turn::Hadamard.orders(head_dim), Orders { keys, values }, "head_dim {head_dim}");
+        assert_eq!(Turn::None.orders(head_dim), Orders { keys: 1, values: 1 });
+    }
+}
+
+#[test]
+fn ggml_rotation_worked_by_hand() {
+    // The first column of the matrix of order n is all n^-1/2: a key of 127 * 128^1/2 in channel 0 is 127 in every
+    // channel, and so is a value of 127 * 8, but in its run of 64 alone.
+    let mut head = ExactHead::new(128, None);
+    head.append(&[0.0; 128], &[0.0; 128], (0, 128));
+    let mut head = QuantizedHead::new(&head, Quantized::new(GgmlType::Q8_0));
+    let only_first = |x: f32| [&[x][..], &[0.0; 127]].concat();
+    head.append(&only_first(127.0 * 128f32.sqrt()), &only_first(127.0 * 8.0));
+    let token = head.pages().last().unwrap()[2 * 4 * 34..].to_vec();
+    for (i, block) in token.chunks_exact(34).enumerate() {
+        let number = if i < 6 { 127 } else { 0 };
+        let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+        assert!((scale - if i < 6 { 1.0 } else { 0.0 }).abs() < 1e-3, "block {i}: scale {scale}");
+        assert_eq!(block[2..], [number; 32], "block {i}");
+    }
+}
+
+#[test]
+fn ggml_keeps_rotated_rows_as_near_as_its_codes_are() {
+    for d in [32, 64, 96, 128, 192, 256] {
+        let (head, keys, values) = exact(d as u64, 70, d);
+        for (kind, rotation) in [
+            (GgmlType::Q8_0, Turn::Hadamard),
+            (GgmlType::Q8_0, Turn::None),
+            (GgmlType::Q4_0, Turn::Hadamard),
+            (GgmlType::Q4_0, Turn::None),
+        ] {
+            let stored = QuantizedHead::new(&head, Quantized { kind, rotation });
+            stored.check().unwrap();
+            let (stored_keys, stored_values) = stored.stored_rows();
+            let orders = rotation.orders(d);
+            for (got, x, order) in
+                [(stored_keys, &keys, orders.keys), (stored_values, &values, orders.values)]
+            {
+                let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+                let (got, x) = (turned(&got, order), turned(&x, order));
+                for (got, x) in got.chunks_exact(32).zip(x.chunks_exact(32)) {
+                    let largest = x.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                    // Half a step, or where 4 bits have no 8, a whole one; and what rounding the scale to f16 does.
+                    let step = if kind == GgmlType::Q8_0 { 0.5 / 127.0 } else { 1.0 / 8.0 };
+                    let bound = largest * (step + 2f64.powi(-11)) + 1e-6;
+                    let far = got.iter().zip(x).map(|(got, x)| (got - x).abs()).fold(0.0, f64::max);
+                    assert!(far <= bound, "{kind:?} {rotation:?} of {d}: {far} from a number, bound {bound}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rotation_lowers_the_error_of_outlier_channels() {
+    let tokens = 200;
+    for d in [64, 128, 256] {
+        // As keys have them: two channels 20 and 30 times as large as the others, the same ones of every token.
+        let mut head = ExactHead::new(d, None);
+        let (mut keys, mut values) = (noise(1, tokens * d), noise(2, tokens * d));
+        for row in keys.chunks_exact_mut(d).chain(values.chunks_exact_mut(d)) {
+            (row[5], row[d - 7]) = (20.0 * row[5], 30.0 * row[d - 7]);
+        }
+        head.append(&keys, &values, (0, d));
+        let errors = |rotation: Turn| -> [f64; 2] {
+            let stored = QuantizedHead::new(&head, Quantized { kind: GgmlType::Q4_0, rotation });
+            let (stored_keys, stored_values) = stored.stored_rows();
+            [(stored_keys, &keys), (stored_values, &values)].map(|(got, x)| {
+                let squares = got.iter().zip(x).map(|(got, x)| (got - f64::from(*x)).powi(2));
+                squares.sum::<f64>() / x.len() as f64
+            })
+        };
+        let (rotated, plain) = (errors(Turn::Hadamard), errors(Turn::None));
+        println!("head_dim {d}: keys, values {rotated:?}, without rotation {plain:?}");
+        for (rotated, plain) in rotated.into_iter().zip(plain) {
+            assert!(rotated < 0.5 * plain, "{d}: {rotated}, without rotation {plain}");
+        }
+    }
 }
 
 #[test]
