@@ -7,6 +7,7 @@ mod answers;
 mod bootstrap;
 mod heat;
 mod kl;
+pub mod mosaic;
 mod number;
 mod page;
 mod plot;

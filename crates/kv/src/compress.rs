@@ -10,6 +10,19 @@ use crate::exact::ExactHead;
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer};
 use mosaickv_kernels::Pool;
+use std::panic::resume_unwind;
+use std::thread::{self, JoinHandle};
+
+/// A layer that a thread of its own compresses while the next one reads the prompt; at most one at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Encoding(Option<(usize, JoinHandle<Layer>)>);
+
+impl Clone for Encoding {
+    fn clone(&self) -> Encoding {
+        assert!(self.0.is_none(), "a cache was cloned between the layers of a prompt");
+        Encoding(None)
+    }
+}
 
 impl KvCache {
     /// The same empty cache, which remembers the newest 32 queries of each layer while the layer is exact: what a
@@ -29,7 +42,38 @@ impl KvCache {
         if !self.format.compresses(layer) {
             return;
         }
-        let Layer::Exact(exact) = &mut self.layers[layer] else { return };
+        if let Some((exact, queries)) = self.taken(layer) {
+            self.layers[layer] = compress(pool, self.shape, self.format, (exact, queries.rows()));
+        }
+    }
+
+    /// Like [`end_prompt`](KvCache::end_prompt), but the work is done beside what follows (arXiv 2607.00760, s. 5: layer
+    /// `i - 1` is encoded while layer `i` reads the prompt). One layer at a time: this waits for the one before. Until
+    /// [`finish_prompt`](KvCache::finish_prompt) no token may be added and nothing attended to in this layer.
+    pub fn begin_end_prompt(&mut self, layer: usize) {
+        if self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
+            return self.forget(layer);
+        }
+        self.finish_prompt();
+        let Some((exact, queries)) = self.taken(layer) else { return };
+        let (shape, format) = (self.shape, self.format);
+        let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
+        let thread = thread
+            .spawn(move || compress(&Pool::new(1), shape, format, (exact, queries.rows())))
+            .expect("the system refused a thread");
+        self.encoding.0 = Some((layer, thread));
+    }
+
+    /// Waits until every layer is encoded.
+    pub fn finish_prompt(&mut self) {
+        if let Some((layer, thread)) = self.encoding.0.take() {
+            self.layers[layer] = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        }
+    }
+
+    /// An exact layer's heads and newest queries, which it no longer has.
+    fn taken(&mut self, layer: usize) -> Option<(Vec<ExactHead>, RecentQueries)> {
+        let Layer::Exact(exact) = &mut self.layers[layer] else { return None };
         let exact = std::mem::take(exact);
         let queries =
             self.recent.as_mut().map(|recent| std::mem::take(&mut recent[layer])).unwrap_or_default();
@@ -38,7 +82,7 @@ impl KvCache {
             !self.format.observes_queries() || got >= wanted,
             "layer {layer}: {got} queries were attended before the end of a prompt that needs {wanted}"
         );
-        self.layers[layer] = compress(pool, self.shape, self.format, (exact, queries.rows()));
+        Some((exact, queries))
     }
 
     /// A copy of an exact cache in another format, as if its tokens had been a prompt that was read in that format:
@@ -86,6 +130,7 @@ impl KvCache {
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
             learning: self.learning.clone(),
+            encoding: Encoding::default(),
             states: Vec::new(),
         })
     }

@@ -14,6 +14,7 @@ mod baselines;
 mod compress;
 mod exact;
 mod format;
+mod inspect;
 mod learner;
 mod observe;
 mod oracle;
@@ -21,6 +22,7 @@ mod packed;
 mod rotation;
 
 use baselines::{Head, RecentQueries};
+use compress::Encoding;
 use exact::ExactHead;
 use learner::Learning;
 use mosaickv_kernels::packed::PackedError;
@@ -30,6 +32,7 @@ use std::sync::Arc;
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
+pub use inspect::SegmentInfo;
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
 pub use packed::{Packed, SINKS};
@@ -205,6 +208,8 @@ pub struct KvCache {
     recent: Option<Vec<RecentQueries>>,
     /// Strategies for what is generated.
     learning: Learning,
+    /// The layer that is being compressed.
+    encoding: Encoding,
     /// Partial attention states, kept for their allocations.
     states: Vec<AttnState>,
 }
@@ -239,6 +244,7 @@ impl KvCache {
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
             learning: Learning::default(),
+            encoding: Encoding::default(),
             states: Vec::new(),
         })
     }

@@ -290,6 +290,11 @@ impl PackedHead {
         self.news.clear();
     }
 
+    /// Segments that have a strategy of their own, or keep what they have.
+    pub(crate) fn settled(&self) -> usize {
+        if self.settings.is_static() { self.segments.len() } else { self.growing.settled }
+    }
+
     /// Changes whenever temporary segments were settled.
     pub(crate) fn epoch(&self) -> usize {
         self.growing.epoch

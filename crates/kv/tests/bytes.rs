@@ -40,6 +40,7 @@ fn bytes_reported_are_bytes_allocated() {
             for t in 0..more {
                 let token = row(prompt + t);
                 (0..3).for_each(|layer| cache.append(&pool, layer, &token, &token).unwrap());
+                cache.between_steps();
             }
             drop(tokens);
             let allocated = dhat::HeapStats::get().curr_bytes - before;

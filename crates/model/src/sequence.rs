@@ -8,7 +8,8 @@ use crate::forward::{BLOCK_TOKENS, Forward, Projected};
 use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
+use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Tokens of a prompt that go through the layers together; bounds the activations' memory.
@@ -101,6 +102,12 @@ impl<'a> Sequence<'a> {
         self
     }
 
+    /// The same, with strategies for what is generated worked out by a background thread instead of between steps.
+    pub fn with_background(mut self, background: Arc<Background>, timing: Timing) -> Sequence<'a> {
+        self.cache = self.cache.with_background(background, timing);
+        self
+    }
+
     /// The same, and it remembers the newest queries of each exact layer: what a compressed copy in the format
     /// `snapkv` is made from.
     pub fn remember_queries(mut self) -> Sequence<'a> {
@@ -161,13 +168,19 @@ impl<'a> Sequence<'a> {
             last = self.layers(chunk, i + 1 == chunks, report)?;
         }
         let hidden = self.model.config.hidden;
-        self.pass().logits(&last[last.len() - hidden..])
+        // The last layer is encoded meanwhile.
+        let logits = self.pass().logits(&last[last.len() - hidden..]);
+        let start = Instant::now();
+        self.cache.finish_prompt();
+        self.attention += start.elapsed();
+        logits
     }
 
     /// Reads one more token, whatever follows it.
     pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
         self.check(&[token])?;
         self.layers(&[token], false, &mut |_| ())?;
+        self.between_steps();
         Ok(())
     }
 
@@ -175,6 +188,7 @@ impl<'a> Sequence<'a> {
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
         self.check(&[token])?;
         let hidden = self.layers(&[token], false, &mut |_| ())?;
+        self.between_steps();
         self.pass().logits(&hidden)
     }
 
@@ -230,12 +244,19 @@ impl<'a> Sequence<'a> {
             self.attend(l, projected, out)?;
             if ends_prompt {
                 let start = Instant::now();
-                self.cache.end_prompt(self.pool, l);
+                self.cache.begin_end_prompt(l);
                 self.attention += start.elapsed();
             }
             done(l + 1);
             Ok(())
         })
+    }
+
+    /// Between two passes: see [`KvCache::between_steps`].
+    fn between_steps(&mut self) {
+        let start = Instant::now();
+        self.cache.between_steps();
+        self.attention += start.elapsed();
     }
 
     /// Stores a layer's keys and values, and attends.
@@ -274,7 +295,7 @@ fn layers_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<Vec<f3
     }
     let (of_queries, of_keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let positions: Vec<usize> = sequences.iter().map(|sequence| sequence.cache.tokens()).collect();
-    pass.layers(tokens, positions.iter().copied(), &mut |l, all, out| {
+    let hidden = pass.layers(tokens, positions.iter().copied(), &mut |l, all, out| {
         for (i, (sequence, out)) in sequences.iter_mut().zip(out.chunks_exact_mut(of_queries)).enumerate() {
             let start = Instant::now();
             let cache = &mut sequence.cache;
@@ -284,7 +305,9 @@ fn layers_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<Vec<f3
             sequence.attention += start.elapsed();
         }
         Ok(())
-    })
+    })?;
+    sequences.iter_mut().for_each(|sequence| sequence.between_steps());
+    Ok(hidden)
 }
 
 /// The most probable token; the first of equals.

@@ -8,6 +8,7 @@ mod bill;
 mod demo;
 mod eval;
 mod fetch;
+mod inspect;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
@@ -42,6 +43,8 @@ enum Command {
     /// Measure what compression costs in quality
     #[command(subcommand)]
     Eval(eval::EvalCommand),
+    /// Show which compression strategy each segment of a document got
+    Inspect(inspect::InspectArgs),
 }
 
 #[derive(Args)]
@@ -104,6 +107,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(command) => bench::bench(&command),
         Command::Eval(command) => eval::eval(&command),
+        Command::Inspect(args) => inspect::inspect(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

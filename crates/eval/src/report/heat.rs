@@ -86,7 +86,7 @@ pub(super) fn maps(
 }
 
 /// The colour of a score in [0, 1].
-fn colour(score: f64) -> RGBColor {
+pub(super) fn colour(score: f64) -> RGBColor {
     let place = score.clamp(0.0, 1.0) * (CIVIDIS.len() - 1) as f64;
     let (below, part) = (place as usize, place.fract());
     let (a, b) = (CIVIDIS[below], CIVIDIS[(below + 1).min(CIVIDIS.len() - 1)]);
