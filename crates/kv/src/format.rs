@@ -91,6 +91,7 @@ impl KvFormat {
                 ("rotation", Rotation(&mut p.rotation)),
                 ("segment", Count(&mut p.segment)),
                 ("loss", Share(&mut p.loss)),
+                ("grouping", Share(&mut p.grouping)),
                 ("spread", Share(&mut p.spread)),
                 ("close", Positive(&mut p.close)),
             ],

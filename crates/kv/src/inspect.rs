@@ -21,7 +21,8 @@ pub struct SegmentInfo {
     pub group: usize,
     /// Tokens of a token block.
     pub block: usize,
-    /// Compression loss when the strategy was chosen: the share of energy that is not stored, mean of keys and values.
+    /// Compression loss when the strategy was chosen: what is not stored of the keys' variance and of the values' energy,
+    /// mean of both.
     pub loss: f32,
     /// Bytes allocated: pages, lists, and the rotation where it is its own.
     pub bytes: usize,

@@ -49,8 +49,11 @@ pub struct Packed {
     pub rotation: Basis,
     /// Tokens of a segment at most, a multiple of 32.
     pub segment: usize,
-    /// Highest compression loss of a segment, a share of energy, at which a higher rate or a larger group is chosen.
+    /// Highest compression loss of a segment (of the keys' variance and the values' energy, mean of both) at which a higher
+    /// rate or a larger group is chosen.
     pub loss: f32,
+    /// Highest loss, of keys or of values, that keeping or dropping channels in groups may add.
+    pub grouping: f32,
     /// Highest share of the keys' variance within token blocks at which larger blocks are chosen.
     pub spread: f32,
     /// Compression loss, added up over tokens, at which a growing segment closes.
@@ -73,9 +76,10 @@ impl Packed {
         selected: 0.10,
         rotation: Basis::Svd,
         segment: 65536,
-        loss: 0.2,
-        spread: 0.7,
-        close: 256.0,
+        loss: 0.25,
+        grouping: 0.01,
+        spread: 0.4,
+        close: 512.0,
     };
 
     /// Whether nothing is left to choose, so that a growing segment never closes.

@@ -1,7 +1,7 @@
 //! A run of tokens with one strategy: its rotation and its packed pages.
 
 use super::Packed;
-use super::strategy::{Chosen, Strategy, Sums, choose};
+use super::strategy::{Chosen, Strategy, Sums, choose, relative};
 use crate::exact::ARC_BYTES;
 use crate::rotation::Rotation;
 use mosaickv_kernels::exact::PAGE_TOKENS;
@@ -17,8 +17,10 @@ pub(crate) struct Segment {
     pub(crate) pages: Vec<Arc<PackedPage>>,
     /// `starts[i]` = token blocks before page `i`; one more entry than pages.
     pub(crate) starts: Vec<u32>,
-    /// Compression loss when the strategy was chosen: the share of energy that is not stored, mean of keys and values.
+    /// Compression loss when the strategy was chosen.
     pub(crate) loss: f32,
+    /// What losses are relative to, of a token: see [`Sums::scales`].
+    scales: [f32; 2],
 }
 
 impl Segment {
@@ -26,7 +28,7 @@ impl Segment {
     pub(crate) fn learn(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]) -> Segment {
         let Chosen { strategy, rotation, loss } = choose(settings, sums, keys, values);
         let (rotation, pages, starts) = (Arc::new(rotation), Vec::new(), vec![0]);
-        let mut segment = Segment { strategy, rotation, pages, starts, loss };
+        let mut segment = Segment { strategy, rotation, pages, starts, loss, scales: sums.scales() };
         segment.pack(keys, values, sums.head_dim());
         segment
     }
@@ -39,6 +41,7 @@ impl Segment {
             pages: Vec::new(),
             starts: vec![0],
             loss: previous.loss,
+            scales: previous.scales,
         }
     }
 
@@ -59,7 +62,7 @@ impl Segment {
     /// Rotates keys and values `[T, D]`, `T` a multiple of 16, and adds them as packed pages. Returns their loss.
     pub(crate) fn pack(&mut self, keys: &[f32], values: &[f32], d: usize) -> f32 {
         let energies = [keys, values].map(|x| x.iter().map(|x| x * x).sum::<f32>());
-        let mut stored = [0.0; 2];
+        let (mut stored, tokens) = ([0.0; 2], (keys.len() / d) as f32);
         let page = PAGE_TOKENS * self.strategy.shape.channels();
         let keys = multiply(keys, &self.rotation.key_matrix(), d);
         let values = multiply(values, &self.rotation.value_matrix(d), d);
@@ -71,7 +74,7 @@ impl Segment {
             stored.iter_mut().zip(page.energies()).for_each(|(stored, energy)| *stored += energy);
             self.pages.push(Arc::new(page));
         }
-        let lost = |side: usize| (1.0 - stored[side] / energies[side].max(f32::MIN_POSITIVE)).max(0.0);
+        let lost = |side: usize| relative(energies[side] - stored[side], self.scales[side] * tokens);
         (lost(0) + lost(1)) / 2.0
     }
 

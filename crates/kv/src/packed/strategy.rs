@@ -1,7 +1,8 @@
 //! Which strategy suits a segment? (Paper, s. 4.)
 //!
 //! Chosen greedily, as the paper does: the highest channel rate, then the largest element group, whose compression
-//! loss stays under a threshold; the largest token block whose keys vary little enough inside it. The rotation comes
+//! loss stays under a threshold; the largest token block whose keys vary little enough inside it. A group must also add
+//! next to nothing to what single channels lose, of keys as of values (docs/log.md: without that, needles are lost). The rotation comes
 //! from sums that grew a token at a time ([`Sums`]); losses are measured on a bounded, evenly spread sample of the
 //! segment's tokens in that rotation, so that closing a segment takes one eigendecomposition and no further pass over
 //! its tokens but the one that packs them.
@@ -82,10 +83,22 @@ impl Sums {
 
     /// Of a size in [`BLOCKS`]: how much of the keys' variance lies within blocks, 0 to 1.
     fn spread(&self, size: usize) -> f64 {
-        let energy: f64 = (0..self.d).map(|i| f64::from(self.keys[i * self.d + i])).sum();
-        let of_mean = self.sum.iter().map(|x| x * x).sum::<f64>() / self.tokens.max(1) as f64;
-        let variance = energy - of_mean;
+        let energy = self.trace(&self.keys);
+        let variance = f64::from(self.scales()[0]) * self.tokens as f64;
         if variance > 1e-9 * energy { (energy - self.between[size]).max(0.0) / variance } else { 0.0 }
+    }
+
+    /// What a token's losses are relative to: the variance of keys, as a shift that all keys share does not change what is
+    /// attended to, and the energy of values.
+    pub(crate) fn scales(&self) -> [f32; 2] {
+        let tokens = self.tokens.max(1) as f64;
+        let of_mean = self.sum.iter().map(|x| x * x).sum::<f64>() / tokens;
+        let keys = (self.trace(&self.keys) - of_mean) / tokens;
+        [keys as f32, (self.trace(&self.values) / tokens) as f32]
+    }
+
+    fn trace(&self, gram: &[f32]) -> f64 {
+        (0..self.d).map(|i| f64::from(gram[i * self.d + i])).sum()
     }
 
     /// `D`
@@ -107,7 +120,7 @@ fn add_to(sum: &mut [f32], x: &[f32]) {
 pub(crate) struct Chosen {
     pub(crate) strategy: Strategy,
     pub(crate) rotation: Rotation,
-    /// Mean of keys' and values' share of energy that is not stored.
+    /// Mean of the energy of keys and of values that is not stored, relative to [`Sums::scales`].
     pub(crate) loss: f32,
 }
 
@@ -119,14 +132,20 @@ pub(crate) fn choose(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]
     };
     let channels = shape(settings.kept.unwrap_or(KEPT[0]), 1).channels();
     let rotation = Rotation::from_grams(settings.rotation, (&sums.keys, &sums.values), (d, channels));
-    let sides = [Side::new(keys, &rotation.key_matrix(), d), Side::new(values, &rotation.value_matrix(d), d)];
-    let loss = |kept: usize, groups: [&Grouping; 2]| -> f32 {
-        sides.iter().zip(groups).map(|(side, grouping)| side.loss(kept, grouping)).sum::<f32>() / 2.0
+    let [of_keys, of_values] = sums.scales();
+    let sides = [
+        Side::new(keys, (&rotation.key_matrix(), d), of_keys),
+        Side::new(values, (&rotation.value_matrix(d), d), of_values),
+    ];
+    let losses = |kept: usize, [keys, values]: [&Grouping; 2]| {
+        [sides[0].loss(kept, keys), sides[1].loss(kept, values)]
     };
+    let mean = |[keys, values]: [f32; 2]| (keys + values) / 2.0;
     let single = Grouping::single(channels);
     let rates: Vec<f32> = settings.kept.map_or(KEPT.to_vec(), |kept| vec![kept]);
-    let fits = |rate: &&f32| loss(shape(**rate, 1).kept(), [&single; 2]) <= settings.loss;
+    let fits = |rate: &&f32| mean(losses(shape(**rate, 1).kept(), [&single; 2])) <= settings.loss;
     let rate = *rates.iter().find(fits).unwrap_or(&rates[rates.len() - 1]);
+    let alone = losses(shape(rate, 1).kept(), [&single; 2]);
     let groups: Vec<usize> = settings.group.map_or(GROUPS.to_vec(), |group| vec![group]);
     let block = settings.block.unwrap_or_else(|| {
         let fits = |size: &usize| sums.spread(*size) <= f64::from(settings.spread);
@@ -135,13 +154,21 @@ pub(crate) fn choose(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]
     for &group in &groups {
         let shape = shape(rate, group);
         let groupings = sides.each_ref().map(|side| side.grouping(shape.kept(), group));
-        let loss = loss(shape.kept(), [&groupings[0], &groupings[1]]);
-        if loss <= settings.loss || group == groups[groups.len() - 1] {
+        let here = losses(shape.kept(), [&groupings[0], &groupings[1]]);
+        // The mean alone would let keys lose what values hardly notice.
+        let adds = (0..2).map(|side| here[side] - alone[side]).fold(0.0, f32::max);
+        let fits = mean(here) <= settings.loss && adds <= settings.grouping;
+        if fits || group == groups[groups.len() - 1] {
             let rotation = rotation.reordered((&groupings[0].order, &groupings[1].order), d);
-            return Chosen { strategy: Strategy { shape, block }, rotation, loss };
+            return Chosen { strategy: Strategy { shape, block }, rotation, loss: mean(here) };
         }
     }
     unreachable!("the last group is taken whatever its loss")
+}
+
+/// `lost / scale`, at least 0; no loss where there is nothing.
+pub(crate) fn relative(lost: f32, scale: f32) -> f32 {
+    lost.max(0.0) / scale.max(f32::MIN_POSITIVE)
 }
 
 /// Channels in the order in which they are stored, in groups of `size`.
@@ -163,22 +190,22 @@ struct Side {
     rotated: Vec<f32>,
     /// Of the whole vectors, before truncation.
     energy: f64,
+    /// What the loss is relative to.
+    scale: f64,
 }
 
 impl Side {
     /// Of rows `[T, D]`, and the rotation `[D, C]`.
-    fn new(rows: &[f32], matrix: &[f32], d: usize) -> Side {
+    fn new(rows: &[f32], (matrix, d): (&[f32], usize), scale: f32) -> Side {
         let step = (rows.len() / d).div_ceil(SAMPLE).max(1);
         let sample: Vec<f32> = rows.chunks_exact(d).step_by(step).flatten().copied().collect();
         let energy = sample.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-        Side { channels: matrix.len() / d, rotated: multiply(&sample, matrix, d), energy }
+        let scale = f64::from(scale) * (sample.len() / d) as f64;
+        Side { channels: matrix.len() / d, rotated: multiply(&sample, matrix, d), energy, scale }
     }
 
-    /// Share of the energy that is not stored if each vector keeps its `kept` elements in the best groups.
+    /// The energy that is not stored if each vector keeps its `kept` elements in the best groups, to the scale.
     fn loss(&self, kept: usize, grouping: &Grouping) -> f32 {
-        if self.energy == 0.0 {
-            return 0.0;
-        }
         let groups = kept / grouping.size;
         let mut energies = vec![0.0f32; self.channels / grouping.size];
         let mut stored = 0.0;
@@ -191,7 +218,7 @@ impl Side {
             }
             stored += f64::from(energies[..groups.min(energies.len())].iter().sum::<f32>());
         }
-        (1.0 - stored / self.energy).max(0.0) as f32
+        relative((self.energy - stored) as f32, self.scale as f32)
     }
 
     /// Channels that the sample's vectors select together become neighbours: the pair that is most often among the
