@@ -5,11 +5,15 @@ use crate::fetch;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
-use mosaickv_kv::KvFormat;
+use mosaickv_kv::{Background, KvFormat, Timing};
 use mosaickv_model::{Decoder, Model, Sequence, Text, greedy};
 use serde::Serialize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
+
+/// Raw keys and values that the background may hold while it works out strategies.
+const MOST_RAW_BYTES: usize = 512 << 20;
 
 /// What to answer, and how.
 pub struct Asked<'a> {
@@ -57,7 +61,8 @@ pub fn answer(
 ) -> Result<Answer> {
     let prompt = prompt(model, text, asked)?;
     let start = Instant::now();
-    let mut sequence = Sequence::new(model, pool, asked.format)?;
+    let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
+    let mut sequence = Sequence::new(model, pool, asked.format)?.with_background(background, Timing::Live);
     let bar = bar("reading", "layers");
     let logits = sequence.prefill(&prompt, &mut |done, all| {
         bar.set_length(all as u64);
