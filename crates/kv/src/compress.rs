@@ -8,7 +8,7 @@ use crate::baselines::{
 };
 use crate::exact::ExactHead;
 use crate::packed::PackedHead;
-use crate::{KvCache, KvError, KvFormat, KvShape, Layer};
+use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use mosaickv_kernels::Pool;
 
 impl KvCache {
@@ -85,7 +85,8 @@ impl KvCache {
             isa: self.isa,
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
-            states: Vec::new(),
+            phases: Phases::default(),
+            working: Working::default(),
         })
     }
 

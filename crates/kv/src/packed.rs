@@ -15,7 +15,8 @@ use mosaickv_kernels::packed::{BLOCKS, PackedError, PackedShape};
 use segment::Strategy;
 use std::sync::Arc;
 
-pub(crate) use attend::decode;
+pub use attend::Phases;
+pub(crate) use attend::{Lane, Work, decode};
 pub(crate) use segment::Segment;
 
 /// First tokens of a sequence, always exact and always attended to.
