@@ -7,7 +7,8 @@
 //! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
 //! has the CPU features and hand vectors over in memory: 4 times slower); two vectors in flight in place of four
 //! (8 % slower with 16 lanes); spreading 32 f16 at once (VBMI2's `vpexpandw`) and converting after it: half as many
-//! spreads, but no faster, for the multiply-adds of four rows then wait for the conversions.
+//! spreads, but no faster, for the multiply-adds of four rows then wait for the conversions; a number of chunks that the
+//! compiler knows (no change).
 #![expect(
     clippy::needless_range_loop,
     reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
