@@ -16,7 +16,7 @@
 //! Four rows are bound by the multiply-adds (36 of them more than one row, 11 ns more), one row by the spreading
 //! of elements over lanes.
 
-use mosaickv_kernels::packed::{Ahead, PackedPage, PackedShape, attend_blocks, attend_page, score_blocks};
+use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_page, attend_selected, score_pages};
 use mosaickv_kernels::{AttnState, Isa, oracle, select};
 use std::time::Instant;
 
@@ -50,15 +50,12 @@ fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
     let (c, blocks) = (pages[0].shape().channels(), pages[0].blocks());
     let rows = queries.len() / c;
     let mut scores = vec![0.0; rows * blocks * pages.len()];
-    let seconds = best(|| {
-        for (page, scores) in pages.iter().zip(scores.chunks_exact_mut(rows * blocks)) {
-            score_blocks(isa, queries, page, scores);
-        }
-    });
-    report(isa, "score_blocks", seconds, tokens, pages.iter().map(PackedPage::bytes_of_block_keys).sum());
-    let first: Vec<f32> = scores.chunks_exact(rows * blocks).flat_map(|s| s[..blocks].to_vec()).collect();
+    let all: Vec<&PackedPage> = pages.iter().collect();
+    let seconds = best(|| score_pages(isa, queries, &all, &mut scores));
+    report(isa, "score_pages", seconds, tokens, pages.iter().map(PackedPage::bytes_of_block_keys).sum());
+    let first = &scores[..blocks * pages.len()];
     let mut chosen = Vec::new();
-    let seconds = best(|| chosen = select::top_k(&first, first.len() / 10));
+    let seconds = best(|| chosen = select::top_k(first, first.len() / 10));
     report(isa, "top_k of 10 %", seconds, tokens, 4 * first.len());
     let mut state = AttnState::new(rows, c);
     let parts: Vec<&[PackedPage]> = pages.chunks(pages.len().div_ceil(PARTS)).collect();
@@ -68,19 +65,13 @@ fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
     });
     let block = pages[0].bytes_of_block();
     report(isa, "attend_page", seconds, tokens, block * blocks * pages.len());
-    let mut masks = vec![0u32; pages.len()];
-    chosen.iter().for_each(|&b| masks[b as usize / blocks] |= 1 << (b as usize % blocks));
-    let selected: Vec<(&PackedPage, u32)> = pages.iter().zip(masks).filter(|&(_, m)| m != 0).collect();
+    let selected: Vec<(&PackedPage, u32)> =
+        chosen.iter().map(|&b| (all[b as usize / blocks], b % blocks as u32)).collect();
     let seconds = best(|| {
         state.clear();
-        for (i, &(page, mask)) in selected.iter().enumerate() {
-            if let Some(&(next, mask)) = selected.get(i + 2) {
-                next.prefetch(isa, Ahead::Blocks(mask));
-            }
-            attend_blocks(isa, queries, page, mask, &mut state);
-        }
+        attend_selected(isa, queries, &selected, &mut state);
     });
-    report(isa, "attend_blocks, 10 %", seconds, chosen.len() * 8, block * chosen.len());
+    report(isa, "attend_selected, 10 %", seconds, chosen.len() * 8, block * chosen.len());
 }
 
 /// The bandwidth of this machine, to compare with: a sum over as many bytes as 128 channels of exact f16.
@@ -116,7 +107,7 @@ fn best_of_parts(parts: usize, mut body: impl FnMut(usize)) -> f64 {
 
 fn report(isa: Isa, what: &str, seconds: f64, tokens: usize, bytes: usize) {
     let (ns, rate) = (seconds * 1e9 / tokens as f64, bytes as f64 * 1e-9 / seconds);
-    println!("  {:7} {what:20} {ns:7.2} ns a token {rate:6.2} GB/s", isa.name());
+    println!("  {:7} {what:22} {ns:7.2} ns a token {rate:6.2} GB/s", isa.name());
 }
 
 fn check(isa: Isa, queries: &[f32], page: &PackedPage) {

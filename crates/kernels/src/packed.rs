@@ -21,11 +21,14 @@
 mod attend;
 mod bytes;
 mod encode;
+mod score;
+mod vectors;
 
 #[cfg(test)]
 mod tests;
 
-pub use attend::{Ahead, attend_blocks, attend_page, score_blocks};
+pub use attend::{Selected, attend_blocks, attend_page, attend_selected};
+pub use score::{score_blocks, score_pages};
 
 use std::fmt;
 use std::ops::Range;
@@ -142,8 +145,10 @@ struct Rows {
 }
 
 impl Layout {
+    #[inline(always)]
     fn blocks(self) -> usize {
-        self.tokens / self.block
+        // Blocks are powers of two, and a division is slow where a step walks over pages.
+        self.tokens >> self.block.trailing_zeros()
     }
 
     fn block_keys(self) -> Rows {
@@ -217,7 +222,7 @@ impl PackedPage {
 
     /// Token blocks.
     pub fn blocks(&self) -> usize {
-        self.tokens() / self.block()
+        self.layout().blocks()
     }
 
     /// Shape of its vectors.
@@ -230,12 +235,12 @@ impl PackedPage {
         size_of::<PackedPage>() + size_of_val::<[u16]>(&self.words)
     }
 
-    /// Bytes of the page's block keys: what [`score_blocks`] reads.
+    /// Bytes of the page's block keys: what [`score_pages`] reads.
     pub fn bytes_of_block_keys(&self) -> usize {
         2 * self.shape.words_of(self.blocks())
     }
 
-    /// Bytes of one token block's keys and values: what [`attend_blocks`] reads for each selected block.
+    /// Bytes of one token block's keys and values: what [`attend_selected`] reads for each selected block.
     pub fn bytes_of_block(&self) -> usize {
         2 * self.layout().words_of_block()
     }

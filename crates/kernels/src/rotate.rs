@@ -5,6 +5,8 @@
 //! nothing in the cache is ever rotated at decode. A rotation that no one learns, the Walsh-Hadamard matrix, is kept
 //! nowhere: [`hadamard`] multiplies by it in sums and differences.
 
+#![expect(clippy::needless_range_loop, reason = "indices over arrays of registers read as the formula does")]
+
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use gemm::{Parallelism, gemm};
@@ -27,24 +29,25 @@ struct Rotate<'a> {
     width: usize,
 }
 
+/// Rows that are asked for ahead.
+const ROWS_AHEAD: usize = 16;
+
+/// Vectors that share the load of a row's elements.
+const VECTORS: usize = 4;
+
 impl Kernel for Rotate<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let n = self.rows.len() / self.width;
-        for (vector, out) in self.vectors.chunks_exact(n).zip(self.out.chunks_exact_mut(self.width)) {
-            let mut at = 0;
-            while at < self.width {
-                let mut sum = s.splat(0.0);
-                for (i, &x) in vector.iter().enumerate() {
-                    // SAFETY: LANES divides 16, which divides the width, so a load stays inside row i.
-                    let row = unsafe { s.load_f16(self.rows.as_ptr().add(i * self.width + at)) };
-                    sum = s.fma(row, s.splat(x), sum);
-                }
-                // SAFETY: as above.
-                unsafe { s.store(out.as_mut_ptr().add(at), sum) };
-                at += S::LANES;
+        let together = self.vectors.chunks(VECTORS * n).zip(self.out.chunks_mut(VECTORS * self.width));
+        for (vectors, out) in together {
+            match out.len() / self.width {
+                1 => some::<S, 1>(s, vectors, self.rows, out),
+                2 => some::<S, 2>(s, vectors, self.rows, out),
+                3 => some::<S, 3>(s, vectors, self.rows, out),
+                _ => some::<S, 4>(s, vectors, self.rows, out),
             }
         }
     }
@@ -68,6 +71,57 @@ pub fn hadamard(numbers: &mut [f32], order: usize) {
     }
     let scale = (order as f32).sqrt().recip();
     numbers.iter_mut().for_each(|x| *x *= scale);
+}
+
+/// `R` vectors `[R, N]` to `out` `[R, W]`, two or one vectors of lanes at a time.
+#[inline(always)]
+fn some<S: Simd, const R: usize>(s: S, vectors: &[f32], rows: &[f16], out: &mut [f32]) {
+    let width = out.len() / R;
+    let mut at = 0;
+    while at + 2 * S::LANES <= width {
+        columns::<S, R, 2>(s, vectors, rows, (out, at));
+        at += 2 * S::LANES;
+    }
+    if at < width {
+        columns::<S, R, 1>(s, vectors, rows, (out, at));
+    }
+}
+
+/// Columns `at..at + M * LANES` of the output. Each of them is a sum in the order of the rows, whatever `R` and `M`.
+#[inline(always)]
+fn columns<S: Simd, const R: usize, const M: usize>(
+    s: S,
+    vectors: &[f32],
+    rows: &[f16],
+    (out, at): (&mut [f32], usize),
+) {
+    let (n, width) = (vectors.len() / R, out.len() / R);
+    assert!(rows.len() == n * width && at + M * S::LANES <= width);
+    let mut sums = [[s.splat(0.0); M]; R];
+    for i in 0..n {
+        // The first columns bring whole rows; for the others they are there.
+        for line in (0..if at == 0 { 2 * width } else { 0 }).step_by(64) {
+            s.prefetch(rows.as_ptr().wrapping_add((i + ROWS_AHEAD) * width), line);
+        }
+        let mut row = [s.splat(0.0); M];
+        for m in 0..M {
+            // SAFETY: i < n, and the columns end within a row, asserted above.
+            row[m] = unsafe { s.load_f16(rows.as_ptr().add(i * width + at + m * S::LANES)) };
+        }
+        for r in 0..R {
+            // SAFETY: the vectors are R rows of n numbers.
+            let x = s.splat(unsafe { *vectors.get_unchecked(r * n + i) });
+            for m in 0..M {
+                sums[r][m] = s.fma(row[m], x, sums[r][m]);
+            }
+        }
+    }
+    for r in 0..R {
+        for m in 0..M {
+            // SAFETY: `out` is R rows of W, and the columns end within a row, asserted above.
+            unsafe { s.store(out.as_mut_ptr().add(r * width + at + m * S::LANES), sums[r][m]) };
+        }
+    }
 }
 
 /// The Gram matrix `x^T x` `[D, D]` of `x` `[T, D]`.
@@ -192,11 +246,11 @@ mod tests {
     #[test]
     fn rotation_agrees_with_the_formula_on_every_isa() {
         for &isa in Isa::available() {
-            for (n, width) in [(64, 48), (48, 64), (128, 96), (16, 16)] {
-                let (vectors, rows) = (matrix(3, n, 0.3), matrix(n, width, 0.7));
+            for (n, width, count) in [(64, 48, 1), (48, 64, 3), (128, 96, 7), (16, 16, 4)] {
+                let (vectors, rows) = (matrix(count, n, 0.3), matrix(n, width, 0.7));
                 let half: Vec<f16> = rows.iter().map(|&x| f16::from_f32(x)).collect();
                 let rows: Vec<f32> = half.iter().map(|x| x.to_f32()).collect();
-                let mut out = vec![0.0; 3 * width];
+                let mut out = vec![0.0; count * width];
                 rotate(isa, &vectors, &half, &mut out, width);
                 close(&out, &naive(&vectors, &rows, n));
             }

@@ -14,15 +14,40 @@ pub fn importance(isa: Isa, scores: &[f32], out: &mut [f32]) {
         "scores are not rows of {}",
         out.len()
     );
+    importance_of_runs(isa, scores, &[out.len()], out);
+}
+
+/// The same of scores that were made in runs of blocks, one after the other: of each run `[R, n]`, with its `n` in
+/// `runs`. `out` `[B]` has the blocks of all runs.
+pub fn importance_of_runs(isa: Isa, scores: &[f32], runs: &[usize], out: &mut [f32]) {
+    let rows = scores.len() / out.len();
+    assert_eq!(scores.len(), rows * out.len(), "scores are not {rows} rows of {}", out.len());
+    assert_eq!(runs.iter().sum::<usize>(), out.len(), "blocks of all runs");
     out.fill(f32::NEG_INFINITY);
-    for row in scores.chunks_exact(out.len()) {
-        dispatch(isa, Importance { row, out });
+    for row in 0..rows {
+        dispatch(isa, Importance { scores, runs, row, rows, out });
     }
 }
 
 struct Importance<'a> {
-    row: &'a [f32],
+    scores: &'a [f32],
+    runs: &'a [usize],
+    row: usize,
+    rows: usize,
     out: &'a mut [f32],
+}
+
+impl Importance<'_> {
+    /// The row's scores in each run, and where the run's blocks begin.
+    #[inline(always)]
+    fn parts(&self) -> impl Iterator<Item = (usize, &[f32])> {
+        let mut before = 0;
+        self.runs.iter().map(move |&n| {
+            let start = before;
+            before += n;
+            (start, &self.scores[start * self.rows + self.row * n..][..n])
+        })
+    }
 }
 
 impl Kernel for Importance<'_> {
@@ -30,48 +55,62 @@ impl Kernel for Importance<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (chunks, rest) = self.row.split_at(self.row.len() / S::LANES * S::LANES);
-        let mut tops = s.splat(f32::NEG_INFINITY);
-        for chunk in chunks.chunks_exact(S::LANES) {
-            // SAFETY: a chunk has LANES scores.
-            tops = s.max(tops, unsafe { s.load(chunk.as_ptr()) });
+        let mut top = f32::NEG_INFINITY;
+        for (_, part) in self.parts() {
+            top = top.max(largest(s, part));
         }
-        let mut top = s.max_lanes(tops);
-        for &score in rest {
-            top = top.max(score);
-        }
-        let mut sums = s.splat(0.0);
-        for chunk in chunks.chunks_exact(S::LANES) {
-            // SAFETY: a chunk has LANES scores.
-            sums = s.add(sums, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(top))));
-        }
-        let mut sum = s.sum_lanes(sums);
-        for &score in rest {
-            sum += (score - top).exp();
+        let mut sum = 0.0;
+        for (_, part) in self.parts() {
+            sum += sum_of_exponentials(s, part, top);
         }
         let total = top + sum.ln();
-        for (out, score) in self.out.iter_mut().zip(self.row) {
-            *out = out.max(score - total);
+        let mut before = 0;
+        for &n in self.runs {
+            let part = &self.scores[before * self.rows + self.row * n..][..n];
+            for (out, score) in self.out[before..].iter_mut().zip(part) {
+                *out = out.max(score - total);
+            }
+            before += n;
         }
     }
+}
+
+#[inline(always)]
+fn largest<S: Simd>(s: S, scores: &[f32]) -> f32 {
+    let (chunks, rest) = scores.split_at(scores.len() / S::LANES * S::LANES);
+    let mut tops = s.splat(f32::NEG_INFINITY);
+    for chunk in chunks.chunks_exact(S::LANES) {
+        // SAFETY: a chunk has LANES scores.
+        tops = s.max(tops, unsafe { s.load(chunk.as_ptr()) });
+    }
+    let mut top = s.max_lanes(tops);
+    for &score in rest {
+        top = top.max(score);
+    }
+    top
+}
+
+/// The sum of `e^(score - top)`.
+#[inline(always)]
+fn sum_of_exponentials<S: Simd>(s: S, scores: &[f32], top: f32) -> f32 {
+    let (chunks, rest) = scores.split_at(scores.len() / S::LANES * S::LANES);
+    let mut sums = s.splat(0.0);
+    for chunk in chunks.chunks_exact(S::LANES) {
+        // SAFETY: a chunk has LANES scores.
+        sums = s.add(sums, s.exp(s.sub(unsafe { s.load(chunk.as_ptr()) }, s.splat(top))));
+    }
+    let mut sum = s.sum_lanes(sums);
+    for &score in rest {
+        sum += (score - top).exp();
+    }
+    sum
 }
 
 /// The `k` indices of highest score (all of them if there are fewer), ascending. Ties go to the lower index, so
 /// the choice depends on the scores alone. Scores are ordered by `f32::total_cmp`: `+NaN` counts as the
 /// highest.
 pub fn top_k(scores: &[f32], k: usize) -> Vec<u32> {
-    assert!(u32::try_from(scores.len()).is_ok(), "{} scores: indices are 32-bit", scores.len());
-    let k = k.min(scores.len());
-    if k == 0 {
-        return Vec::new();
-    }
-    // A smaller rank is better; ranks are distinct because the index is a part of them. The k-th best rank
-    // then splits the list, and one more walk over the scores finds the winners in order.
-    let mut ranks: Vec<u64> = scores.iter().enumerate().map(|(i, &s)| rank(s, i)).collect();
-    let last = *ranks.select_nth_unstable(k - 1).1;
-    let mut out = Vec::with_capacity(k);
-    out.extend(scores.iter().enumerate().filter(|&(i, &s)| rank(s, i) <= last).map(|(i, _)| i as u32));
-    out
+    top_tokens(scores, &[(scores.len(), 1)], k)
 }
 
 /// Like [`top_k`] for blocks of different sizes: `spans` are runs of blocks `(count, tokens of each)` that cover
@@ -79,26 +118,107 @@ pub fn top_k(scores: &[f32], k: usize) -> Vec<u32> {
 /// fewer).
 pub fn top_tokens(scores: &[f32], spans: &[(usize, usize)], tokens: usize) -> Vec<u32> {
     assert_eq!(spans.iter().map(|span| span.0).sum::<usize>(), scores.len(), "spans cover the scores");
-    if let [(_, size)] = spans {
-        return top_k(scores, tokens.div_ceil(*size));
+    assert!(u32::try_from(scores.len()).is_ok(), "{} scores: indices are 32-bit", scores.len());
+    if tokens == 0 {
+        return Vec::new();
     }
-    let sizes = spans.iter().flat_map(|&(count, size)| std::iter::repeat_n(size, count));
-    let mut ranks: Vec<(u64, usize)> =
-        scores.iter().zip(sizes).enumerate().map(|(i, (&s, size))| (rank(s, i), size)).collect();
-    ranks.sort_unstable();
-    let enough = ranks.iter().scan(0, |held, (_, size)| (*held < tokens).then(|| *held += size)).count();
-    let mut out: Vec<u32> = ranks[..enough].iter().map(|&(rank, _)| rank as u32).collect();
-    out.sort_unstable();
+    // The choice is of integers: it is the same with every instruction set.
+    dispatch(Isa::current(), Choose { scores, spans, tokens })
+}
+
+struct Choose<'a> {
+    scores: &'a [f32],
+    spans: &'a [(usize, usize)],
+    tokens: usize,
+}
+
+/// Plain loops over slices: inside [`dispatch`] the compiler turns them into vectors of the instruction set.
+impl Kernel for Choose<'_> {
+    type Output = Vec<u32>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Vec<u32> {
+        let mut keys = vec![0; self.scores.len()];
+        for (key, score) in keys.iter_mut().zip(self.scores) {
+            *key = rising(*score);
+        }
+        // The highest key such that the blocks from it on hold enough; those above it do not. Its bits from the
+        // highest down, each set if the blocks from what that makes on still hold enough.
+        let smallest = self.spans.iter().map(|span| span.1).min().unwrap_or(0);
+        let mut last = 0u32;
+        for bit in (0..u32::BITS).rev() {
+            let candidate = last | 1 << bit;
+            let tokens = held(&keys, self.spans, |key| key >= signed(candidate)).0;
+            if tokens >= self.tokens {
+                last = candidate;
+                if tokens - smallest < self.tokens {
+                    break; // Not one less would do: the search is over.
+                }
+            }
+        }
+        let last = signed(last);
+        let (tokens, blocks) = held(&keys, self.spans, |key| key >= last);
+        if tokens < self.tokens + smallest {
+            return indices(&keys, blocks, |_, key| key >= last);
+        }
+        // All above it, and as many equal to it, from the front, as are still wanted.
+        let mut sum = held(&keys, self.spans, |key| key > last).0;
+        let mut ends = self.spans.iter().scan(0, |end, &(count, size)| {
+            *end += count;
+            Some((*end, size))
+        });
+        let mut span = (0, 0);
+        indices(&keys, blocks, |i, key| {
+            while i >= span.0 {
+                span = ends.next().expect("spans cover the scores");
+            }
+            let tie = key == last && sum < self.tokens;
+            sum += if tie { span.1 } else { 0 };
+            key > last || tie
+        })
+    }
+}
+
+/// Indices of the keys to `take`, rising: at most `most`.
+#[inline(always)]
+fn indices(keys: &[i32], most: usize, mut take: impl FnMut(usize, i32) -> bool) -> Vec<u32> {
+    // One more place: a loop without branches also writes what it does not take.
+    let (mut out, mut n) = (vec![0; most + 1], 0);
+    for (i, &key) in keys.iter().enumerate() {
+        out[n] = i as u32;
+        n += usize::from(take(i, key));
+    }
+    out.truncate(n);
     out
 }
 
-/// Orders by falling score, then by rising index.
+/// A number that orders like the scores by `f32::total_cmp`.
 #[inline(always)]
-fn rank(score: f32, index: usize) -> u64 {
-    let bits = score.to_bits();
-    // Rising order of floats as unsigned integers: flip all of a negative number, the sign of the others.
-    let rising = bits ^ (((bits as i32 >> 31) as u32) | 1 << 31);
-    u64::from(!rising) << 32 | index as u64
+fn rising(score: f32) -> i32 {
+    let bits = score.to_bits() as i32;
+    bits ^ ((bits >> 31) as u32 >> 1) as i32
+}
+
+/// The key that is the `order`-th of all.
+#[inline(always)]
+fn signed(order: u32) -> i32 {
+    (order ^ 1 << 31) as i32
+}
+
+/// Tokens and number of the blocks whose keys are `wanted`.
+#[inline(always)]
+fn held(keys: &[i32], spans: &[(usize, usize)], wanted: impl Fn(i32) -> bool) -> (usize, usize) {
+    let (mut tokens, mut blocks, mut before) = (0, 0, 0);
+    for &(count, size) in spans {
+        let mut n = 0u32;
+        for &key in &keys[before..before + count] {
+            n += u32::from(wanted(key));
+        }
+        before += count;
+        tokens += n as usize * size;
+        blocks += n as usize;
+    }
+    (tokens, blocks)
 }
 
 #[cfg(test)]
@@ -124,12 +244,49 @@ mod tests {
         }
     }
 
+    #[test]
+    fn importance_does_not_depend_on_the_runs() {
+        let (rows, runs) = (3, [16, 5, 40]);
+        let score = |row: usize, b: usize| ((row * 61 + b) as f32 * 0.7).sin() * 30.0;
+        let whole: Vec<f32> = (0..rows * 61).map(|i| score(i / 61, i % 61)).collect();
+        let mut in_runs = vec![];
+        for (run, before) in runs.iter().zip([0, 16, 21]) {
+            in_runs.extend((0..rows * run).map(|i| score(i / run, before + i % run)));
+        }
+        let (mut want, mut got) = (vec![0.0; 61], vec![0.0; 61]);
+        importance(Isa::current(), &whole, &mut want);
+        importance_of_runs(Isa::current(), &in_runs, &runs, &mut got);
+        for (got, want) in got.iter().zip(want) {
+            assert!((got - want).abs() < 1e-5, "{got} for {want}");
+        }
+    }
+
     use proptest::prelude::*;
+
+    /// The slow way, blocks of different sizes: sort everything, and take until there is enough.
+    fn sorted_tokens(scores: &[f32], spans: &[(usize, usize)], tokens: usize) -> Vec<u32> {
+        let sizes: Vec<usize> = spans.iter().flat_map(|&(n, size)| std::iter::repeat_n(size, n)).collect();
+        let (mut out, mut held) = (vec![], 0);
+        for b in sorted_order(scores) {
+            if held >= tokens {
+                break;
+            }
+            held += sizes[b as usize];
+            out.push(b);
+        }
+        out.sort_unstable();
+        out
+    }
+
+    fn sorted_order(scores: &[f32]) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
+        order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
+        order
+    }
 
     /// The slow way: sort everything.
     fn sorted(scores: &[f32], k: usize) -> Vec<u32> {
-        let mut order: Vec<u32> = (0..scores.len() as u32).collect();
-        order.sort_by(|&a, &b| scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b)));
+        let mut order = sorted_order(scores);
         order.truncate(k);
         order.sort_unstable();
         order
@@ -154,6 +311,17 @@ mod tests {
             3 => -4i8..4, 1 => any::<i8>()], 0..300), k in 0usize..320) {
             let scores: Vec<f32> = scores.iter().map(|&s| f32::from(s) / 3.0).collect();
             prop_assert_eq!(top_k(&scores, k), sorted(&scores, k));
+        }
+
+        #[test]
+        fn blocks_of_different_sizes(
+            spans in prop::collection::vec((0usize..40, prop::sample::select(vec![4usize, 8, 16])), 0..5),
+            seed in any::<u32>(), tokens in 0usize..900,
+        ) {
+            let count: usize = spans.iter().map(|span| span.0).sum();
+            let scores: Vec<f32> =
+                (0..count as u32).map(|i| ((i ^ seed).wrapping_mul(0x9e37_79b9) >> 28) as f32).collect();
+            prop_assert_eq!(top_tokens(&scores, &spans, tokens), sorted_tokens(&scores, &spans, tokens));
         }
 
         #[test]

@@ -44,6 +44,16 @@ pub(crate) trait Simd: Copy {
         [self.sum_lanes(a[0]), self.sum_lanes(a[1]), self.sum_lanes(a[2]), self.sum_lanes(a[3])]
     }
 
+    /// The same of sixteen.
+    #[inline(always)]
+    fn sum_lanes16(self, a: [Self::V; 16]) -> [f32; 16] {
+        let mut sums = [0.0; 16];
+        for i in [0, 4, 8, 12] {
+            sums[i..i + 4].copy_from_slice(&self.sum_lanes4([a[i], a[i + 1], a[i + 2], a[i + 3]]));
+        }
+        sums
+    }
+
     /// # Safety
     /// `p` is valid for reading `LANES` f32.
     unsafe fn load(self, p: *const f32) -> Self::V;

@@ -73,15 +73,13 @@ impl AttnState {
         }
     }
 
-    /// Replaces each row's accumulator `[C]` by `turn(acc)` `[channels]`: how a segment's rotation is undone
-    /// before its state meets others. Linear maps commute with the weighted sum, so the state stays exact.
+    /// Replaces the accumulators `[R, C]` by `turn(acc, out)`, which writes `[R, channels]`: how a segment's rotation is
+    /// undone before its state meets others. Linear maps commute with the weighted sum, so the state stays exact.
     pub fn turned(&self, channels: usize, turn: impl Fn(&[f32], &mut [f32])) -> AttnState {
         let mut out = AttnState::new(self.rows(), channels);
         out.max.copy_from_slice(&self.max);
         out.sum.copy_from_slice(&self.sum);
-        for (from, to) in self.acc.chunks_exact(self.channels).zip(out.acc.chunks_exact_mut(channels)) {
-            turn(from, to);
-        }
+        turn(&self.acc, &mut out.acc);
         out
     }
 

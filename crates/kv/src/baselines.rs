@@ -100,14 +100,20 @@ impl Plan {
 }
 
 /// One token: `queries` `[H, D]`. Tasks are runs of tokens of one head; their states are merged in order.
-pub(crate) fn decode(step: Step, heads: &[Box<dyn Head>], queries: &[f32], out: &mut [f32]) -> u64 {
+pub(crate) fn decode(
+    step: Step,
+    states: &mut Vec<AttnState>,
+    heads: &[Box<dyn Head>],
+    queries: &[f32],
+    out: &mut [f32],
+) -> u64 {
     let (group, d, isa) = (step.shape.group(), step.shape.head_dim, step.isa);
     let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
     let mut plans: Vec<Plan> = heads.iter().map(|_| Plan::default()).collect();
     step.pool
         .for_each(&mut plans, |g, plan| *plan = heads[g].plan(isa, &scaled[g * group * d..][..group * d]));
     let runs = heads[0].runs();
-    let states = cleared(step.states, heads.len() * runs, group, d);
+    let states = cleared(states, heads.len() * runs, group, d);
     step.pool.for_each(states, |task, state| {
         let g = task / runs;
         heads[g].fold(isa, &plans[g], task % runs, state);

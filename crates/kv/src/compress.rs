@@ -8,7 +8,7 @@ use crate::baselines::{
 };
 use crate::exact::ExactHead;
 use crate::packed::PackedHead;
-use crate::{KvCache, KvError, KvFormat, KvShape, Layer};
+use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
 use std::thread::{self, JoinHandle};
@@ -131,7 +131,8 @@ impl KvCache {
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
             learning: self.learning.clone(),
             encoding: Encoding::default(),
-            states: Vec::new(),
+            phases: Phases::default(),
+            working: Working::default(),
         })
     }
 

@@ -4,6 +4,7 @@
 use crate::{KvBytes, Step, cleared};
 use mosaickv_kernels::AttnState;
 use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend, attend_pages};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Pages that one task of a decode step folds (1,024 tokens). Fixed, so that the order of additions, and with it
@@ -98,6 +99,11 @@ impl ExactHead {
         self.dropped + self.sealed.len() + 1
     }
 
+    /// Pages of the sequence that the newest token sees.
+    fn seen(&self) -> Range<usize> {
+        self.first_page(self.tokens().saturating_sub(1))..self.page_count()
+    }
+
     /// What rows from position `position` on see of page `i`.
     fn visible(&self, i: usize, position: usize, rows_per_token: usize) -> Visible {
         let first = (position + 1) as isize - (i * PAGE_TOKENS) as isize;
@@ -125,32 +131,70 @@ impl ExactHead {
     }
 }
 
-/// One token: `queries` `[H, D]`. Tasks are runs of pages of one KV head; their states are merged in order.
-pub(crate) fn decode(step: Step, heads: &[ExactHead], queries: &[f32], out: &mut [f32]) -> u64 {
-    let (group, d) = (step.shape.group(), step.shape.head_dim);
-    let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
-    let newest = heads[0].tokens().saturating_sub(1);
-    let (seen, end) = (heads[0].first_page(newest), heads[0].page_count());
-    let runs = (end - seen).div_ceil(PAGES_PER_TASK);
-    let states = cleared(step.states, heads.len() * runs, group, d);
-    step.pool.for_each(states, |task, state| {
-        let (head, queries) = (&heads[task / runs], &scaled[task / runs * group * d..][..group * d]);
-        let first = seen + task % runs * PAGES_PER_TASK;
-        let mut pages = first..end.min(first + PAGES_PER_TASK);
-        if head.window.is_some() && first == seen {
+/// One cache in a step.
+pub(crate) struct Lane<'a> {
+    pub(crate) heads: &'a [ExactHead],
+    /// `[H, D]`
+    pub(crate) queries: &'a [f32],
+    /// Likewise.
+    pub(crate) out: &'a mut [f32],
+    pub(crate) states: &'a mut Vec<AttnState>,
+    /// Bytes read, to be added to.
+    pub(crate) read: &'a mut u64,
+}
+
+/// Some pages of one head, to be folded.
+struct Run<'a> {
+    head: &'a ExactHead,
+    queries: &'a [f32],
+    /// Whether they begin with the first page that is seen.
+    begins: bool,
+    pages: Range<usize>,
+    state: &'a mut AttnState,
+}
+
+/// One token in each of some caches. Tasks are runs of pages of one KV head; their states are merged in order.
+pub(crate) fn decode(step: Step, lanes: &mut [Lane]) {
+    let of_head = step.shape.group() * step.shape.head_dim;
+    let scaled: Vec<Vec<f32>> =
+        lanes.iter().map(|lane| lane.queries.iter().map(|q| q * step.scale).collect()).collect();
+    let mut runs = vec![];
+    for (lane, queries) in lanes.iter_mut().zip(&scaled) {
+        let seen = lane.heads[0].seen();
+        let count = seen.len().div_ceil(PAGES_PER_TASK);
+        let states = cleared(lane.states, lane.heads.len() * count, step.shape.group(), step.shape.head_dim);
+        let heads = lane.heads.iter().zip(queries.chunks_exact(of_head)).zip(states.chunks_exact_mut(count));
+        for ((head, queries), states) in heads {
+            for (first, state) in seen.clone().step_by(PAGES_PER_TASK).zip(states) {
+                let pages = first..seen.end.min(first + PAGES_PER_TASK);
+                runs.push(Run { head, queries, begins: first == seen.start, pages, state });
+            }
+        }
+    }
+    step.pool.for_each(&mut runs, |_, run| run.fold(step));
+    for Lane { heads, out, states, read, .. } in lanes {
+        let count = states.len() / heads.len();
+        for (states, out) in states.chunks_exact_mut(count).zip(out.chunks_exact_mut(of_head)) {
+            let (first, rest) = states.split_first_mut().expect("a head has at least its open page");
+            rest.iter().for_each(|state| first.merge(state));
+            first.finish(out);
+        }
+        let of_head = |head: &ExactHead| head.seen().map(|i| head.page(i).bytes_read() as u64).sum::<u64>();
+        **read += heads.iter().map(of_head).sum::<u64>();
+    }
+}
+
+impl Run<'_> {
+    fn fold(&mut self, step: Step) {
+        let (head, mut pages) = (self.head, self.pages.clone());
+        if head.window.is_some() && self.begins {
             // The window may begin inside its first page.
-            attend(step.isa, queries, head.page(first), head.visible(first, newest, group), state);
+            let visible = head.visible(pages.start, head.tokens().saturating_sub(1), step.shape.group());
+            attend(step.isa, self.queries, head.page(pages.start), visible, self.state);
             pages.start += 1;
         }
-        attend_pages(step.isa, queries, pages.map(|i| head.page(i)), state);
-    });
-    for (states, out) in states.chunks_exact_mut(runs).zip(out.chunks_exact_mut(group * d)) {
-        let (first, rest) = states.split_first_mut().expect("a head has at least its open page");
-        rest.iter().for_each(|state| first.merge(state));
-        first.finish(out);
+        attend_pages(step.isa, self.queries, pages.map(|i| head.page(i)), self.state);
     }
-    let read = |head: &ExactHead| (seen..end).map(|i| head.page(i).bytes_read() as u64).sum::<u64>();
-    heads.iter().map(read).sum()
 }
 
 /// Many tokens: `queries` `[T, H, D]`. A task takes a block of positions in every head and never holds more

@@ -35,7 +35,7 @@ pub use format::{KvFormat, KvFormats};
 pub use inspect::SegmentInfo;
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
-pub use packed::{Packed, SINKS};
+pub use packed::{Packed, Phases, SINKS};
 pub use rotation::Basis;
 
 /// Query heads that may share a KV head.
@@ -210,8 +210,24 @@ pub struct KvCache {
     learning: Learning,
     /// The layer that is being compressed.
     encoding: Encoding,
-    /// Partial attention states, kept for their allocations.
+    phases: Phases,
+    working: Working,
+}
+
+/// Working memory of decode steps, kept for its allocations.
+#[derive(Debug, Default)]
+struct Working {
+    /// Partial attention states.
     states: Vec<AttnState>,
+    /// Of each KV head.
+    packed: Vec<packed::Work>,
+}
+
+/// A copy of a cache begins without.
+impl Clone for Working {
+    fn clone(&self) -> Working {
+        Working::default()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -245,7 +261,8 @@ impl KvCache {
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
             learning: Learning::default(),
             encoding: Encoding::default(),
-            states: Vec::new(),
+            phases: Phases::default(),
+            working: Working::default(),
         })
     }
 
@@ -366,27 +383,37 @@ impl KvCache {
     pub fn attend(&mut self, pool: &Pool, layer: usize, queries: &[f32], out: &mut [f32]) {
         let row = self.shape.heads * self.shape.head_dim;
         let tokens = queries.len() / row;
+        if tokens == 1 {
+            return attend_each(&mut [self], pool, layer, queries, out);
+        }
         assert_eq!(queries.len(), tokens * row, "queries are not rows of {row}");
         assert_eq!(out.len(), queries.len(), "output of the wrong length");
         assert!(tokens <= self.layers[layer].tokens(), "{tokens} queries for fewer tokens in the cache");
-        let scale = (self.shape.head_dim as f32).sqrt().recip();
-        if let (Some(recent), Layer::Exact(_)) = (&mut self.recent, &self.layers[layer]) {
-            recent[layer].push(queries, row);
-        }
-        let step = Step { shape: self.shape, isa: self.isa, pool, states: &mut self.states, scale };
-        self.bytes_read += match &self.layers[layer] {
-            Layer::Exact(heads) if tokens > 1 => exact::prefill(step, heads, queries, out),
-            Layer::Exact(heads) => exact::decode(step, heads, queries, out),
-            Layer::Packed(heads) => {
-                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
-                packed::decode(step, heads, queries, out)
-            }
-            Layer::Baseline(heads) => {
-                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
-                baselines::decode(step, heads, queries, out)
-            }
+        self.observe(layer, queries);
+        let step = self.step(pool);
+        let Layer::Exact(heads) = &self.layers[layer] else {
+            panic!("a compressed layer takes one token at a time, got {tokens}");
         };
+        self.bytes_read += exact::prefill(step, heads, queries, out);
         self.forget(layer);
+    }
+
+    /// Remembers queries of a layer that is not compressed yet, if they are to be remembered.
+    fn observe(&mut self, layer: usize, queries: &[f32]) {
+        if let (Some(recent), Layer::Exact(_)) = (&mut self.recent, &self.layers[layer]) {
+            recent[layer].push(queries, self.shape.heads * self.shape.head_dim);
+        }
+    }
+
+    fn step<'a>(&self, pool: &'a Pool) -> Step<'a> {
+        let scale = (self.shape.head_dim as f32).sqrt().recip();
+        Step { shape: self.shape, isa: self.isa, pool, scale }
+    }
+
+    /// Time spent in the phases of attention over packed segments since it was made; a step that several caches take
+    /// together counts in each of them.
+    pub fn phases(&self) -> Phases {
+        self.phases
     }
 
     /// Bytes that attention has read from this cache since it was made: keys, values, bitmaps, block keys and
@@ -458,12 +485,65 @@ impl Layer {
     }
 }
 
-/// What one call of `attend` works with.
+/// Attention for one new token in each of several caches of one shape, together: `queries` `[B, H, D]`, of which row
+/// `i` belongs to the newest token of `caches[i]`; `out` likewise. To the bit what [`KvCache::attend`] gives for each
+/// alone, but a pool's threads share out the work of all caches, which may be in different formats.
+pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queries: &[f32], out: &mut [f32]) {
+    let Some(first) = caches.first() else { return assert!(queries.is_empty(), "queries of no cache") };
+    let (shape, step) = (first.shape, first.step(pool));
+    let (row, of_head) = (shape.heads * shape.head_dim, shape.group() * shape.head_dim);
+    assert_eq!(queries.len(), caches.len() * row, "queries are not {} rows of {row}", caches.len());
+    assert_eq!(out.len(), queries.len(), "output of the wrong length");
+    let (mut exact, mut packed) = (vec![], vec![]);
+    let rows = queries.chunks_exact(row).zip(out.chunks_exact_mut(row));
+    for (cache, (queries, out)) in caches.iter_mut().zip(rows) {
+        assert!((cache.shape, cache.isa) == (shape, step.isa), "caches of different shapes or kernels");
+        assert!(cache.layers[layer].tokens() > 0, "a query for no token in the cache");
+        cache.observe(layer, queries);
+        let KvCache { layers, working, bytes_read, .. } = &mut **cache;
+        match &layers[layer] {
+            Layer::Exact(heads) => {
+                exact.push(exact::Lane {
+                    heads,
+                    queries,
+                    out,
+                    states: &mut working.states,
+                    read: bytes_read,
+                });
+            }
+            Layer::Packed(heads) => {
+                working.packed.resize_with(heads.len(), Default::default);
+                let rows = queries.chunks_exact(of_head).zip(out.chunks_exact_mut(of_head));
+                let lanes = heads.iter().zip(&mut working.packed).zip(rows);
+                packed.extend(lanes.map(|((head, work), (queries, out))| packed::Lane {
+                    head,
+                    queries,
+                    out,
+                    work,
+                }));
+            }
+            Layer::Baseline(heads) => {
+                *bytes_read += baselines::decode(step, &mut working.states, heads, queries, out);
+            }
+        }
+    }
+    exact::decode(step, &mut exact);
+    let phases = packed::decode(step, &mut packed);
+    for cache in caches {
+        if let Layer::Packed(_) = cache.layers[layer] {
+            cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
+            cache.phases.add(phases);
+        }
+        cache.forget(layer);
+    }
+}
+
+/// What one step of attention goes by.
+#[derive(Clone, Copy)]
 struct Step<'a> {
     shape: KvShape,
     isa: Isa,
     pool: &'a Pool,
-    states: &'a mut Vec<AttnState>,
     scale: f32,
 }
 

@@ -23,7 +23,8 @@ use mosaickv_kernels::packed::{BLOCKS, PackedError, PackedShape};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-pub(crate) use attend::decode;
+pub use attend::Phases;
+pub(crate) use attend::{Lane, Work, decode};
 pub(crate) use segment::Segment;
 pub(crate) use strategy::Sums;
 

@@ -1,7 +1,7 @@
 //! The cache against its oracle, over its whole life.
 
 use mosaickv_kernels::{Isa, Pool, oracle as kernels};
-use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, Packed};
+use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, Packed, attend_each};
 
 /// 48 of whose channels are stored.
 const D: usize = 64;
@@ -160,6 +160,42 @@ fn threads_do_not_change_a_bit() {
             .into();
         assert_eq!(outs[0], outs[1]);
         assert_eq!(outs[0], outs[2]);
+    }
+}
+
+/// Caches of all kinds and lengths, some with several segments, in one step: each gets what it would get alone.
+#[test]
+fn a_step_together_changes_not_a_bit() {
+    let formats = [
+        (packed(1, 8, 0.1), 2000, 70),
+        (KvFormat::Exact, 700, 3),
+        (KvFormat::Packed(Packed { segment: 512, group: 2, ..Packed::default() }), 1500, 5),
+        ("quest:dense=0".parse().unwrap(), 300, 0),
+        (packed(4, 16, 0.5), 3, 1),
+        (KvFormat::Exact, 5000, 0),
+    ];
+    let caches = |pool: &Pool| -> Vec<KvCache> {
+        let of = |&(format, prompt, more)| fed(format, pool, Isa::current(), (prompt, more)).cache;
+        formats.iter().map(of).collect()
+    };
+    let alone = Pool::new(1);
+    let queries = rows(9, formats.len(), Q_ROW);
+    let mut want = vec![0.0; queries.len()];
+    let mut one_by_one = caches(&alone);
+    let rows = queries.chunks_exact(Q_ROW).zip(want.chunks_exact_mut(Q_ROW));
+    one_by_one.iter_mut().zip(rows).for_each(|(cache, (q, out))| cache.attend(&alone, 1, q, out));
+    for threads in [1, 2, 3] {
+        let pool = Pool::new(threads);
+        let mut together = caches(&pool);
+        // The second time working memory is there already, and must not show.
+        for time in 1..3 {
+            let mut out = vec![f32::NAN; queries.len()];
+            attend_each(&mut together.iter_mut().collect::<Vec<_>>(), &pool, 1, &queries, &mut out);
+            assert_eq!(out, want, "{threads} threads, time {time}");
+            for (a, b) in together.iter().zip(&one_by_one) {
+                assert_eq!(a.bytes_read(), time * b.bytes_read());
+            }
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::forward::{BLOCK_TOKENS, Forward, Projected};
 use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing};
+use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, attend_each};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -135,7 +135,8 @@ impl<'a> Sequence<'a> {
         &self.cache
     }
 
-    /// Time spent in the cache so far: storing keys and values, compressing, and attention.
+    /// Time spent in the cache so far: storing keys and values, compressing, and attention. A step that several
+    /// sequences take together counts in each of them.
     pub fn attention_time(&self) -> Duration {
         self.attention
     }
@@ -293,17 +294,19 @@ fn layers_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<Vec<f3
         assert!(std::ptr::eq(sequence.model, pass.model), "sequences of different models");
         sequence.check(&[token])?;
     }
-    let (of_queries, of_keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let of_keys = shape.kv_heads * shape.head_dim;
     let positions: Vec<usize> = sequences.iter().map(|sequence| sequence.cache.tokens()).collect();
     let hidden = pass.layers(tokens, positions.iter().copied(), &mut |l, all, out| {
-        for (i, (sequence, out)) in sequences.iter_mut().zip(out.chunks_exact_mut(of_queries)).enumerate() {
-            let start = Instant::now();
-            let cache = &mut sequence.cache;
-            let keys = i * of_keys..(i + 1) * of_keys;
-            cache.append(pass.pool, l, &all.keys[keys.clone()], &all.values[keys])?;
-            cache.attend(pass.pool, l, &all.queries[i * of_queries..][..of_queries], out);
-            sequence.attention += start.elapsed();
+        let start = Instant::now();
+        let rows = all.keys.chunks_exact(of_keys).zip(all.values.chunks_exact(of_keys));
+        for (sequence, (keys, values)) in sequences.iter_mut().zip(rows) {
+            sequence.cache.append(pass.pool, l, keys, values)?;
         }
+        let mut caches: Vec<&mut KvCache> =
+            sequences.iter_mut().map(|sequence| &mut sequence.cache).collect();
+        attend_each(&mut caches, pass.pool, l, &all.queries, out);
+        let waited = start.elapsed();
+        sequences.iter_mut().for_each(|sequence| sequence.attention += waited);
         Ok(())
     })?;
     sequences.iter_mut().for_each(|sequence| sequence.between_steps());

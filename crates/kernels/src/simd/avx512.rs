@@ -96,6 +96,26 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn sum_lanes16(self, a: [__m512; 16]) -> [f32; 16] {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            // Lane `4 * q + i` of each is a quarter of the sum of vector `i` of its four.
+            let mut fours = [_mm512_setzero_ps(); 4];
+            for i in 0..4 {
+                let (a, b, c, d) = (a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3]);
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                fours[i] =
+                    _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+            }
+            let [a, b, c, d] = fours;
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+            let x = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+            std::mem::transmute::<__m512, [f32; 16]>(x)
+        }
+    }
+    #[inline(always)]
     unsafe fn load(self, p: *const f32) -> __m512 {
         // SAFETY: see the head of this impl.
         unsafe { _mm512_loadu_ps(p) }

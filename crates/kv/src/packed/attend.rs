@@ -1,177 +1,260 @@
 //! One decode step over packed segments: score the token blocks, select, attend (paper, s. 4 and s. 5).
 //!
-//! Blocks of all segments of a head compete with each other. Tasks are runs of pages of one segment, first to score,
-//! then to attend; partial states are merged in order within a segment, leave its rotation, and meet the other
-//! segments and the exact tokens as attention states.
+//! Blocks of all segments of a head compete with each other. The step is five jobs of the pool, each over all heads of
+//! all caches that take it together: turn the queries (and attend to the exact tokens), score, select, attend, merge.
+//! Scores are made by runs of pages, attention by runs of selected blocks; partial states are merged in order within a
+//! segment, leave its rotation, and meet the other segments and the exact tokens as attention states. Runs are cut by
+//! tokens alone, so that results depend neither on threads nor on the other caches.
 
 use super::PackedHead;
 use super::segment::Segment;
-use crate::{MOST_QUERIES, Step, cleared};
+use crate::{Step, cleared};
 use mosaickv_kernels::exact::{self, Visible};
-use mosaickv_kernels::packed::{Ahead, attend_blocks, score_blocks};
+use mosaickv_kernels::packed::{PackedPage, attend_selected, score_pages};
 use mosaickv_kernels::rotate::rotate;
-use mosaickv_kernels::select::{importance, top_tokens};
+use mosaickv_kernels::select::{importance_of_runs, top_tokens};
 use mosaickv_kernels::{AttnState, Isa};
-use std::ops::Range;
-
-/// Packed pages that one task of a decode step attends to; fixed, so that results do not depend on threads.
-const PAGES_PER_TASK: usize = 16;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Packed pages whose blocks one task scores.
 const SCORED_PER_TASK: usize = 64;
 
-/// Scores of a page at most: 16 blocks of 4 tokens, for the largest group of query heads.
-const MOST_SCORES: usize = 16 * MOST_QUERIES;
+/// Tokens that one task of a decode step attends to.
+const ATTENDED_PER_TASK: usize = 512;
 
-/// Some pages of one segment of one head.
-struct Run<'a> {
-    head: usize,
-    segment: &'a Segment,
-    /// Of the segment among its head's.
-    index: usize,
-    pages: Range<usize>,
-    /// Token blocks of the head before the segment.
-    before: u32,
+/// Time that a cache waited for the phases of attention over packed segments, in all layers and steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Phases {
+    /// Queries are turned into the segments' channels, and sinks and update buffer attended to.
+    pub turn: Duration,
+    /// Block keys are scored.
+    pub score: Duration,
+    /// Blocks are selected.
+    pub select: Duration,
+    /// Selected blocks are attended to.
+    pub attend: Duration,
+    /// Outputs leave the segments' channels and are merged.
+    pub merge: Duration,
 }
 
-/// The pages of all heads, at most `most` a run, in order.
-fn runs(heads: &[PackedHead], most: usize) -> Vec<Run<'_>> {
-    let mut runs = Vec::new();
-    for (head, of) in heads.iter().enumerate() {
-        let mut before = 0;
-        for (index, segment) in of.segments.iter().enumerate() {
-            for first in (0..segment.pages.len()).step_by(most) {
-                let pages = first..segment.pages.len().min(first + most);
-                runs.push(Run { head, segment, index, pages, before });
-            }
-            before += segment.blocks() as u32;
-        }
-    }
-    runs
-}
-
-impl Run<'_> {
-    /// Scores of the run's blocks, `[R, blocks]`, for queries `[R, C]` in the segment's rotation.
-    fn score(&self, isa: Isa, queries: &[f32]) -> Vec<f32> {
-        let rows = queries.len() / self.segment.strategy.shape.channels();
-        let pages = &self.segment.pages[self.pages.clone()];
-        let starts = &self.segment.starts[self.pages.start..=self.pages.end];
-        let blocks = (starts[pages.len()] - starts[0]) as usize;
-        let mut scores = vec![0.0; rows * blocks];
-        let mut of_page = [0.0; MOST_SCORES];
-        for (i, (page, start)) in pages.iter().zip(starts).enumerate() {
-            for (distance, ahead) in [(12, Ahead::Header), (6, Ahead::BlockKeys)] {
-                if let Some(page) = pages.get(i + distance) {
-                    page.prefetch(isa, ahead);
-                }
-            }
-            let of_page = &mut of_page[..rows * page.blocks()];
-            score_blocks(isa, queries, page, of_page);
-            for (r, of_row) in of_page.chunks_exact(page.blocks()).enumerate() {
-                let at = r * blocks + (start - starts[0]) as usize;
-                scores[at..at + of_row.len()].copy_from_slice(of_row);
-            }
-        }
-        scores
-    }
-
-    /// Attends to the run's selected blocks. `selected` are blocks of the head, ascending.
-    fn attend(&self, isa: Isa, queries: &[f32], selected: &[u32], state: &mut AttnState) {
-        let starts = self.segment.starts[self.pages.start..=self.pages.end].windows(2);
-        let chosen: Vec<_> = self.segment.pages[self.pages.clone()]
-            .iter()
-            .zip(starts)
-            .map(|(page, of)| (page, mask(selected, self.before + of[0]..self.before + of[1])))
-            .filter(|&(_, mask)| mask != 0)
-            .collect();
-        for (i, &(page, mask)) in chosen.iter().enumerate() {
-            for distance in if i == 0 { 1..=2 } else { 2..=2 } {
-                if let Some((page, mask)) = chosen.get(i + distance) {
-                    page.prefetch(isa, Ahead::Blocks(*mask));
-                }
-            }
-            attend_blocks(isa, queries, page, mask, state);
-        }
+impl Phases {
+    pub(crate) fn add(&mut self, more: Phases) {
+        self.turn += more.turn;
+        self.score += more.score;
+        self.select += more.select;
+        self.attend += more.attend;
+        self.merge += more.merge;
     }
 }
 
-/// Which of `blocks` (at most 32) are selected, as a mask.
-fn mask(selected: &[u32], blocks: Range<u32>) -> u32 {
-    let from = selected.partition_point(|&b| b < blocks.start);
-    selected[from..].iter().take_while(|&&b| b < blocks.end).fold(0, |mask, b| mask | 1 << (b - blocks.start))
+/// What a step works with in one head, kept between steps for its allocations.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    /// Queries `[R, D]`, scaled.
+    scaled: Vec<f32>,
+    /// The same in the key channels of each segment, `[R, C]` one after the other.
+    turned: Vec<f32>,
+    /// Token blocks of each run that was scored.
+    runs: Vec<usize>,
+    /// Of each run, `[R, blocks]`.
+    scores: Vec<f32>,
+    /// Of each block, over all rows.
+    best: Vec<f32>,
+    /// Blocks of the head to attend to, ascending.
+    selected: Vec<u32>,
+    /// One state: the exact tokens, in the end all.
+    whole: Vec<AttnState>,
+    /// Of each run of selected blocks, in its segment's value channels.
+    parts: Vec<AttnState>,
+    /// Bytes that the step reads.
+    pub(crate) read: u64,
 }
 
-/// One token: `queries` `[H, D]`; `out` likewise. Returns bytes read.
-pub(crate) fn decode(step: Step, heads: &[PackedHead], queries: &[f32], out: &mut [f32]) -> u64 {
-    let (group, d, isa) = (step.shape.group(), step.shape.head_dim, step.isa);
-    let scaled: Vec<f32> = queries.iter().map(|q| q * step.scale).collect();
-    let of_head = |g: usize| &scaled[g * group * d..][..group * d];
-    // Of each head and segment, [R, C].
-    let rotated: Vec<Vec<Vec<f32>>> = (heads.iter().enumerate())
-        .map(|(g, head)| head.segments.iter().map(|segment| turn(isa, of_head(g), segment, d)).collect())
-        .collect();
-    let mut scored: Vec<_> = runs(heads, SCORED_PER_TASK).into_iter().map(|run| (run, vec![])).collect();
-    step.pool.for_each(&mut scored, |_, (run, scores)| {
-        *scores = run.score(isa, &rotated[run.head][run.index]);
-    });
-    let mut selected: Vec<Vec<u32>> = vec![vec![]; heads.len()];
-    step.pool.for_each(&mut selected, |g, selected| {
-        let scores: Vec<&[f32]> =
-            scored.iter().filter(|(run, _)| run.head == g).map(|(_, scores)| &**scores).collect();
-        *selected = heads[g].select(isa, &scores, group);
-    });
-    let runs = runs(heads, PAGES_PER_TASK);
-    let mut partial: Vec<AttnState> = std::mem::take(step.states);
-    let channels = runs.first().map_or(d, |run| run.segment.strategy.shape.channels());
-    cleared(&mut partial, runs.len(), group, channels);
-    step.pool.for_each(&mut partial, |i, state| {
-        let run = &runs[i];
-        run.attend(isa, &rotated[run.head][run.index], &selected[run.head], state);
-    });
-    for (g, (head, out)) in heads.iter().zip(out.chunks_exact_mut(group * d)).enumerate() {
-        let mut state = AttnState::new(group, d);
+/// One head of one cache in a step.
+pub(crate) struct Lane<'a> {
+    pub(crate) head: &'a PackedHead,
+    /// `[R, D]`
+    pub(crate) queries: &'a [f32],
+    /// Likewise.
+    pub(crate) out: &'a mut [f32],
+    pub(crate) work: &'a mut Work,
+}
+
+/// One token in each of some caches: `lanes` are all of their heads.
+pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
+    let mut clock = Instant::now();
+    let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed();
+    step.pool.for_each(lanes, |_, lane| lane.turn(step));
+    let turn = lap();
+    let mut tasks: Vec<Scoring> = lanes.iter_mut().flat_map(Lane::scoring).collect();
+    step.pool.for_each(&mut tasks, |_, task| task.run(step.isa));
+    let score = lap();
+    step.pool.for_each(lanes, |_, lane| lane.select(step.isa));
+    let select = lap();
+    let mut tasks: Vec<Attending> = lanes.iter_mut().flat_map(|lane| lane.attending(step)).collect();
+    step.pool.for_each(&mut tasks, |_, task| task.run(step.isa));
+    let attend = lap();
+    step.pool.for_each(lanes, |_, lane| lane.merge(step));
+    Phases { turn, score, select, attend, merge: lap() }
+}
+
+impl Lane<'_> {
+    fn turn(&mut self, step: Step) {
+        let (head, work) = (self.head, &mut *self.work);
+        let (rows, c) = (step.shape.group(), head.channels());
+        work.scaled.clear();
+        work.scaled.extend(self.queries.iter().map(|q| q * step.scale));
+        work.turned.resize(head.segments.len() * rows * c, 0.0);
+        for (segment, out) in head.segments.iter().zip(work.turned.chunks_exact_mut(rows * c)) {
+            rotate(step.isa, &work.scaled, &segment.rotation.keys, out, c);
+        }
+        let [state] = cleared(&mut work.whole, 1, rows, step.shape.head_dim) else {
+            unreachable!("one state was asked for")
+        };
         for page in [&head.sinks, &head.buffer] {
-            exact::attend(isa, of_head(g), page, Visible::All, &mut state);
+            exact::attend(step.isa, &work.scaled, page, Visible::All, state);
         }
-        for (index, segment) in head.segments.iter().enumerate() {
-            let of_segment = |run: &Run| run.head == g && run.index == index;
-            let parts = runs.iter().zip(&partial).filter(|(run, _)| of_segment(run)).map(|(_, state)| state);
-            let mut whole = AttnState::new(group, segment.strategy.shape.channels());
-            parts.for_each(|part| whole.merge(part));
-            state.merge(&whole.turned(d, |acc, out| rotate(isa, acc, &segment.rotation.outputs, out, d)));
-        }
-        state.finish(out);
     }
-    *step.states = partial;
-    heads.iter().zip(&selected).map(|(head, selected)| head.bytes_read(selected) as u64).sum()
+
+    fn scoring(&mut self) -> Vec<Scoring<'_>> {
+        let (segments, work) = (&self.head.segments, &mut *self.work);
+        let rows = self.queries.len() / self.head.buffer.head_dim();
+        work.runs.clear();
+        for segment in segments {
+            let ends = segment.starts[1..].chunks(SCORED_PER_TASK).map(|ends| ends[ends.len() - 1]);
+            work.runs.extend(ends.scan(0, |start, end| {
+                let blocks = end - std::mem::replace(start, end);
+                Some(blocks as usize)
+            }));
+        }
+        work.scores.resize(rows * work.runs.iter().sum::<usize>(), 0.0);
+        let all = segments.iter().enumerate();
+        let pages =
+            all.flat_map(|(s, segment)| segment.pages.chunks(SCORED_PER_TASK).map(move |run| (s, run)));
+        let of_segment = rows * self.head.channels();
+        let (mut tasks, mut rest) = (vec![], &mut work.scores[..]);
+        for ((segment, pages), blocks) in pages.zip(&work.runs) {
+            let scores = rest.split_off_mut(..rows * blocks).expect("scores of every run");
+            tasks.push(Scoring {
+                queries: &work.turned[segment * of_segment..][..of_segment],
+                pages,
+                scores,
+            });
+        }
+        tasks
+    }
+
+    /// Stage 2: the blocks to attend to, from the scores of all runs.
+    fn select(&mut self, isa: Isa) {
+        let (head, work) = (self.head, &mut *self.work);
+        let blocks: usize = work.runs.iter().sum();
+        work.selected.clear();
+        if blocks > 0 {
+            work.best.resize(blocks, 0.0);
+            importance_of_runs(isa, &work.scores, &work.runs, &mut work.best);
+            let spans: Vec<_> = head.segments.iter().map(|s| (s.blocks(), s.strategy.block)).collect();
+            work.selected = top_tokens(&work.best, &spans, head.selected_tokens());
+        }
+        work.read = head.bytes_read(&work.selected) as u64;
+    }
+
+    fn attending(&mut self, step: Step) -> Vec<Attending<'_>> {
+        let (head, work) = (self.head, &mut *self.work);
+        let (rows, c) = (step.shape.group(), head.channels());
+        let runs = head.selected_runs(&work.selected);
+        let states = cleared(&mut work.parts, runs.len(), rows, c);
+        let with_states = runs.into_iter().zip(states);
+        with_states
+            .map(|((index, before, selected), state)| Attending {
+                segment: &head.segments[index],
+                queries: &work.turned[index * rows * c..][..rows * c],
+                before,
+                selected,
+                state,
+            })
+            .collect()
+    }
+
+    fn merge(&mut self, step: Step) {
+        let (head, work) = (self.head, &mut *self.work);
+        let d = step.shape.head_dim;
+        let runs = head.selected_runs(&work.selected);
+        let state = &mut work.whole[0];
+        let mut parts = &mut work.parts[..];
+        for (index, segment) in head.segments.iter().enumerate() {
+            let count = runs.iter().filter(|run| run.0 == index).count();
+            let of_segment = parts.split_off_mut(..count).expect("a state of every run");
+            let Some((first, others)) = of_segment.split_first_mut() else { continue };
+            others.iter().for_each(|part| first.merge(part));
+            let turn =
+                |acc: &[f32], out: &mut [f32]| rotate(step.isa, acc, &segment.rotation.outputs, out, d);
+            state.merge(&first.turned(d, turn));
+        }
+        state.finish(self.out);
+    }
 }
 
-/// Queries `[R, D]` in the segment's key channels, `[R, C]`.
-fn turn(isa: Isa, queries: &[f32], segment: &Segment, d: usize) -> Vec<f32> {
-    let channels = segment.strategy.shape.channels();
-    let mut out = vec![0.0; queries.len() / d * channels];
-    rotate(isa, queries, &segment.rotation.keys, &mut out, channels);
-    out
+/// Some pages of a segment, to be scored.
+struct Scoring<'a> {
+    /// `[R, C]`
+    queries: &'a [f32],
+    pages: &'a [Arc<PackedPage>],
+    /// `[R, blocks]`
+    scores: &'a mut [f32],
+}
+
+impl Scoring<'_> {
+    fn run(&mut self, isa: Isa) {
+        let pages: Vec<&PackedPage> = self.pages.iter().map(|page| &**page).collect();
+        score_pages(isa, self.queries, &pages, self.scores);
+    }
+}
+
+/// Some selected blocks of a segment, to be attended to.
+struct Attending<'a> {
+    segment: &'a Segment,
+    /// `[R, C]`
+    queries: &'a [f32],
+    /// Blocks of the head before the segment.
+    before: u32,
+    /// Blocks of the head, at least one, ascending.
+    selected: &'a [u32],
+    state: &'a mut AttnState,
+}
+
+impl Attending<'_> {
+    fn run(&mut self, isa: Isa) {
+        let (pages, starts) = (&self.segment.pages, &self.segment.starts);
+        let mut page = starts.partition_point(|&start| start <= self.selected[0] - self.before) - 1;
+        let mut blocks = Vec::with_capacity(self.selected.len());
+        for block in self.selected.iter().map(|block| block - self.before) {
+            while starts[page + 1] <= block {
+                page += 1;
+            }
+            blocks.push((&*pages[page], block - starts[page]));
+        }
+        attend_selected(isa, self.queries, &blocks, self.state);
+    }
 }
 
 impl PackedHead {
-    /// Stage 2: the blocks to attend to, ascending, from the scores `[R, blocks]` of all runs.
-    fn select(&self, isa: Isa, runs: &[&[f32]], rows: usize) -> Vec<u32> {
-        let blocks: usize = self.segments.iter().map(|segment| segment.blocks()).sum();
-        if blocks == 0 {
-            return vec![];
+    /// Stored channels, the same in every segment; without segments any number.
+    fn channels(&self) -> usize {
+        self.segments.first().map_or(1, |segment| segment.strategy.shape.channels())
+    }
+
+    /// The selected blocks of each segment, cut into runs: the segment, the head's blocks before it, the run.
+    fn selected_runs<'a>(&self, mut selected: &'a [u32]) -> Vec<(usize, u32, &'a [u32])> {
+        let (mut runs, mut before) = (vec![], 0);
+        for (index, segment) in self.segments.iter().enumerate() {
+            let end = before + segment.blocks() as u32;
+            let (of_segment, rest) = selected.split_at(selected.partition_point(|&block| block < end));
+            let cut = of_segment.chunks(ATTENDED_PER_TASK / segment.strategy.block);
+            runs.extend(cut.map(|run| (index, before, run)));
+            (selected, before) = (rest, end);
         }
-        let mut scores = Vec::with_capacity(rows * blocks);
-        for r in 0..rows {
-            for run in runs {
-                let of_run = run.len() / rows;
-                scores.extend_from_slice(&run[r * of_run..][..of_run]);
-            }
-        }
-        let mut best = vec![0.0; blocks];
-        importance(isa, &scores, &mut best);
-        let spans: Vec<_> = self.segments.iter().map(|s| (s.blocks(), s.strategy.block)).collect();
-        top_tokens(&best, &spans, self.selected_tokens())
+        runs
     }
 
     /// Tokens that a step selects.
@@ -182,14 +265,12 @@ impl PackedHead {
 
     fn bytes_read(&self, selected: &[u32]) -> usize {
         let mut bytes = self.sinks.bytes_read() + self.buffer.bytes_read();
-        let mut before = 0;
         for segment in &self.segments {
-            let end = before + segment.blocks() as u32;
-            let of = selected.iter().filter(|&&b| (before..end).contains(&b)).count();
             let block_keys: usize = segment.pages.iter().map(|page| page.bytes_of_block_keys()).sum();
             bytes += segment.rotation.bytes() + block_keys;
-            bytes += of * segment.pages.first().map_or(0, |page| page.bytes_of_block());
-            before = end;
+        }
+        for (index, _, run) in self.selected_runs(selected) {
+            bytes += run.len() * self.segments[index].pages[0].bytes_of_block();
         }
         bytes
     }

@@ -9,10 +9,10 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{KvCache, KvFormat, KvFormats, KvShape};
+use mosaickv_kv::{KvCache, KvFormat, KvFormats, KvShape, Phases, attend_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Exact bytes that a timed round reads, where 256 layers of the context suffice: many times a last-level cache.
 const ROUND_BYTES: usize = 512 << 20;
@@ -29,6 +29,7 @@ const ERROR_BOUND: f64 = 1e-4;
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     mosaickv bench attention --heads 32 --kv-heads 8 --head-dim 128 --context 4096,32768,131072 --json\n  \
+    mosaickv bench attention --context 32768 --batch 1,4 --kv exact,packed,packed:selected=0.0625\n  \
     mosaickv bench attention --heads 9 --kv-heads 3 --head-dim 64 --kv exact,packed:selected=0.05")]
 pub struct AttentionArgs {
     /// Query heads
@@ -44,6 +45,10 @@ pub struct AttentionArgs {
     #[arg(long, value_delimiter = ',', default_values_t = [4096, 32768, 131_072])]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     context: Vec<u32>,
+    /// Sequences that take a step together, one number or several; each has a cache of its own
+    #[arg(long, value_delimiter = ',', default_values_t = [1])]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: Vec<u16>,
     /// KV formats, one or several, as for run
     #[arg(long, default_value = "exact,packed")]
     kv: KvFormats,
@@ -68,7 +73,7 @@ struct Row {
     kv: String,
     context: usize,
     batch: usize,
-    /// One layer's attention for one token.
+    /// One layer's attention for one token of each sequence.
     time_us: f64,
     /// Of keys, values and what selects them, in that time.
     bytes_read: u64,
@@ -79,8 +84,20 @@ struct Row {
     ratio_to_exact: Option<f64>,
     /// Largest difference from the f64 oracle, relative to the oracle's largest output.
     max_error: f64,
-    /// Allocated bytes of one layer's cache.
+    /// Allocated bytes of one layer in all caches.
     bytes_stored: usize,
+    /// Parts of the time, of formats that have them.
+    phases: Option<PhasesUs>,
+}
+
+/// Means over the rounds.
+#[derive(Debug, Serialize)]
+struct PhasesUs {
+    turn: f64,
+    score: f64,
+    select: f64,
+    attend: f64,
+    merge: f64,
 }
 
 pub fn attention(args: &AttentionArgs) -> Result<()> {
@@ -88,23 +105,30 @@ pub fn attention(args: &AttentionArgs) -> Result<()> {
     let mut stream = StreamMeter::new(&pool);
     let mut rows = vec![];
     for &context in &args.context {
-        rows.extend(measure(args, context as usize, &pool, &mut stream)?);
+        for &batch in &args.batch {
+            rows.extend(measure(args, (context as usize, batch.into()), &pool, &mut stream)?);
+        }
     }
     let report = Report { machine: Machine::new(&pool, stream.readings), rows };
     show(&report, args.json, print)
 }
 
-/// All formats at one context.
-fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut StreamMeter) -> Result<Vec<Row>> {
+/// All formats at one context and batch.
+fn measure(
+    args: &AttentionArgs,
+    (context, batch): (usize, usize),
+    pool: &Pool,
+    stream: &mut StreamMeter,
+) -> Result<Vec<Row>> {
     let (heads, kv_heads) = (usize::from(args.heads), usize::from(args.kv_heads));
     let one = KvShape { layers: 1, heads, kv_heads, head_dim: usize::from(args.head_dim), window: None };
-    let shape = KvShape { layers: ROUND_BYTES.div_ceil(one.exact_bytes(context)).min(256), ..one };
+    let shape = KvShape { layers: ROUND_BYTES.div_ceil(batch * one.exact_bytes(context)).min(256), ..one };
     let formats = &args.kv.0;
-    let mut caches = filled(shape, formats, context, pool)?;
-    let queries = Synthetic::new(7).rows(1, heads, shape.head_dim);
+    let queries = Synthetic::new(7).rows(batch, heads, shape.head_dim);
+    let mut batches = filled(shape, formats, (context, batch), pool)?;
     let mut errors = vec![];
-    for (kv, cache) in formats.iter().zip(&mut caches) {
-        let error = max_error(cache, &queries, pool);
+    for (kv, caches) in formats.iter().zip(&mut batches) {
+        let error = max_error(caches, &queries, pool);
         if error.is_nan() || error > ERROR_BOUND {
             bail!(
                 "{kv} at {context} tokens is off the oracle by {error:.1e}, over the bound of {ERROR_BOUND:.0e}: no time is printed"
@@ -112,30 +136,34 @@ fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut Strea
         }
         errors.push(error);
     }
-    let mut times = vec![vec![]; caches.len()];
+    let mut times = vec![vec![]; batches.len()];
     let before = stream.readings.len();
+    let phases: Vec<Phases> = batches.iter().map(|caches| caches[0].phases()).collect();
     for _ in 0..args.rounds {
         stream.read();
-        for (cache, times) in caches.iter_mut().zip(&mut times) {
-            times.push(round(cache, &queries, pool));
+        for (caches, times) in batches.iter_mut().zip(&mut times) {
+            times.push(round(caches, &queries, pool));
         }
     }
+    let steps = shape.layers * usize::from(args.rounds);
     let bandwidth = median(&mut stream.readings[before..].to_vec());
     let mut rows = vec![];
-    for (i, (kv, cache)) in formats.iter().zip(&mut caches).enumerate() {
+    for (i, (kv, caches)) in formats.iter().zip(&mut batches).enumerate() {
         let seconds = median(&mut times[i]);
-        let bytes_read = read_by_one(cache, &queries, pool);
+        let phases = PhasesUs::between(phases[i], caches[0].phases(), steps);
+        let bytes_read = read_by_one(caches, &queries, pool);
         rows.push(Row {
             kv: kv.to_string(),
             context,
-            batch: 1,
+            batch,
             time_us: seconds * 1e6,
             bytes_read,
             gb_s: bytes_read as f64 / seconds / 1e9,
             bandwidth_share: bytes_read as f64 / seconds / bandwidth,
             ratio_to_exact: None,
             max_error: errors[i],
-            bytes_stored: cache.bytes().total() / shape.layers,
+            bytes_stored: caches.iter().map(|cache| cache.bytes().total()).sum::<usize>() / shape.layers,
+            phases,
         });
     }
     let exact = rows.iter().find(|row| row.kv == "exact").map(|row| row.time_us);
@@ -143,70 +171,112 @@ fn measure(args: &AttentionArgs, context: usize, pool: &Pool, stream: &mut Strea
     Ok(rows)
 }
 
-/// A cache of each format; every layer holds the same tokens, in memory of its own.
-fn filled(shape: KvShape, formats: &[KvFormat], context: usize, pool: &Pool) -> Result<Vec<KvCache>> {
-    let bar = ProgressBar::new((formats.len() * shape.layers) as u64).with_style(
-        ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template"),
-    );
-    let mut caches = vec![];
-    for kv in formats {
-        bar.set_message(format!("filling {context} tokens, {}", kv.name()));
-        let mut cache = KvCache::new(shape, *kv).with_context(|| format!("--kv {kv}"))?;
-        for layer in 0..shape.layers {
-            let (mut keys, mut values) = (Synthetic::new(1), Synthetic::new(2));
-            for at in (0..context).step_by(FILL_TOKENS) {
-                let tokens = FILL_TOKENS.min(context - at);
-                let k = keys.rows(tokens, shape.kv_heads, shape.head_dim);
-                let v = values.rows(tokens, shape.kv_heads, shape.head_dim);
-                cache.append(pool, layer, &k, &v)?;
-            }
-            // Some formats look at the prompt's last queries.
-            let newest = context.min(OBSERVED_QUERIES);
-            let queries = Synthetic::new(3).rows(newest, shape.heads, shape.head_dim);
-            cache.attend(pool, layer, &queries, &mut vec![0.0; queries.len()]);
-            cache.end_prompt(pool, layer);
-            bar.inc(1);
-        }
-        cache.check()?;
-        caches.push(cache);
+impl PhasesUs {
+    /// Microseconds a step, if there were any.
+    fn between(before: Phases, after: Phases, steps: usize) -> Option<PhasesUs> {
+        let mean = |before: Duration, after: Duration| (after - before).as_secs_f64() * 1e6 / steps as f64;
+        (before != after).then(|| PhasesUs {
+            turn: mean(before.turn, after.turn),
+            score: mean(before.score, after.score),
+            select: mean(before.select, after.select),
+            attend: mean(before.attend, after.attend),
+            merge: mean(before.merge, after.merge),
+        })
     }
-    bar.finish_and_clear();
-    Ok(caches)
 }
 
-/// Seconds that one layer's attention takes, over all layers.
-fn round(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
+/// A batch of caches of each format. Every layer of every cache holds the same tokens, in memory of its own.
+fn filled(
+    shape: KvShape,
+    formats: &[KvFormat],
+    (context, batch): (usize, usize),
+    pool: &Pool,
+) -> Result<Vec<Vec<KvCache>>> {
+    let bar = ProgressBar::new((formats.len() * batch * shape.layers) as u64).with_style(
+        ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len} layers").expect("a valid template"),
+    );
+    let mut batches = vec![];
+    for kv in formats {
+        bar.set_message(format!("filling {context} tokens, {}", kv.name()));
+        let mut caches = vec![];
+        for _ in 0..batch {
+            let mut cache = KvCache::new(shape, *kv).with_context(|| format!("--kv {kv}"))?;
+            for layer in 0..shape.layers {
+                fill(&mut cache, layer, context, pool)?;
+                bar.inc(1);
+            }
+            cache.check()?;
+            caches.push(cache);
+        }
+        batches.push(caches);
+    }
+    bar.finish_and_clear();
+    Ok(batches)
+}
+
+/// Reads a prompt of `context` tokens into a layer.
+fn fill(cache: &mut KvCache, layer: usize, context: usize, pool: &Pool) -> Result<()> {
+    let shape = cache.shape();
+    let (mut keys, mut values) = (Synthetic::new(1), Synthetic::new(2));
+    for at in (0..context).step_by(FILL_TOKENS) {
+        let tokens = FILL_TOKENS.min(context - at);
+        let k = keys.rows(tokens, shape.kv_heads, shape.head_dim);
+        let v = values.rows(tokens, shape.kv_heads, shape.head_dim);
+        cache.append(pool, layer, &k, &v)?;
+    }
+    // Some formats look at the prompt's last queries.
+    let newest = context.min(OBSERVED_QUERIES);
+    let queries = Synthetic::new(3).rows(newest, shape.heads, shape.head_dim);
+    cache.attend(pool, layer, &queries, &mut vec![0.0; queries.len()]);
+    cache.end_prompt(pool, layer);
+    Ok(())
+}
+
+/// Seconds that one layer's attention takes for a token of each cache, over all layers.
+fn round(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> f64 {
     let mut out = vec![0.0; queries.len()];
-    let layers = cache.shape().layers;
+    let layers = caches[0].shape().layers;
+    let mut caches: Vec<&mut KvCache> = caches.iter_mut().collect();
     let start = Instant::now();
     for layer in 0..layers {
-        cache.attend(pool, layer, queries, &mut out);
+        attend_each(&mut caches, pool, layer, queries, &mut out);
     }
     start.elapsed().as_secs_f64() / layers as f64
 }
 
-fn read_by_one(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> u64 {
-    let before = cache.bytes_read();
-    let last = cache.shape().layers - 1;
-    cache.attend(pool, last, queries, &mut vec![0.0; queries.len()]);
-    cache.bytes_read() - before
+/// One token of each cache in the last layer (some formats leave the first ones exact), `[B, H, D]`.
+fn attend_last(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> Vec<f32> {
+    let (mut out, layer) = (vec![0.0; queries.len()], caches[0].shape().layers - 1);
+    attend_each(&mut caches.iter_mut().collect::<Vec<_>>(), pool, layer, queries, &mut out);
+    out
 }
 
-/// Against the oracle in the last layer (some formats leave the first ones exact): all heads where that is quick,
-/// else the first and the last.
-fn max_error(cache: &mut KvCache, queries: &[f32], pool: &Pool) -> f64 {
-    let KvShape { layers, heads, kv_heads, head_dim, .. } = cache.shape();
-    let mut out = vec![0.0; queries.len()];
-    cache.attend(pool, layers - 1, queries, &mut out);
-    let quick = cache.tokens() * kv_heads <= 1 << 17;
-    let per_head = heads / kv_heads * head_dim;
+fn read_by_one(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> u64 {
+    let read = |caches: &[KvCache]| caches.iter().map(KvCache::bytes_read).sum::<u64>();
+    let before = read(caches);
+    attend_last(caches, queries, pool);
+    read(caches) - before
+}
+
+/// Against the oracle: all heads where that is quick, else the first and the last, of the first and the last cache.
+fn max_error(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> f64 {
+    let KvShape { layers, heads, kv_heads, head_dim, .. } = caches[0].shape();
+    let out = attend_last(caches, queries, pool);
+    let quick = caches[0].tokens() * kv_heads <= 1 << 17;
+    let (row, per_head) = (heads * head_dim, heads / kv_heads * head_dim);
+    let rows = queries.chunks_exact(row).zip(out.chunks_exact(row));
     let mut worst: f64 = 0.0;
-    for g in (0..kv_heads).filter(|&g| quick || g == 0 || g == kv_heads - 1) {
-        let span = g * per_head..(g + 1) * per_head;
-        let want = &cache.oracle(layers - 1, queries, g)[span.clone()];
-        let largest = want.iter().fold(0.0f64, |m, w| m.max(w.abs()));
-        for (got, want) in out[span].iter().zip(want) {
-            worst = worst.max((f64::from(*got) - want).abs() / largest);
+    for (i, (cache, (queries, out))) in caches.iter().zip(rows).enumerate() {
+        if i != 0 && i + 1 != caches.len() {
+            continue;
+        }
+        for g in (0..kv_heads).filter(|&g| quick || g == 0 || g == kv_heads - 1) {
+            let span = g * per_head..(g + 1) * per_head;
+            let want = &cache.oracle(layers - 1, queries, g)[span.clone()];
+            let largest = want.iter().fold(0.0f64, |m, w| m.max(w.abs()));
+            for (got, want) in out[span].iter().zip(want) {
+                worst = worst.max((f64::from(*got) - want).abs() / largest);
+            }
         }
     }
     worst
@@ -269,21 +339,38 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(out, "memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n")?;
     writeln!(
         out,
-        "{:<28}{:>9}{:>12}{:>14}{:>9}{:>8}{:>10}{:>11}",
-        "kv", "context", "time us", "bytes read", "GB/s", "share", "x exact", "max error"
+        "{:<28}{:>9}{:>7}{:>12}{:>14}{:>9}{:>8}{:>10}{:>11}",
+        "kv", "context", "batch", "time us", "bytes read", "GB/s", "share", "x exact", "max error"
     )?;
     for row in &report.rows {
         writeln!(
             out,
-            "{:<28}{:>9}{:>12.1}{:>14}{:>9.2}{:>7.0}%{:>10}{:>11.1e}",
+            "{:<28}{:>9}{:>7}{:>12.1}{:>14}{:>9.2}{:>7.0}%{:>10}{:>11.1e}",
             row.kv,
             row.context,
+            row.batch,
             row.time_us,
             row.bytes_read,
             row.gb_s,
             row.bandwidth_share * 100.0,
             row.ratio_to_exact.map_or("-".into(), |r| format!("{r:.2}")),
             row.max_error
+        )?;
+    }
+    if report.rows.iter().all(|row| row.phases.is_none()) {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\n{:<28}{:>9}{:>7}{:>10}{:>10}{:>10}{:>10}{:>10}",
+        "parts, us (means)", "context", "batch", "turn", "score", "select", "attend", "merge"
+    )?;
+    for row in &report.rows {
+        let Some(p) = &row.phases else { continue };
+        writeln!(
+            out,
+            "{:<28}{:>9}{:>7}{:>10.1}{:>10.1}{:>10.1}{:>10.1}{:>10.1}",
+            row.kv, row.context, row.batch, p.turn, p.score, p.select, p.attend, p.merge
         )?;
     }
     Ok(())

@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvFormat, KvFormats};
-use mosaickv_model::{Model, Sequence, Specials, Text, greedy};
+use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::time::Instant;
@@ -18,7 +18,8 @@ const TEXT: &str = include_str!("../../demo/document.txt");
 
 #[derive(Args)]
 #[command(after_help = "Example:\n  \
-    mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,packed --json")]
+    mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,packed --json\n  \
+    mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4")]
 pub struct DecodeArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -29,6 +30,10 @@ pub struct DecodeArgs {
     /// KV formats, one or several, as for run
     #[arg(long, default_value = "exact,packed")]
     kv: KvFormats,
+    /// Sequences that decode together, one number or several; each reads the prompt into a cache of its own
+    #[arg(long, value_delimiter = ',', default_values_t = [1])]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: Vec<u16>,
     /// Decode steps of a round, the last of which ends at the depth
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
     steps: u16,
@@ -52,12 +57,15 @@ struct Report {
 struct Row {
     kv: String,
     depth: usize,
+    batch: usize,
     prompt_tokens: usize,
     /// Tokens of the prompt to seconds until the first token is known.
     prefill_tokens_per_s: f64,
     ttft_s: f64,
     tbt_ms: f64,
+    /// Of all sequences together.
     tokens_per_s: f64,
+    /// Likewise.
     kv_bytes: usize,
     kv_bytes_read_per_step: f64,
     attention_share: f64,
@@ -79,19 +87,22 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     }
     let mut stream = StreamMeter::new(&pool);
     let progress = bar("measuring", "runs");
-    progress.set_length((args.depth.len() * args.kv.0.len() * usize::from(args.rounds)) as u64);
+    progress.set_length(
+        (args.depth.len() * args.batch.len() * args.kv.0.len() * usize::from(args.rounds)) as u64,
+    );
     let mut rows = vec![];
-    for &depth in &args.depth {
-        let prompt = &tokens[..depth.saturating_sub(steps).max(1)];
+    for (&depth, &batch) in args.depth.iter().flat_map(|depth| args.batch.iter().map(move |b| (depth, b))) {
+        let (prompt, batch) = (&tokens[..depth.saturating_sub(steps).max(1)], usize::from(batch));
         let mut runs = vec![vec![]; args.kv.0.len()];
         for _ in 0..args.rounds {
             stream.read();
             for (kv, runs) in args.kv.0.iter().zip(&mut runs) {
-                runs.push(run(&model, &pool, (*kv, steps), prompt)?);
+                runs.push(run((&model, &pool), *kv, (steps, batch), prompt)?);
                 progress.inc(1);
             }
         }
-        rows.extend(args.kv.0.iter().zip(&runs).map(|(kv, runs)| row(*kv, (depth, prompt.len()), runs)));
+        let of_format = args.kv.0.iter().zip(&runs);
+        rows.extend(of_format.map(|(kv, runs)| row(*kv, (depth, prompt.len(), batch), runs)));
     }
     progress.finish_and_clear();
     let machine = Machine::new(&pool, stream.readings);
@@ -108,37 +119,53 @@ struct Run {
     kv_bytes_read: f64,
 }
 
-/// Reads the prompt and generates `steps` tokens after it.
-fn run(model: &Model, pool: &Pool, (kv, steps): (KvFormat, usize), prompt: &[u32]) -> Result<Run> {
-    let mut sequence = Sequence::new(model, pool, kv)?;
+/// Reads the prompt in each of `batch` sequences and generates `steps` tokens after it.
+fn run(
+    (model, pool): (&Model, &Pool),
+    kv: KvFormat,
+    (steps, batch): (usize, usize),
+    prompt: &[u32],
+) -> Result<Run> {
+    let (mut sequences, mut next, mut ttft) = (vec![], vec![], 0.0);
+    for i in 0..batch {
+        let mut sequence = Sequence::new(model, pool, kv)?;
+        let start = Instant::now();
+        next.push(greedy(&sequence.prefill(prompt, &mut |_, _| ())?));
+        if i == 0 {
+            ttft = start.elapsed().as_secs_f64();
+        }
+        sequences.push(sequence);
+    }
+    let read = |all: &[Sequence]| all.iter().map(|sequence| sequence.cache().bytes_read()).sum::<u64>();
+    let (attention, before) = (sequences[0].attention_time(), read(&sequences));
     let start = Instant::now();
-    let mut next = greedy(&sequence.prefill(prompt, &mut |_, _| ())?);
-    let ttft = start.elapsed().as_secs_f64();
-    let (attention, read, start) = (sequence.attention_time(), sequence.cache().bytes_read(), Instant::now());
     for _ in 0..steps {
-        next = greedy(&sequence.step(next)?);
+        let mut all: Vec<&mut Sequence> = sequences.iter_mut().collect();
+        let logits = step_each(&mut all, &next)?;
+        next = logits.chunks_exact(logits.len() / batch).map(greedy).collect();
     }
     let time = start.elapsed().as_secs_f64();
     Ok(Run {
         ttft,
         tbt: time / steps as f64,
-        attention_share: (sequence.attention_time() - attention).as_secs_f64() / time,
-        kv_bytes: sequence.cache().bytes().total(),
-        kv_bytes_read: (sequence.cache().bytes_read() - read) as f64 / steps as f64,
+        attention_share: (sequences[0].attention_time() - attention).as_secs_f64() / time,
+        kv_bytes: sequences.iter().map(|sequence| sequence.cache().bytes().total()).sum(),
+        kv_bytes_read: (read(&sequences) - before) as f64 / steps as f64,
     })
 }
 
-fn row(kv: KvFormat, (depth, prompt): (usize, usize), runs: &[Run]) -> Row {
+fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]) -> Row {
     let middle = |of: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(of).collect::<Vec<_>>());
     let (ttft, tbt) = (middle(&|r| r.ttft), middle(&|r| r.tbt));
     Row {
         kv: kv.to_string(),
         depth,
+        batch,
         prompt_tokens: prompt,
         prefill_tokens_per_s: prompt as f64 / ttft,
         ttft_s: ttft,
         tbt_ms: tbt * 1e3,
-        tokens_per_s: 1.0 / tbt,
+        tokens_per_s: batch as f64 / tbt,
         kv_bytes: runs[0].kv_bytes,
         kv_bytes_read_per_step: middle(&|r| r.kv_bytes_read),
         attention_share: middle(&|r| r.attention_share),
@@ -156,15 +183,25 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(out, "{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model)?;
     writeln!(
         out,
-        "{:<28}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}",
-        "kv", "depth", "prefill tok/s", "TTFT s", "TBT ms", "tok/s", "KV MB", "read MB/step", "attention"
+        "{:<28}{:>7}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}",
+        "kv",
+        "depth",
+        "batch",
+        "prefill tok/s",
+        "TTFT s",
+        "TBT ms",
+        "tok/s",
+        "KV MB",
+        "read MB/step",
+        "attention"
     )?;
     for row in &report.rows {
         writeln!(
             out,
-            "{:<28}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%",
+            "{:<28}{:>7}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%",
             row.kv,
             row.depth,
+            row.batch,
             row.prefill_tokens_per_s,
             row.ttft_s,
             row.tbt_ms,
