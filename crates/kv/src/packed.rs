@@ -63,7 +63,8 @@ pub struct Packed {
 
 impl Default for Packed {
     fn default() -> Packed {
-        Packed { kept: None, group: None, block: None, ..Packed::STATIC }
+        let chosen = |settings: Packed| Packed { kept: None, group: None, block: None, ..settings };
+        chosen(Packed::STATIC)
     }
 }
 

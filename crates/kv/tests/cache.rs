@@ -169,7 +169,7 @@ fn a_step_together_changes_not_a_bit() {
     let formats = [
         (packed(1, 8, 0.1), 2000, 70),
         (KvFormat::Exact, 700, 3),
-        (KvFormat::Packed(Packed { segment: 512, group: 2, ..Packed::default() }), 1500, 5),
+        (KvFormat::Packed(Packed { segment: 512, group: Some(2), ..Packed::STATIC }), 1500, 5),
         ("quest:dense=0".parse().unwrap(), 300, 0),
         (packed(4, 16, 0.5), 3, 1),
         (KvFormat::Exact, 5000, 0),

@@ -31,14 +31,17 @@ pub(crate) struct Projected {
     pub(crate) values: Vec<f32>,
 }
 
+/// `attend(l, projected, out)` stores what layer `l` must remember of the tokens and writes attention's output
+/// `[T, H, D]`.
+pub(crate) type Attend<'a> = dyn FnMut(usize, &Projected, &mut [f32]) -> Result<(), ForwardError> + 'a;
+
 impl Forward<'_> {
     /// All layers: the residual stream `[T, hidden]` of tokens at these positions after the last one.
-    /// `attend(l, projected, out)` stores what layer `l` must remember and writes attention's output `[T, H, D]`.
     pub(crate) fn layers(
         self,
         tokens: &[u32],
         positions: impl Iterator<Item = usize> + Clone,
-        attend: &mut dyn FnMut(usize, &Projected, &mut [f32]) -> Result<(), ForwardError>,
+        attend: &mut Attend,
     ) -> Result<Vec<f32>, ForwardError> {
         let model = self.model;
         let hidden = model.config.hidden;
