@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Raw keys and values that the background may hold while it works out strategies.
-const MOST_RAW_BYTES: usize = 512 << 20;
+pub const MOST_RAW_BYTES: usize = 512 << 20;
 
 /// What to answer, and how.
 pub struct Asked<'a> {

@@ -58,8 +58,9 @@ struct RunArgs {
     /// A text to ask about; it is put before the question
     #[arg(long, value_name = "DOC")]
     file: Option<PathBuf>,
-    /// How keys and values are kept: exact, packed, or packed:kept=0.25,group=1,block=8,selected=0.1; and, to
-    /// compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2
+    /// How keys and values are kept: exact, packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
+    /// (kept, group and block are chosen segment by segment unless given), segment=65536, loss=0.25, grouping=0.01,
+    /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2
     #[arg(long, default_value = "exact", env = "MOSAICKV_KV")]
     kv: KvFormat,
     /// Longest answer, in tokens

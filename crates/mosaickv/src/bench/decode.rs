@@ -2,15 +2,16 @@
 
 use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
-use crate::answer::{bar, load};
+use crate::answer::{MOST_RAW_BYTES, bar, load};
 use crate::bill::peak_rss;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{KvFormat, KvFormats};
+use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
 use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A text to repeat to any depth.
@@ -126,9 +127,11 @@ fn run(
     (steps, batch): (usize, usize),
     prompt: &[u32],
 ) -> Result<Run> {
+    let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
     let (mut sequences, mut next, mut ttft) = (vec![], vec![], 0.0);
     for i in 0..batch {
-        let mut sequence = Sequence::new(model, pool, kv)?;
+        let sequence = Sequence::new(model, pool, kv)?;
+        let mut sequence = sequence.with_background(Arc::clone(&background), Timing::Live);
         let start = Instant::now();
         next.push(greedy(&sequence.prefill(prompt, &mut |_, _| ())?));
         if i == 0 {
