@@ -98,6 +98,8 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the cache line `ahead` bytes after `p` (wrapping) ahead of its use; any address will do.
     fn prefetch<T>(self, p: *const T, ahead: usize);
+    /// The same, as near as can be: for what is used within a microsecond.
+    fn prefetch_near<T>(self, p: *const T, ahead: usize);
 
     /// `e^x`, relative error under 3e-7 for `x` in -87..=88; beyond, that of the nearer end: never 0 or infinite.
     /// Cody-Waite reduction by ln 2 and the degree-5 polynomial of Cephes `expf`.

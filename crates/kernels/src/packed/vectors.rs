@@ -258,6 +258,6 @@ fn lanes<const G: usize>(bits: u32) -> u32 {
 #[inline(always)]
 pub(super) fn prefetch_bytes<S: Simd>(s: S, page: &PackedPage, start: usize, bytes: usize) {
     for line in (0..bytes.next_multiple_of(LINE)).step_by(LINE) {
-        s.prefetch(page.words.as_ptr().cast::<u8>(), start + line);
+        s.prefetch_near(page.words.as_ptr().cast::<u8>(), start + line);
     }
 }

@@ -163,6 +163,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn prefetch<T>(self, _: *const T, _: usize) {}
+    #[inline(always)]
+    fn prefetch_near<T>(self, _: *const T, _: usize) {}
 }
 
 #[cfg(test)]
