@@ -14,15 +14,15 @@ cd "$(dirname "$0")/.."
 mosaickv() { cargo run --release --quiet -- "$@"; }
 small=smollm2-135m
 limit=(--max-seconds "${SECONDS_EACH:-1000000}")
-all=exact,quest,strawman,packed,q8_0,q4_0,kivi4,kivi2,snapkv
+all=exact,quest,strawman,packed,packed:kept=0.25,group=1,block=8,q8_0,q4_0,kivi4,kivi2,snapkv
 
-texts=("$data/corpus/melville-moby_dick.txt" "$data/corpus/wikitext-2-raw.test.txt" crates/kernels/src/packed/attend.rs)
-mosaickv eval kl --model $small --text "${texts[@]}" --ask 6 --kv $all -o "$out/kl.jsonl" "${limit[@]}"
+texts=("$data/corpus/melville-moby_dick.txt" "$data/corpus/wikitext-2-raw.test.txt" crates/kernels/src/exact.rs)
+mosaickv eval kl --model $small --text "${texts[@]}" --ask 4 --kv $all -o "$out/kl.jsonl" "${limit[@]}"
 
 # Quality against ratio: every token selected, so that only what is kept differs.
 rates=exact,q8_0,q4_0,kivi4,kivi2
 for kept in 0.125 0.25 0.375 0.5 0.75; do
-    rates+=,packed:kept=$kept,selected=1,strawman:kept=$kept,selected=1,snapkv:kept=$kept
+    rates+=,packed:kept=$kept,group=1,block=8,selected=1,strawman:kept=$kept,selected=1,snapkv:kept=$kept
 done
 mosaickv eval kl --model $small --text "${texts[0]}" --score 128 --kv $rates -o "$out/rates.jsonl" "${limit[@]}"
 
@@ -32,12 +32,12 @@ for kept in 0.7 0.3; do
     for selected in 0.1 1; do
         for rotation in none svd; do
             rest=selected=$selected,rotation=$rotation
-            parts+=,strawman:kept=$kept,$rest,packed:kept=$kept,$rest
+            parts+=,strawman:kept=$kept,$rest,packed:kept=$kept,group=1,block=8,$rest
         done
     done
 done
 mosaickv eval kl --model $small --text "${texts[0]}" --score 128 --kv "$parts" -o "$out/parts.jsonl" "${limit[@]}"
-mosaickv eval kl --model $small --text "${texts[0]}" --score 32 --each-layer --kv packed,kivi2 \
+mosaickv eval kl --model $small --text "${texts[0]}" --score 32 --each-layer --kv packed:kept=0.25,group=1,block=8,kivi2 \
     -o "$out/layers.jsonl" "${limit[@]}"
 mosaickv eval observe --model $small --text "${texts[0]}" >"$out/observe.txt"
 
