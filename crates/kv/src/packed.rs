@@ -5,7 +5,7 @@
 //! Every token stays addressable; a step *selects* token blocks, and always attends to sinks and buffer.
 //!
 //! The prompt's segments choose their strategies when the prompt is complete. What is generated is packed with the
-//! segment before it, for the time being, while its raw keys and values go to a [`Learner`](crate::learner::Learner);
+//! segment before it, for the time being, while its raw keys and values go to a `Learner` (`learner.rs`);
 //! when the loss of the borrowed strategy has added up, the growing segment closes, and what the learner makes of it
 //! takes the place of its temporary pages between two steps (s. 5, heterogeneous double compression buffering).
 
