@@ -63,6 +63,10 @@ impl Learner {
             }
         }
     }
+
+    fn forget_cache(&mut self, cache: u64) {
+        self.growing.retain(|place, _| place.cache != cache);
+    }
 }
 
 fn widened<'a>(parts: impl IntoIterator<Item = &'a Vec<half::f16>>) -> Vec<f32> {
@@ -106,6 +110,8 @@ enum Message {
     },
     /// The growing segment at this place is given up.
     Forget(Place),
+    /// This cache is no more.
+    Gone(u64),
 }
 
 /// Finished segments of one cache.
@@ -168,6 +174,7 @@ fn work(messages: &Receiver<Message>) {
                 }
             }
             Message::Forget(place) => drop(learner.growing.remove(&place)),
+            Message::Gone(cache) => learner.forget_cache(cache),
         }
     }
 }
@@ -336,6 +343,10 @@ impl Learning {
 impl Drop for Learning {
     fn drop(&mut self) {
         if let Where::Shared { background, held, .. } = &self.learner {
+            for thread in &background.senders {
+                // A thread that ended holds nothing.
+                let _ = thread.send(Message::Gone(self.cache));
+            }
             background.held.fetch_sub(*held, Ordering::Relaxed);
         }
     }
@@ -344,4 +355,37 @@ impl Drop for Learning {
 /// Of one token's key and value.
 fn bytes_of_raw(d: usize) -> usize {
     2 * d * size_of::<half::f16>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_that_is_gone_leaves_nothing_with_the_learner() {
+        let mut learner = Learner::default();
+        let raw = || Raw { keys: vec![half::f16::ONE; 32 * 64], values: vec![half::f16::ONE; 32 * 64] };
+        let place = |cache| Place { cache, layer: 0, head: 0, epoch: 0 };
+        for cache in [1, 2] {
+            learner.hear(place(cache), (Packed::default(), 64), News::Packed(raw()));
+        }
+        learner.forget_cache(1);
+        let left: Vec<u64> = learner.growing.keys().map(|place| place.cache).collect();
+        assert_eq!(left, [2]);
+    }
+
+    #[test]
+    fn a_dropped_cache_tells_every_thread() {
+        let (sender, messages) = channel();
+        let mut watched = Background::new(1, usize::MAX);
+        watched.senders = vec![sender.clone(), sender];
+        let watched = Arc::new(watched);
+        drop(Learning::shared(Arc::clone(&watched), Timing::Live));
+        drop(watched);
+        let gone: Vec<Message> = messages.iter().collect();
+        assert!(
+            gone.len() == 2 && gone.iter().all(|message| matches!(message, Message::Gone(0))),
+            "{gone:?}"
+        );
+    }
 }

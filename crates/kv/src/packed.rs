@@ -177,7 +177,7 @@ impl PackedHead {
         let tokens = keys.len() / d;
         let sinks = tokens.min(SINKS);
         let packed = (tokens - sinks).saturating_sub(FLUSH) / FLUSH * FLUSH;
-        let (most, span) = (settings.segment * d, sinks * d..(sinks + packed) * d);
+        let (most, span) = (settings.segment.saturating_mul(d), sinks * d..(sinks + packed) * d);
         let segments: Vec<_> = (keys[span.clone()].chunks(most).zip(values[span].chunks(most)))
             .map(|(keys, values)| Arc::new(learn(settings, keys, values, d)))
             .collect();
@@ -333,9 +333,11 @@ impl PackedHead {
         if self.sinks.tokens() < SINKS && (!self.segments.is_empty() || self.buffer.tokens() > 0) {
             return Err(format!("{} sinks before later tokens", self.sinks.tokens()));
         }
-        if self.growing.settled <= self.segments.len() && !self.settings.is_static() {
-            let temporary: usize =
-                self.segments[self.growing.settled..].iter().map(|segment| segment.tokens()).sum();
+        if !self.settings.is_static() {
+            let Some(temporary) = self.segments.get(self.growing.settled..) else {
+                return Err(format!("{} of {} segments settled", self.growing.settled, self.segments.len()));
+            };
+            let temporary: usize = temporary.iter().map(|segment| segment.tokens()).sum();
             if temporary != self.raw_tokens() {
                 let raw = self.raw_tokens();
                 return Err(format!("{temporary} tokens in temporary segments, {raw} told to the learner"));

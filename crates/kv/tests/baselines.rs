@@ -1,5 +1,7 @@
 //! Published methods as formats of the cache: against their oracles, and as copies of an exact cache.
 
+mod common;
+
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape};
 
@@ -35,13 +37,7 @@ fn is_quantized(format: KvFormat) -> bool {
 
 /// Numbers with a decaying spectrum in mixed channels, as real keys have.
 fn rows(seed: u64, tokens: usize, (heads, d): (usize, usize)) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = move || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
+    let mut uniform = common::uniform(seed);
     let mut out = Vec::with_capacity(tokens * heads * d);
     for _ in 0..tokens * heads {
         let mut head: Vec<f32> = (0..d).map(|c| 3.0 * uniform() / (1.0 + c as f32)).collect();

@@ -1,5 +1,7 @@
 //! The cache against its oracle, over its whole life.
 
+mod common;
+
 use mosaickv_kernels::{Isa, Pool, oracle as kernels};
 use mosaickv_kv::{KvCache, KvError, KvFormat, KvShape, Packed, attend_each};
 
@@ -9,13 +11,7 @@ const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D, 
 
 /// Numbers with a decaying spectrum in mixed channels, as real keys have.
 fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = move || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
+    let mut uniform = common::uniform(seed);
     let mut out = Vec::with_capacity(tokens * width);
     for _ in 0..tokens {
         let mut row: Vec<f32> = (0..width).map(|c| 3.0 * uniform() / (1.0 + (c % D) as f32)).collect();

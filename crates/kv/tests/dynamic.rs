@@ -1,5 +1,7 @@
 //! Segments that choose their strategies, and their life beside decoding: whatever the timing, nothing is lost.
 
+mod common;
+
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{Background, Basis, KvCache, KvFormat, KvShape, Packed, Swaps, Timing};
 use proptest::prelude::*;
@@ -12,13 +14,7 @@ const Q_ROW: usize = 6 * D;
 
 /// Numbers whose leading channels change every `era` tokens, as topics do: strategies differ from era to era.
 fn rows(seed: u64, tokens: usize, width: usize, era: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = move || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    };
+    let mut uniform = common::uniform(seed);
     let mut out = Vec::with_capacity(tokens * width);
     for t in 0..tokens {
         let shift = t / era * 13;
