@@ -4,8 +4,8 @@
 //! distribution is ever stored. The text's own tokens are fed whatever a format would have said (teacher forcing).
 //! Needles hidden in the text are asked for *after* compression: a format that threw them away cannot know.
 
-use crate::results::{Cost, KlRow, Row};
-use crate::run::{Run, cost};
+use crate::results::{KlRow, Row};
+use crate::run::{Meter, Run};
 use crate::{EvalError, ruler};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::{Sequence, Specials, feed_each, greedy, step_each};
@@ -168,9 +168,7 @@ struct Fork<'a> {
     format: KvFormat,
     layer: Option<usize>,
     sequence: Sequence<'a>,
-    cost: Cost,
-    /// Tokens held and bytes read when the prompt was in.
-    before: (usize, u64),
+    meter: Meter,
     tokens: usize,
     kl: f64,
     agreed: usize,
@@ -180,20 +178,8 @@ struct Fork<'a> {
 
 impl<'a> Fork<'a> {
     fn new(format: KvFormat, layer: Option<usize>, sequence: Sequence<'a>) -> Fork<'a> {
-        let (cost, cache) = (cost(&sequence), sequence.cache());
-        let before = (cache.tokens(), cache.bytes_read());
-        Fork {
-            format,
-            layer,
-            sequence,
-            cost,
-            before,
-            tokens: 0,
-            kl: 0.0,
-            agreed: 0,
-            nll: 0.0,
-            exact_nll: 0.0,
-        }
+        let meter = Meter::new(&sequence);
+        Fork { format, layer, sequence, meter, tokens: 0, kl: 0.0, agreed: 0, nll: 0.0, exact_nll: 0.0 }
     }
 
     fn add(&mut self, exact: &Said, here: &Said) {
@@ -205,14 +191,12 @@ impl<'a> Fork<'a> {
     }
 
     fn row(self, text: String, depth: Option<f64>) -> Row {
-        let cache = self.sequence.cache();
-        let (tokens, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
         let mean = |sum: f64| sum / self.tokens as f64;
         Row::Kl(KlRow {
             text,
             kv: self.format.to_string(),
             layer: self.layer,
-            cost: Cost { bytes_read_per_step: Some(read as f64 / tokens as f64), ..self.cost },
+            cost: self.meter.cost(&self.sequence),
             tokens: self.tokens,
             kl: mean(self.kl),
             top1: mean(self.agreed as f64),

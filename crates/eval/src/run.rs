@@ -144,9 +144,7 @@ impl<'a> Run<'a> {
 struct Answering<'a> {
     format: KvFormat,
     fork: Sequence<'a>,
-    cost: Cost,
-    /// Tokens held and bytes read when the prompt was in.
-    before: (usize, u64),
+    meter: Meter,
     decoder: Decoder,
     answer: String,
     /// Tokens taken.
@@ -158,10 +156,8 @@ struct Answering<'a> {
 
 impl<'a> Answering<'a> {
     fn new(format: KvFormat, fork: Sequence<'a>, next: u32) -> Answering<'a> {
-        let (cost, cache) = (cost(&fork), fork.cache());
-        let before = (cache.tokens(), cache.bytes_read());
-        let (decoder, answer) = (Decoder::new(), String::new());
-        Answering { format, fork, cost, before, decoder, answer, made: 0, next, is_over: false }
+        let (meter, decoder, answer) = (Meter::new(&fork), Decoder::new(), String::new());
+        Answering { format, fork, meter, decoder, answer, made: 0, next, is_over: false }
     }
 
     /// Takes the next token into the answer; whether the answer goes on after it.
@@ -180,15 +176,12 @@ impl<'a> Answering<'a> {
 
     fn row(mut self, text: &Text, sample: &Sample) -> Result<Row, EvalError> {
         self.answer += &self.decoder.finish(text)?;
-        let cache = self.fork.cache();
-        let (steps, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
-        self.cost.bytes_read_per_step = (steps > 0).then(|| read as f64 / steps as f64);
         Ok(Row::Answer(AnswerRow {
             task: sample.task.clone(),
             length: sample.length,
             sample: sample.index,
             kv: self.format.to_string(),
-            cost: self.cost,
+            cost: self.meter.cost(&self.fork),
             depth: sample.depth,
             score: sample.metric.score(&self.answer, &sample.answers),
             prediction: self.answer,
@@ -197,15 +190,32 @@ impl<'a> Answering<'a> {
     }
 }
 
-/// What the cache holds now; nothing read yet.
-pub(crate) fn cost(sequence: &Sequence) -> Cost {
-    let cache = sequence.cache();
-    let (tokens, bytes) = (cache.tokens(), cache.bytes().total());
-    Cost {
-        prompt_tokens: tokens,
-        kv_bytes: bytes,
-        ratio: cache.shape().exact_bytes(tokens) as f64 / bytes as f64,
-        bits_per_scalar: bytes as f64 * 8.0 / cache.shape().scalars(tokens) as f64,
-        bytes_read_per_step: None,
+/// What a compressed copy holds when the prompt is in, and what it reads from then on.
+#[derive(Clone)]
+pub(crate) struct Meter {
+    cost: Cost,
+    /// Tokens held and bytes read when the prompt was in.
+    before: (usize, u64),
+}
+
+impl Meter {
+    pub(crate) fn new(fork: &Sequence) -> Meter {
+        let cache = fork.cache();
+        let (tokens, bytes) = (cache.tokens(), cache.bytes().total());
+        let cost = Cost {
+            prompt_tokens: tokens,
+            kv_bytes: bytes,
+            ratio: cache.shape().exact_bytes(tokens) as f64 / bytes as f64,
+            bits_per_scalar: bytes as f64 * 8.0 / cache.shape().scalars(tokens) as f64,
+            bytes_read_per_step: None,
+        };
+        Meter { cost, before: (tokens, cache.bytes_read()) }
+    }
+
+    /// The cost, with the mean of what the steps since then read, if there were any.
+    pub(crate) fn cost(self, fork: &Sequence) -> Cost {
+        let cache = fork.cache();
+        let (steps, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
+        Cost { bytes_read_per_step: (steps > 0).then(|| read as f64 / steps as f64), ..self.cost }
     }
 }
