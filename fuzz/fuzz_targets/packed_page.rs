@@ -5,7 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
-use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_blocks, score_blocks};
+use mosaickv_kernels::packed::{PackedPage, PackedShape, Selected, attend_selected, score_blocks};
 use mosaickv_kernels::{AttnState, Isa, oracle};
 
 fuzz_target!(|bytes: &[u8]| {
@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
     let (keys, values) = (page.decode_keys(), page.decode_values());
     // Rows and selection from the page itself, so that the fuzzer steers them.
     let sum = bytes.iter().fold(0u32, |a, &b| a.wrapping_mul(31).wrapping_add(u32::from(b)));
-    let (rows, selected) = (1 + (sum % 5) as usize, sum >> 8 & ((1 << page.blocks()) - 1));
+    let (rows, selected) = (1 + (sum % 5) as usize, sum >> 8);
     // Scores of a few units at most: larger ones differ by more than rounding, in any arithmetic.
     let top = keys.iter().chain(&page.decode_block_keys()).fold(1e-6f32, |m, x| m.max(x.abs()));
     let queries: Vec<f32> =
@@ -36,7 +36,7 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     let (group, block) = (pick(0, &[1, 2, 4]), pick(1, &[4, 8, 16]));
     let channels = 16 * (1 + usize::from(data[2]) % 8);
     let kept = group * (1 + usize::from(data[3]) % (channels / group));
-    let tokens = block * (1 + usize::from(data[4]) % (64 / block));
+    let tokens = block * (1 + usize::from(data[4]) % (512 / block));
     let shape = PackedShape::new(channels, channels, kept, group).expect("a valid shape");
     let rest = data[5..size].to_vec();
     let vector = |skip: usize| -> Vec<f32> {
@@ -68,13 +68,16 @@ fn check_attention(
     values: &[f32],
 ) {
     let c = page.shape().channels();
+    let is_selected = |b: usize| selected >> (b % 24) & 1 == 1;
     let chosen = |x: &[f32]| -> Vec<f64> {
         let blocks = x.chunks_exact(page.block() * c).enumerate();
-        blocks.filter(|(b, _)| selected >> b & 1 == 1).flat_map(|(_, x)| wide(x)).collect()
+        blocks.filter(|(b, _)| is_selected(*b)).flat_map(|(_, x)| wide(x)).collect()
     };
     let (keys, values) = (chosen(keys), chosen(values));
     let mut state = AttnState::new(queries.len() / c, c);
-    attend_blocks(isa, queries, page, selected, &mut state);
+    let list: Vec<Selected> =
+        (0..page.blocks()).filter(|&b| is_selected(b)).map(|b| (page, b as u32)).collect();
+    attend_selected(isa, queries, &list, &mut state);
     let mut out = vec![f32::NAN; queries.len()];
     state.finish(&mut out);
     let top = values.iter().fold(1e-6f64, |m, v| m.max(v.abs()));

@@ -30,14 +30,14 @@ fn main() {
         let shape = PackedShape::with_rate(head_dim, 0.75, group).expect("a shape of the paper");
         let c = shape.channels();
         println!("D={head_dim} R={rows} C={c} r={} g={group} block=8, {tokens} tokens", shape.kept());
-        let pages: Vec<PackedPage> = (0..tokens / 64)
-            .map(|i| PackedPage::encode(shape, 8, &noise(2 * i, 64 * c), &noise(2 * i + 1, 64 * c)))
+        let pages: Vec<PackedPage> = (0..tokens / 512)
+            .map(|i| PackedPage::encode(shape, 8, &noise(2 * i, 512 * c), &noise(2 * i + 1, 512 * c)))
             .collect();
-        let (keys, values) = (noise(1, 64 * c), noise(2, 64 * c));
+        let (keys, values) = (noise(1, 512 * c), noise(2, 512 * c));
         let seconds = best(|| drop(std::hint::black_box(PackedPage::encode(shape, 8, &keys, &values))));
         let bytes: usize = pages.iter().map(PackedPage::bytes).sum();
         let ratio = (tokens * 4 * head_dim) as f64 / bytes as f64;
-        println!("  encode: {:.0} ns a token, ratio {ratio:.2}", seconds * 1e9 / 64.0);
+        println!("  encode: {:.0} ns a token, ratio {ratio:.2}", seconds * 1e9 / 512.0);
         let queries = noise(usize::MAX / 2, rows * c);
         for &isa in Isa::available().iter().rev() {
             check(isa, &queries, &pages[0]);
@@ -50,8 +50,7 @@ fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
     let (c, blocks) = (pages[0].shape().channels(), pages[0].blocks());
     let rows = queries.len() / c;
     let mut scores = vec![0.0; rows * blocks * pages.len()];
-    let all: Vec<&PackedPage> = pages.iter().collect();
-    let seconds = best(|| score_pages(isa, queries, &all, &mut scores));
+    let seconds = best(|| score_pages(isa, queries, pages, &mut scores));
     report(isa, "score_pages", seconds, tokens, pages.iter().map(PackedPage::bytes_of_block_keys).sum());
     let first = &scores[..blocks * pages.len()];
     let mut chosen = Vec::new();
@@ -66,7 +65,7 @@ fn run(isa: Isa, queries: &[f32], pages: &[PackedPage], tokens: usize) {
     let block = pages[0].bytes_of_block();
     report(isa, "attend_page", seconds, tokens, block * blocks * pages.len());
     let selected: Vec<(&PackedPage, u32)> =
-        chosen.iter().map(|&b| (all[b as usize / blocks], b % blocks as u32)).collect();
+        chosen.iter().map(|&b| (&pages[b as usize / blocks], b % blocks as u32)).collect();
     let seconds = best(|| {
         state.clear();
         attend_selected(isa, queries, &selected, &mut state);

@@ -27,14 +27,16 @@ mod vectors;
 #[cfg(test)]
 mod tests;
 
-pub use attend::{Selected, attend_blocks, attend_page, attend_selected};
+pub use attend::{Selected, attend_page, attend_selected};
 pub use score::{score_blocks, score_pages};
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
-/// Tokens that a page holds at most.
-pub const PAGE_TOKENS: usize = 64;
+/// Tokens that a page holds at most: what a step scores of a page, its block keys, is one run of some kilobytes, and a
+/// page stays below the size at which an allocator gives it whole pages of memory of its own.
+pub const PAGE_TOKENS: usize = 512;
 
 /// Token blocks that the format knows (s. 4).
 pub const BLOCKS: [usize; 3] = [4, 8, 16];
@@ -47,6 +49,9 @@ const CHANNEL_STEP: usize = 16;
 
 /// Words behind the last row: a kernel reads whole vectors (16 f16 at most) from wherever a row's elements end.
 const LOAD_PADDING: usize = 16;
+
+/// Bytes of a page's own struct, and of the counters in front of its words.
+const HEADERS: usize = size_of::<PackedPage>() + 2 * size_of::<usize>();
 
 /// Shape of packed vectors: of a head's `D` channels the first `C` are stored (the rest are truncated), and each
 /// vector keeps its `r` largest elements in groups of `g` neighbours.
@@ -112,7 +117,7 @@ impl PackedShape {
     /// Bytes of a page of `tokens` tokens in blocks of `block`, all that it allocates: equal to
     /// [`PackedPage::bytes`] of the encoded page.
     pub fn bytes_of_page(self, block: usize, tokens: usize) -> usize {
-        size_of::<PackedPage>() + 2 * (Layout { shape: self, block, tokens }.words() + LOAD_PADDING)
+        HEADERS + 2 * (Layout { shape: self, block, tokens }.words() + LOAD_PADDING)
     }
 
     /// Bytes of one vector's bitmap; bits past the last group are 0.
@@ -198,15 +203,15 @@ impl Rows {
     }
 }
 
-/// Up to 64 tokens of one layer and KV head, packed: sealed and immutable. Every bitmap has exactly `r / g` bits
+/// Up to [`PAGE_TOKENS`] tokens of one layer and KV head, packed: sealed, immutable, and shared by its clones. Every bitmap has exactly `r / g` bits
 /// set and every element is finite; kernels rely on both.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedPage {
     shape: PackedShape,
     block: u8,
-    tokens: u8,
+    tokens: u16,
     /// As the head of the file says; elements are f16 bits, bitmaps lie in byte order.
-    words: Box<[u16]>,
+    words: Arc<[u16]>,
 }
 
 impl PackedPage {
@@ -230,9 +235,9 @@ impl PackedPage {
         self.shape
     }
 
-    /// Bytes allocated: elements, bitmaps, block keys, load padding and this struct.
+    /// Bytes allocated: elements, bitmaps, block keys, load padding, this struct and the two counters of its clones.
     pub fn bytes(&self) -> usize {
-        size_of::<PackedPage>() + size_of_val::<[u16]>(&self.words)
+        HEADERS + size_of_val::<[u16]>(&self.words)
     }
 
     /// Bytes of the page's block keys: what [`score_pages`] reads.

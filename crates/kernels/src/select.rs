@@ -14,63 +14,76 @@ pub fn importance(isa: Isa, scores: &[f32], out: &mut [f32]) {
         "scores are not rows of {}",
         out.len()
     );
-    importance_of_runs(isa, scores, &[out.len()], out);
+    let mut sums = vec![0.0; scores.len() / out.len()];
+    log_sums(isa, scores, &mut sums);
+    importance_of_runs(isa, scores, &[out.len()], &sums, out);
 }
 
-/// The same of scores that were made in runs of blocks, one after the other: of each run `[R, n]`, with its `n` in
-/// `runs`. `out` `[B]` has the blocks of all runs.
-pub fn importance_of_runs(isa: Isa, scores: &[f32], runs: &[usize], out: &mut [f32]) {
+/// The logarithm of the sum of `e^score` of each row: `scores` `[R, n]`, `out` `[R]`.
+pub fn log_sums(isa: Isa, scores: &[f32], out: &mut [f32]) {
+    assert!(scores.len().is_multiple_of(out.len()), "scores are not {} rows", out.len());
+    dispatch(isa, LogSums { scores, out });
+}
+
+/// [`importance`] of scores that were made in runs of blocks, one after the other: of each run `[R, n]`, with its `n`
+/// in `runs` and its [`log_sums`] in `sums` `[runs, R]`. `out` `[B]` has the blocks of all runs.
+pub fn importance_of_runs(isa: Isa, scores: &[f32], runs: &[usize], sums: &[f32], out: &mut [f32]) {
     let rows = scores.len() / out.len();
     assert_eq!(scores.len(), rows * out.len(), "scores are not {rows} rows of {}", out.len());
     assert_eq!(runs.iter().sum::<usize>(), out.len(), "blocks of all runs");
-    out.fill(f32::NEG_INFINITY);
-    for row in 0..rows {
-        dispatch(isa, Importance { scores, runs, row, rows, out });
+    assert_eq!(sums.len(), rows * runs.len(), "sums of all runs");
+    let mut totals = vec![0.0; rows];
+    for (row, total) in totals.iter_mut().enumerate() {
+        let of_row = || sums.iter().skip(row).step_by(rows);
+        let top = of_row().fold(f32::NEG_INFINITY, |top, &sum| top.max(sum));
+        *total = top + of_row().map(|sum| (sum - top).exp()).sum::<f32>().ln();
+    }
+    dispatch(isa, Importance { scores, runs, totals: &totals, out });
+}
+
+struct LogSums<'a> {
+    scores: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for LogSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let n = self.scores.len() / self.out.len();
+        for (row, out) in self.out.iter_mut().enumerate() {
+            let scores = &self.scores[row * n..][..n];
+            let top = largest(s, scores);
+            *out = top + sum_of_exponentials(s, scores, top).ln();
+        }
     }
 }
 
 struct Importance<'a> {
     scores: &'a [f32],
     runs: &'a [usize],
-    row: usize,
-    rows: usize,
+    totals: &'a [f32],
     out: &'a mut [f32],
 }
 
-impl Importance<'_> {
-    /// The row's scores in each run, and where the run's blocks begin.
-    #[inline(always)]
-    fn parts(&self) -> impl Iterator<Item = (usize, &[f32])> {
-        let mut before = 0;
-        self.runs.iter().map(move |&n| {
-            let start = before;
-            before += n;
-            (start, &self.scores[start * self.rows + self.row * n..][..n])
-        })
-    }
-}
-
+/// Plain loops over slices: inside [`dispatch`] the compiler turns them into vectors of the instruction set.
 impl Kernel for Importance<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut top = f32::NEG_INFINITY;
-        for (_, part) in self.parts() {
-            top = top.max(largest(s, part));
-        }
-        let mut sum = 0.0;
-        for (_, part) in self.parts() {
-            sum += sum_of_exponentials(s, part, top);
-        }
-        let total = top + sum.ln();
-        let mut before = 0;
+    fn run<S: Simd>(self, _: S) {
+        let (mut scores, mut out) = (self.scores, self.out);
         for &n in self.runs {
-            let part = &self.scores[before * self.rows + self.row * n..][..n];
-            for (out, score) in self.out[before..].iter_mut().zip(part) {
-                *out = out.max(score - total);
+            let (of_run, later) = scores.split_at(n * self.totals.len());
+            let best = out.split_off_mut(..n).expect("blocks of all runs");
+            best.fill(f32::NEG_INFINITY);
+            for (row, total) in self.totals.iter().enumerate() {
+                for (best, score) in best.iter_mut().zip(&of_run[row * n..][..n]) {
+                    *best = best.max(score - total);
+                }
             }
-            before += n;
+            scores = later;
         }
     }
 }
@@ -249,13 +262,15 @@ mod tests {
         let (rows, runs) = (3, [16, 5, 40]);
         let score = |row: usize, b: usize| ((row * 61 + b) as f32 * 0.7).sin() * 30.0;
         let whole: Vec<f32> = (0..rows * 61).map(|i| score(i / 61, i % 61)).collect();
-        let mut in_runs = vec![];
-        for (run, before) in runs.iter().zip([0, 16, 21]) {
-            in_runs.extend((0..rows * run).map(|i| score(i / run, before + i % run)));
+        let (mut in_runs, mut sums) = (vec![], vec![0.0; rows * runs.len()]);
+        for ((run, before), sums) in runs.iter().zip([0, 16, 21]).zip(sums.chunks_exact_mut(rows)) {
+            let scores: Vec<f32> = (0..rows * run).map(|i| score(i / run, before + i % run)).collect();
+            log_sums(Isa::current(), &scores, sums);
+            in_runs.extend(scores);
         }
         let (mut want, mut got) = (vec![0.0; 61], vec![0.0; 61]);
         importance(Isa::current(), &whole, &mut want);
-        importance_of_runs(Isa::current(), &in_runs, &runs, &mut got);
+        importance_of_runs(Isa::current(), &in_runs, &runs, &sums, &mut got);
         for (got, want) in got.iter().zip(want) {
             assert!((got - want).abs() < 1e-5, "{got} for {want}");
         }

@@ -12,14 +12,37 @@ impl KvCache {
     /// What [`attend`](KvCache::attend) should give for the newest token: `queries` `[H, D]`, output `[H, D]`, of
     /// which only the rows of KV head `g` are worked out; the others are 0.
     pub fn oracle(&self, layer: usize, queries: &[f32], g: usize) -> Vec<f64> {
+        self.oracle_of(layer, queries, g, None).0
+    }
+
+    /// The same with the token blocks that the step just taken selected, which must have been in this layer and with these
+    /// queries; and by how much the log-probability of the best block that it left out exceeds that of the worst it
+    /// selected. Among many blocks near ties are certain, and f32 and f64 order them differently: that much is rounding,
+    /// while an output over other tokens is another output.
+    pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
+        let selected = self.working.packed.get(g).map(|work| work.selected());
+        self.oracle_of(layer, queries, g, selected)
+    }
+
+    fn oracle_of(
+        &self,
+        layer: usize,
+        queries: &[f32],
+        g: usize,
+        selected: Option<&[u32]>,
+    ) -> (Vec<f64>, f64) {
         let (group, d) = (self.shape.group(), self.shape.head_dim);
         let scale = (d as f64).sqrt().recip();
-        let mut out = vec![0.0; queries.len()];
+        let (mut out, mut missed) = (vec![0.0; queries.len()], 0.0);
         let span = g * group * d..(g + 1) * group * d;
         let queries: Vec<f64> = queries[span.clone()].iter().map(|&q| f64::from(q) * scale).collect();
         let (mut keys, mut values) = match &self.layers[layer] {
             Layer::Exact(heads) => exact_rows(&heads[g]),
-            Layer::Packed(heads) => heads[g].oracle_rows(&queries),
+            Layer::Packed(heads) => {
+                let (keys, values, excess) = heads[g].oracle_rows(&queries, selected);
+                missed = excess;
+                (keys, values)
+            }
             // Each query may attend to others.
             Layer::Baseline(_) => (vec![], vec![]),
         };
@@ -35,7 +58,7 @@ impl KvCache {
             }
             out.copy_from_slice(&oracle::attend(query, &keys, &values, 1.0));
         }
-        out
+        (out, missed)
     }
 }
 
@@ -47,30 +70,42 @@ pub(crate) fn exact_rows(head: &ExactHead) -> (Vec<f64>, Vec<f64>) {
 
 impl PackedHead {
     /// Keys and values `[T, D]`, back in the model's channels, of the tokens that the scaled queries `[R, D]`
-    /// attend to.
-    fn oracle_rows(&self, queries: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    /// attend to; with `selected`, of those blocks, and how much better the best of the others is than the worst of them.
+    fn oracle_rows(&self, queries: &[f64], selected: Option<&[u32]>) -> (Vec<f64>, Vec<f64>, f64) {
         let d = self.buffer.head_dim();
         let (keys, values) = crate::packed::rows(&[&self.sinks, &self.buffer]);
         let mut keys: Vec<f64> = keys.into_iter().map(f64::from).collect();
         let mut values: Vec<f64> = values.into_iter().map(f64::from).collect();
-        // Of all token blocks in order: the segment, the block in it, and its tokens.
-        let mut blocks = vec![];
-        let mut block_keys = vec![];
-        for segment in &self.segments {
-            for page in &segment.pages {
-                block_keys.extend(segment.restore(page.decode_block_keys(), Side::Keys, d));
-                blocks.extend((0..page.blocks()).map(|block| (segment, page, block)));
+        // Of all token blocks in order.
+        let (mut block_keys, mut sizes) = (vec![], vec![]);
+        let pages =
+            || self.segments.iter().flat_map(|segment| segment.pages.iter().map(move |page| (segment, page)));
+        for (segment, page) in pages() {
+            block_keys.extend(segment.restore(&page.decode_block_keys(), Side::Keys, d));
+            sizes.extend(vec![page.block(); page.blocks()]);
+        }
+        let best = log_probabilities(queries, &block_keys, sizes.len());
+        let chosen = match selected {
+            Some(selected) => selected.iter().map(|&block| block as usize).collect(),
+            None => most_probable(&best, &sizes, self.selected_tokens()),
+        };
+        let (mut worst, mut missed) = (f64::INFINITY, f64::NEG_INFINITY);
+        let mut block = 0;
+        for (segment, page) in pages() {
+            let (k, v) = (page.decode_keys(), page.decode_values());
+            let row = segment.strategy.shape.channels() * page.block();
+            for (k, v) in k.chunks_exact(row).zip(v.chunks_exact(row)) {
+                if chosen.binary_search(&block).is_ok() {
+                    worst = worst.min(best[block]);
+                    keys.extend(segment.restore(k, Side::Keys, d));
+                    values.extend(segment.restore(v, Side::Values, d));
+                } else {
+                    missed = missed.max(best[block]);
+                }
+                block += 1;
             }
         }
-        let sizes: Vec<usize> = blocks.iter().map(|(_, page, _)| page.block()).collect();
-        for block in most_probable(queries, &block_keys, &sizes, self.selected_tokens()) {
-            let (segment, page, block) = blocks[block];
-            let row = segment.strategy.shape.channels() * page.block();
-            let span = block * row..(block + 1) * row;
-            keys.extend(segment.restore(page.decode_keys()[span.clone()].to_vec(), Side::Keys, d));
-            values.extend(segment.restore(page.decode_values()[span].to_vec(), Side::Values, d));
-        }
-        (keys, values)
+        (keys, values, missed - worst)
     }
 }
 
@@ -82,7 +117,7 @@ enum Side {
 
 impl Segment {
     /// Rows `[n, C]` of the segment back in the model's channels, `[n, D]`.
-    fn restore(&self, rows: Vec<f32>, side: Side, d: usize) -> Vec<f64> {
+    fn restore(&self, rows: &[f32], side: Side, d: usize) -> Vec<f64> {
         // [D, C]: a packed row times the transpose is back in the model's channels.
         let matrix = match side {
             Side::Keys => self.rotation.key_matrix(),
@@ -96,15 +131,9 @@ impl Segment {
     }
 }
 
-/// The best blocks, ascending, as many as hold `tokens` tokens, by each block's largest log-probability among the block
-/// keys `[blocks, D]` over the queries `[R, D]`. `sizes` are the blocks' tokens.
-pub(crate) fn most_probable(
-    queries: &[f64],
-    block_keys: &[f64],
-    sizes: &[usize],
-    tokens: usize,
-) -> Vec<usize> {
-    let (blocks, d) = (sizes.len(), block_keys.len().checked_div(sizes.len()).unwrap_or(1));
+/// Of each of `blocks` block keys `[blocks, D]`, the largest log-probability among them over the queries `[R, D]`.
+pub(crate) fn log_probabilities(queries: &[f64], block_keys: &[f64], blocks: usize) -> Vec<f64> {
+    let d = block_keys.len().checked_div(blocks).unwrap_or(1);
     let mut best = vec![f64::NEG_INFINITY; blocks];
     for query in queries.chunks_exact(d) {
         let scores: Vec<f64> =
@@ -113,7 +142,12 @@ pub(crate) fn most_probable(
         let total = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
         best.iter_mut().zip(&scores).for_each(|(b, s)| *b = b.max(s - total));
     }
-    let mut order: Vec<usize> = (0..blocks).collect();
+    best
+}
+
+/// The best blocks, ascending, as many as hold `tokens` tokens. `sizes` are the blocks' tokens.
+pub(crate) fn most_probable(best: &[f64], sizes: &[usize], tokens: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..best.len()).collect();
     order.sort_by(|&a, &b| best[b].total_cmp(&best[a]).then(a.cmp(&b)));
     let enough = order.iter().scan(0, |held, &b| (*held < tokens).then(|| *held += sizes[b])).count();
     order.truncate(enough);

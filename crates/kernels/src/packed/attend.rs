@@ -6,21 +6,24 @@
 //! asked for, because selected blocks are scattered over memory.
 //!
 //! What failed: 24 accumulators of values for four rows (they spill; two tiles of 12 are no slower with groups of 1
-//! and a quarter faster with groups of 4); asking for the next keys while keys are scored and for the next values while
-//! values pass (8 % slower than for both while keys are scored).
+//! and a quarter faster with groups of 4); asking for all lines of a block at once (a fifth slower than a few for every
+//! four tokens); asking for blocks into the second cache 8, 16 or 32 ahead (no faster).
 #![expect(
     clippy::needless_range_loop,
     reason = "arrays of registers indexed by rows and chunks together; iterators over them would be closures"
 )]
 
-use super::vectors::{Out, Packed, ROWS, Shaped, prefetch_bytes, shaped};
-use super::{BLOCKS, PAGE_TOKENS, PackedPage};
+use super::vectors::{LINE, Lines, Meanwhile, Out, Packed, ROWS, Shaped, shaped};
+use super::{BLOCKS, PackedPage};
 use crate::isa::Isa;
 use crate::simd::Simd;
 use crate::state::{AttnState, fold_scores};
 
-/// Blocks that are asked for ahead: of 1, 2, 3, 4, 8, 12, 16, 24 and 32 of them (of 8 tokens, 1.2 kB) the fastest.
-const AHEAD: usize = 4;
+/// Blocks that are asked for ahead: of 2, 4, 6, 8, 10 and 12 (of 8 tokens, 1.2 kB) the fastest.
+const AHEAD: usize = 6;
+
+/// Tokens whose scores are made before their values are met.
+const BATCH: usize = 64;
 
 /// A token block: its page, and which of the page's it is.
 pub type Selected<'a> = (&'a PackedPage, u32);
@@ -46,19 +49,10 @@ pub fn attend_selected(isa: Isa, queries: &[f32], selected: &[Selected], state: 
     }
 }
 
-/// [`attend_selected`] of some blocks of one page: bit `b` of `selected` for block `b`.
-pub fn attend_blocks(isa: Isa, queries: &[f32], page: &PackedPage, selected: u32, state: &mut AttnState) {
-    let (mut list, mut n) = ([(page, 0); u32::BITS as usize], 0);
-    for b in (0..u32::BITS).filter(|b| selected >> b & 1 == 1) {
-        list[n] = (page, b);
-        n += 1;
-    }
-    attend_selected(isa, queries, &list[..n], state);
-}
-
-/// Folds all keys and values of the page into `state`, as [`attend_blocks`].
+/// [`attend_selected`] of all blocks of the page.
 pub fn attend_page(isa: Isa, queries: &[f32], page: &PackedPage, state: &mut AttnState) {
-    attend_blocks(isa, queries, page, (1 << page.blocks()) - 1, state);
+    let all: Vec<Selected> = (0..page.blocks() as u32).map(|b| (page, b)).collect();
+    attend_selected(isa, queries, &all, state);
 }
 
 struct Attend<'a> {
@@ -70,48 +64,49 @@ struct Attend<'a> {
 }
 
 /// Scores, then weights, of a batch: `[R, 64]`.
-type Weights<const R: usize> = [[f32; PAGE_TOKENS]; R];
+type Weights<const R: usize> = [[f32; BATCH]; R];
 
 impl Shaped for Attend<'_> {
     #[inline(always)]
     fn run<S: Simd, const R: usize, const G: usize>(mut self, s: S) {
-        let batch = PAGE_TOKENS / self.selected[0].0.block();
+        let batch = BATCH / self.selected[0].0.block();
         let (selected, mut from) = (self.selected, 0);
-        selected.iter().take(AHEAD).for_each(|&block| prefetch(s, block));
+        let (page, _) = selected[0];
+        let lines = page.bytes_of_block().div_ceil(LINE) + 1;
+        // As many for four keys as for four values.
+        let mut ahead =
+            Ahead { blocks: selected, lines: Lines::default(), per_four: lines.div_ceil(page.block() / 2) };
+        ahead.ask(s, AHEAD * lines);
         while from < selected.len() {
             let to = selected.len().min(from + batch);
-            let next = selected.get(from + AHEAD..).unwrap_or_default();
-            self.fold::<S, R, G>(s, &selected[from..to], next);
+            self.fold::<S, R, G>(s, &selected[from..to], &mut ahead);
             from = to;
         }
     }
 }
 
 impl Attend<'_> {
-    /// Folds at most 64 tokens in; for each of the blocks it asks for another of `next`.
+    /// Folds at most 64 tokens in; meanwhile it asks for as many that come later.
     #[inline(always)]
     fn fold<S: Simd, const R: usize, const G: usize>(
         &mut self,
         s: S,
         blocks: &[Selected],
-        next: &[Selected],
+        ahead: &mut Ahead,
     ) {
-        let mut weights: Weights<R> = [[f32::NEG_INFINITY; PAGE_TOKENS]; R];
+        let mut weights: Weights<R> = [[f32::NEG_INFINITY; BATCH]; R];
         let mut tokens = 0;
-        for (i, &(page, b)) in blocks.iter().enumerate() {
-            if let Some(&block) = next.get(i) {
-                prefetch(s, block);
-            }
+        for &(page, b) in blocks {
             let keys = page.layout().block(b as usize).0;
-            let out = Out { scores: &mut weights.as_flattened_mut()[tokens..], stride: PAGE_TOKENS };
+            let out = Out { scores: &mut weights.as_flattened_mut()[tokens..], stride: BATCH };
             // SAFETY: `attend_selected` checked that the queries are R rows of C and that block `b` exists.
-            unsafe { Packed::<G>::new(page, keys).dot::<S, R>(s, self.queries, keys.n, out) };
+            unsafe { Packed::<G>::new(page, keys).dot::<S, R, _>(s, self.queries, keys.n, out, ahead) };
             tokens += keys.n;
         }
         let old = softmax::<S, R>(s, &mut weights, tokens, self.max, self.sum);
-        let (mut at, mut chunk) = ([0; PAGE_TOKENS], 0);
+        let (mut at, mut chunk) = ([0; BATCH], 0);
         let chunks = self.acc.len() / R / S::LANES;
-        let mut tile = Tile { chunk: 0, at: &mut at, weights: &weights, old: &old };
+        let mut tile = Tile { chunk: 0, at: &mut at, weights: &weights, old: &old, ahead };
         while chunk < chunks {
             tile.chunk = chunk;
             // SAFETY: chunks `chunk..chunk + N` exist; `attend_selected` checked that `acc` is R rows of C.
@@ -128,21 +123,48 @@ impl Attend<'_> {
     }
 }
 
-/// Asks for a block's keys and values ahead of their use.
-#[inline(always)]
-fn prefetch<S: Simd>(s: S, (page, b): Selected) {
-    let bytes = page.bytes_of_block();
-    prefetch_bytes(s, page, page.bytes_of_block_keys() + b as usize * bytes, bytes);
+/// The blocks that were not asked for yet.
+struct Ahead<'a> {
+    blocks: &'a [Selected<'a>],
+    /// What is left of the block before them.
+    lines: Lines,
+    /// Lines to ask for while four keys, or four values, are met.
+    per_four: usize,
+}
+
+impl Ahead<'_> {
+    /// Asks for the next `n` lines.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S, n: usize) {
+        for _ in 0..n {
+            if self.lines.is_empty() {
+                let Some((&(page, b), later)) = self.blocks.split_first() else { return };
+                let bytes = page.bytes_of_block();
+                let start = page.bytes_of_block_keys() + b as usize * bytes;
+                self.lines = Lines::of(page, start..start + bytes);
+                self.blocks = later;
+            }
+            self.lines.ask(s);
+        }
+    }
+}
+
+impl Meanwhile for Ahead<'_> {
+    #[inline(always)]
+    fn four<S: Simd>(&mut self, s: S) {
+        self.ask(s, self.per_four);
+    }
 }
 
 /// What the values' walk over the tokens needs for one tile of chunks.
-struct Tile<'a, const R: usize> {
+struct Tile<'a, 'b, const R: usize> {
     chunk: usize,
     /// Kept elements of each token before the tile.
-    at: &'a mut [u16; PAGE_TOKENS],
+    at: &'a mut [u16; BATCH],
     weights: &'a Weights<R>,
     /// By what the accumulators are multiplied first.
     old: &'a [f32; R],
+    ahead: &'a mut Ahead<'b>,
 }
 
 impl Attend<'_> {
@@ -172,7 +194,10 @@ impl Attend<'_> {
         let mut token = 0;
         for &(page, b) in blocks {
             let mut values = Packed::<G>::new(page, page.layout().block(b as usize).1);
-            for _ in 0..page.block() {
+            for i in 0..page.block() {
+                if tile.chunk == 0 && i % 4 == 0 {
+                    tile.ahead.four(s);
+                }
                 let mut w = [s.splat(0.0); R];
                 for r in 0..R {
                     w[r] = s.splat(tile.weights[r][token]);
@@ -218,4 +243,4 @@ fn softmax<S: Simd, const R: usize>(
     olds
 }
 
-const _: () = assert!(BLOCKS[0] == 4 && PAGE_TOKENS == 64, "batches of 64 tokens are whole blocks");
+const _: () = assert!(BATCH.is_multiple_of(BLOCKS[2]), "batches are whole blocks");

@@ -1,6 +1,6 @@
 //! How does a page survive outside of memory?
 //!
-//! Little-endian: magic `MKVP`, version, `D`, `C`, `r` as u16, `g`, block, tokens and a zero as u8, then the
+//! Little-endian: magic `MKVP`, version, `D`, `C`, `r` as u16, `g` and block as u8, tokens as u16, then the
 //! page's words without the load padding. Input is untrusted: the header bounds the length before anything is
 //! allocated, and every vector is checked for what the kernels rely on.
 
@@ -23,7 +23,8 @@ impl PackedPage {
         for x in [VERSION, self.shape.head_dim, self.shape.channels, self.shape.kept] {
             out.extend(x.to_le_bytes());
         }
-        out.extend([self.shape.group, self.block, self.tokens, 0]);
+        out.extend([self.shape.group, self.block]);
+        out.extend(self.tokens.to_le_bytes());
         out.extend(bytemuck::cast_slice::<u16, u8>(words));
         out
     }
@@ -39,8 +40,12 @@ impl PackedPage {
         }
         let mut words = vec![0; n + LOAD_PADDING].into_boxed_slice();
         bytemuck::cast_slice_mut::<u16, u8>(&mut words[..n]).copy_from_slice(&bytes[HEADER..]);
-        let page =
-            PackedPage { shape: layout.shape, block: layout.block as u8, tokens: layout.tokens as u8, words };
+        let page = PackedPage {
+            shape: layout.shape,
+            block: layout.block as u8,
+            tokens: layout.tokens as u16,
+            words: words.into(),
+        };
         page.check()?;
         Ok(page)
     }
@@ -79,17 +84,17 @@ fn header(bytes: &[u8]) -> Result<Layout, PackedError> {
         return Err(PackedError::Length { got: bytes.len(), wanted: HEADER });
     };
     let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-    if header[..4] != MAGIC || word(4) != VERSION || header[15] != 0 {
+    if header[..4] != MAGIC || word(4) != VERSION {
         return Err(PackedError::Format);
     }
     let [head_dim, channels, kept] = [6, 8, 10].map(|at| usize::from(word(at)));
-    let [group, block, tokens] = [12, 13, 14].map(|at| usize::from(header[at]));
+    let ([group, block], tokens) = ([12, 13].map(|at| usize::from(header[at])), usize::from(word(14)));
     let shape = PackedShape::new(head_dim, channels, kept, group)?;
     if !BLOCKS.contains(&block) {
         return Err(PackedError::Shape { what: "block", got: block, wanted: "4, 8 or 16" });
     }
     if tokens == 0 || tokens > PAGE_TOKENS || !tokens.is_multiple_of(block) {
-        let wanted = "a multiple of block, 4..=64";
+        let wanted = "a multiple of block, 4..=512";
         return Err(PackedError::Shape { what: "tokens", got: tokens, wanted });
     }
     Ok(Layout { shape, block, tokens })

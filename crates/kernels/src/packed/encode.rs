@@ -10,7 +10,8 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 impl PackedPage {
-    /// Packs `keys` and `values`, both `[T, C]`: rotated, truncated, `T` a multiple of `block` of at most 64.
+    /// Packs `keys` and `values`, both `[T, C]`: rotated, truncated, `T` a multiple of `block` of at most
+    /// [`PAGE_TOKENS`].
     /// Elements beyond the range of f16 saturate. Of equal magnitudes the lower channel is kept.
     ///
     /// # Panics
@@ -36,7 +37,7 @@ impl PackedPage {
             mean_of_rows(k, &mut mean);
             packer.pack(layout.block_keys(), b, &mean);
         }
-        PackedPage { shape, block: block as u8, tokens: tokens as u8, words: packer.words }
+        PackedPage { shape, block: block as u8, tokens: tokens as u16, words: packer.words.into() }
     }
 
     /// Sums of squares of the stored elements: of the keys, of the values.

@@ -41,6 +41,11 @@ fn page(seed: u64, shape: PackedShape, block: usize, tokens: usize) -> PackedPag
     PackedPage::encode(shape, block, &noise(seed, n), &noise(seed + 1, n))
 }
 
+/// Blocks of the page: bit `b` of `which` for block `b`.
+fn blocks(page: &PackedPage, which: u32) -> Vec<Selected<'_>> {
+    (0..page.blocks().min(32) as u32).filter(|b| which >> b & 1 == 1).map(|b| (page, b)).collect()
+}
+
 fn wide(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&x| f64::from(x)).collect()
 }
@@ -88,13 +93,13 @@ fn decoding_gives_the_largest_elements_rounded_to_f16() {
 #[test]
 fn bytes_reported_are_bytes_allocated() {
     for shape in shapes() {
-        for (block, tokens) in [(4, 4), (8, 24), (16, 64)] {
+        for (block, tokens) in [(4, 4), (8, 24), (16, 512)] {
             let page = page(3, shape, block, tokens);
-            let allocated = size_of_val(&page) + 2 * page.words.len();
+            let allocated = size_of_val(&page) + 16 + 2 * page.words.len();
             assert_eq!(page.bytes(), allocated);
             assert_eq!(shape.bytes_of_page(block, tokens), allocated);
             let parts = page.bytes_of_block_keys() + page.blocks() * page.bytes_of_block();
-            assert_eq!(page.bytes(), parts + size_of::<PackedPage>() + 2 * LOAD_PADDING);
+            assert_eq!(page.bytes(), parts + HEADERS + 2 * LOAD_PADDING);
         }
     }
     // The paper's 75 %: 4.75 bits a scalar for elements and bitmap, block keys of 8 tokens a sixteenth of it.
@@ -201,7 +206,7 @@ fn attention_matches_f64_on_every_instruction_set() {
                     .flat_map(|&isa| [all, all & 0xa5a5, 1 << (page.blocks() - 1)].map(|m| (isa, m)))
                 {
                     let mut state = AttnState::new(rows, c);
-                    attend_blocks(isa, &queries, &page, selected, &mut state);
+                    attend_selected(isa, &queries, &blocks(&page, selected), &mut state);
                     let error = error_of(&state, &queries, &[(&page, selected)]);
                     assert!(
                         error < 2e-6,
@@ -231,13 +236,50 @@ fn peaked_scores_over_many_pages_match_f64() {
     }
 }
 
+/// Long pages and short ones in one walk, so that what is asked for ahead lies in another page than what is met.
+#[test]
+fn pages_of_any_length_in_one_walk() {
+    for (shape, block) in
+        [(PackedShape::with_rate(128, 0.75, 1), 8), (PackedShape::with_rate(64, 0.625, 2), 4)]
+    {
+        let shape = shape.unwrap();
+        let c = shape.channels();
+        let lengths = [PAGE_TOKENS, 16, 32, PAGE_TOKENS - 16, 160];
+        let pages: Vec<PackedPage> =
+            (0u64..).zip(lengths).map(|(i, tokens)| page(200 + i, shape, block, tokens)).collect();
+        let count: usize = pages.iter().map(PackedPage::blocks).sum();
+        let queries = noise(3, 5 * c);
+        for &isa in Isa::available() {
+            let mut together = vec![f32::NAN; 5 * count];
+            score_pages(isa, &queries, &pages, &mut together);
+            let mut before = 0;
+            for page in &pages {
+                let mut alone = vec![f32::NAN; 5 * page.blocks()];
+                score_blocks(isa, &queries, page, &mut alone);
+                for (row, alone) in alone.chunks_exact(page.blocks()).enumerate() {
+                    assert_eq!(&together[row * count + before..][..page.blocks()], alone, "{isa:?}");
+                }
+                before += page.blocks();
+            }
+            let all: Vec<Selected> =
+                pages.iter().flat_map(|page| (0..page.blocks() as u32).map(move |b| (page, b))).collect();
+            let (mut walked, mut merged) = (AttnState::new(5, c), AttnState::new(5, c));
+            attend_selected(isa, &queries, &all.iter().copied().step_by(3).collect::<Vec<_>>(), &mut walked);
+            for &some in all.iter().step_by(3) {
+                attend_selected(isa, &queries, &[some], &mut merged);
+            }
+            let (mut a, mut b) = (vec![0.0; 5 * c], vec![0.0; 5 * c]);
+            walked.finish(&mut a);
+            merged.finish(&mut b);
+            assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5), "{isa:?}");
+        }
+    }
+}
+
 #[test]
 fn nothing_selected_changes_nothing() {
     let shape = PackedShape::with_rate(64, 0.75, 1).unwrap();
-    let page = page(1, shape, 8, 64);
     let mut state = AttnState::new(3, shape.channels());
-    attend_blocks(Isa::current(), &noise(1, 3 * shape.channels()), &page, 0, &mut state);
-    assert_eq!(state.max, [f32::NEG_INFINITY; 3]);
     attend_selected(Isa::current(), &noise(1, 3 * shape.channels()), &[], &mut state);
     assert_eq!(state.max, [f32::NEG_INFINITY; 3]);
 }
@@ -262,7 +304,7 @@ proptest! {
         // The fifth state stays empty.
         let mut states = vec![AttnState::new(rows, c); 5];
         for (b, &to) in deal.iter().enumerate().take(page.blocks()) {
-            attend_blocks(isa, &queries, &page, 1 << b, &mut states[to]);
+            attend_selected(isa, &queries, &[(&page, b as u32)], &mut states[to]);
         }
         let mut merged = AttnState::new(rows, c);
         for i in order {

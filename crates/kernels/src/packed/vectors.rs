@@ -5,7 +5,8 @@
 //! elements start. Several vectors are in flight, and their sums across lanes are taken together.
 //!
 //! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
-//! has the CPU features and hand vectors over in memory: 4 times slower); two vectors in flight in place of four
+//! has the CPU features and hand vectors over in memory: 4 times slower); shuffling bytes by a table of bitmap bytes in
+//! place of `vpexpandps` (10 % faster for keys, 10 % slower for values: either is half of the multiply-adds' time); two vectors in flight in place of four
 //! (8 % slower with 16 lanes); spreading 32 f16 at once (VBMI2's `vpexpandw`) and converting after it: half as many
 //! spreads, but no faster, for the multiply-adds of four rows then wait for the conversions; a number of chunks that the
 //! compiler knows (no change).
@@ -18,12 +19,13 @@ use super::{PackedPage, Rows};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use half::f16;
+use std::ops::Range;
 
 /// Rows that share the load of an element: more would not fit the registers.
 pub(super) const ROWS: usize = 4;
 
 /// Cache line, in bytes.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// A computation for a number of rows and a group size known to the compiler.
 pub(super) trait Shaped {
@@ -112,17 +114,19 @@ impl<const G: usize> Packed<G> {
     /// # Safety
     /// `queries` is `[R, C]` and the vectors exist.
     #[inline(always)]
-    pub(super) unsafe fn dot<S: Simd, const R: usize>(
+    pub(super) unsafe fn dot<S: Simd, const R: usize, M: Meanwhile>(
         mut self,
         s: S,
         queries: &[f32],
         n: usize,
         mut out: Out,
+        meanwhile: &mut M,
     ) {
         let mut i = 0;
         // SAFETY: the caller's promise; `i + 4 <= n` or `i < n` as the loops say.
         unsafe {
             while i + 4 <= n {
+                meanwhile.four(s);
                 if S::LANES == 16 || R == 1 {
                     self.dot_some::<S, R, 4>(s, queries, &mut out, i);
                 } else {
@@ -254,10 +258,54 @@ fn lanes<const G: usize>(bits: u32) -> u32 {
     }
 }
 
-/// Asks for `bytes` bytes of the page from byte `start` on, ahead of their use.
-#[inline(always)]
-pub(super) fn prefetch_bytes<S: Simd>(s: S, page: &PackedPage, start: usize, bytes: usize) {
-    for line in (0..bytes.next_multiple_of(LINE)).step_by(LINE) {
-        s.prefetch_near(page.words.as_ptr().cast::<u8>(), start + line);
+/// What is done for every four vectors that are met: memory is asked for a few cache lines at a time, because a core
+/// that asks for more than it can wait for stands still.
+pub(super) trait Meanwhile {
+    /// Must be `#[inline(always)]`.
+    fn four<S: Simd>(&mut self, s: S);
+}
+
+/// Cache lines to be asked for, in order.
+#[derive(Clone, Copy)]
+pub(super) struct Lines {
+    next: *const u8,
+    end: *const u8,
+}
+
+impl Default for Lines {
+    fn default() -> Lines {
+        Lines { next: std::ptr::null(), end: std::ptr::null() }
+    }
+}
+
+impl Lines {
+    /// Those with the page's bytes of `range`.
+    #[inline(always)]
+    pub(super) fn of(page: &PackedPage, range: Range<usize>) -> Lines {
+        let start = page.words.as_ptr().cast::<u8>();
+        let next = start.wrapping_add(range.start);
+        let next = next.wrapping_sub(next.addr() % LINE);
+        Lines { next, end: start.wrapping_add(range.end) }
+    }
+
+    #[inline(always)]
+    pub(super) fn is_empty(self) -> bool {
+        self.next >= self.end
+    }
+
+    /// Asks for those that begin before the page's byte `end`.
+    #[inline(always)]
+    pub(super) fn ask_until<S: Simd>(&mut self, s: S, page: &PackedPage, end: usize) {
+        let end = page.words.as_ptr().cast::<u8>().wrapping_add(end);
+        while self.next < end {
+            self.ask(s);
+        }
+    }
+
+    /// Asks for the first.
+    #[inline(always)]
+    pub(super) fn ask<S: Simd>(&mut self, s: S) {
+        s.prefetch_near(self.next, 0);
+        self.next = self.next.wrapping_add(LINE);
     }
 }

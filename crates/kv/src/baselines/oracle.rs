@@ -134,7 +134,9 @@ impl StrawmanHead {
             segment.pages.iter().flat_map(|page| restore(&page[2 * PAGE * c..], &to_keys)).collect();
         let (block, per_page) = (self.parameters.block, PAGE / self.parameters.block);
         let count = self.budget(means.len() / d);
-        for b in crate::oracle::most_probable(queries, &means, &vec![1; means.len() / d], count) {
+        let pages = means.len() / d;
+        let best = crate::oracle::log_probabilities(queries, &means, pages);
+        for b in crate::oracle::most_probable(&best, &vec![1; pages], count) {
             let (page, first) = (&segment.pages[b / per_page], b % per_page * block);
             keys.extend(restore(&page[first * c..][..block * c], &to_keys));
             values.extend(restore(&page[(PAGE + first) * c..][..block * c], &to_values));

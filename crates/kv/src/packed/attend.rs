@@ -12,18 +12,19 @@ use crate::{Step, cleared};
 use mosaickv_kernels::exact::{self, Visible};
 use mosaickv_kernels::packed::{PackedPage, attend_selected, score_pages};
 use mosaickv_kernels::rotate::rotate;
-use mosaickv_kernels::select::{importance_of_runs, top_tokens};
+use mosaickv_kernels::select::{importance_of_runs, log_sums, top_tokens};
 use mosaickv_kernels::{AttnState, Isa};
-use std::sync::Arc;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Packed pages whose blocks one task scores.
-const SCORED_PER_TASK: usize = 64;
+/// Tokens whose blocks one task scores.
+const SCORED_PER_TASK: usize = 16384;
 
 /// Tokens that one task of a decode step attends to.
-const ATTENDED_PER_TASK: usize = 512;
+const ATTENDED_PER_TASK: usize = 1024;
 
-/// Time that a cache waited for the phases of attention over packed segments, in all layers and steps.
+/// Time that a cache waited for the phases of attention over packed segments, in all layers and steps, and for its update
+/// buffers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Phases {
     /// Queries are turned into the segments' channels, and sinks and update buffer attended to.
@@ -36,6 +37,8 @@ pub struct Phases {
     pub attend: Duration,
     /// Outputs leave the segments' channels and are merged.
     pub merge: Duration,
+    /// The oldest tokens of full update buffers are packed.
+    pub flush: Duration,
 }
 
 impl Phases {
@@ -45,6 +48,7 @@ impl Phases {
         self.select += more.select;
         self.attend += more.attend;
         self.merge += more.merge;
+        self.flush += more.flush;
     }
 }
 
@@ -59,6 +63,8 @@ pub(crate) struct Work {
     runs: Vec<usize>,
     /// Of each run, `[R, blocks]`.
     scores: Vec<f32>,
+    /// Their log-sums, `[runs, R]`.
+    sums: Vec<f32>,
     /// Of each block, over all rows.
     best: Vec<f32>,
     /// Blocks of the head to attend to, ascending.
@@ -69,6 +75,13 @@ pub(crate) struct Work {
     parts: Vec<AttnState>,
     /// Bytes that the step reads.
     pub(crate) read: u64,
+}
+
+impl Work {
+    /// Token blocks that the last step attended to, ascending, counted over all segments of the head.
+    pub(crate) fn selected(&self) -> &[u32] {
+        &self.selected
+    }
 }
 
 /// One head of one cache in a step.
@@ -96,7 +109,7 @@ pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
     step.pool.for_each(&mut tasks, |_, task| task.run(step.isa));
     let attend = lap();
     step.pool.for_each(lanes, |_, lane| lane.merge(step));
-    Phases { turn, score, select, attend, merge: lap() }
+    Phases { turn, score, select, attend, merge: lap(), flush: Duration::ZERO }
 }
 
 impl Lane<'_> {
@@ -120,26 +133,28 @@ impl Lane<'_> {
     fn scoring(&mut self) -> Vec<Scoring<'_>> {
         let (segments, work) = (&self.head.segments, &mut *self.work);
         let rows = self.queries.len() / self.head.buffer.head_dim();
+        let runs = segments.iter().enumerate();
+        let runs: Vec<_> =
+            runs.flat_map(|(s, seg)| seg.runs(SCORED_PER_TASK).map(move |run| (s, run))).collect();
+        let blocks = |(s, run): &(usize, Range<usize>)| {
+            let starts = &segments[*s].starts;
+            (starts[run.end] - starts[run.start]) as usize
+        };
         work.runs.clear();
-        for segment in segments {
-            let ends = segment.starts[1..].chunks(SCORED_PER_TASK).map(|ends| ends[ends.len() - 1]);
-            work.runs.extend(ends.scan(0, |start, end| {
-                let blocks = end - std::mem::replace(start, end);
-                Some(blocks as usize)
-            }));
-        }
+        work.runs.extend(runs.iter().map(blocks));
         work.scores.resize(rows * work.runs.iter().sum::<usize>(), 0.0);
-        let all = segments.iter().enumerate();
-        let pages =
-            all.flat_map(|(s, segment)| segment.pages.chunks(SCORED_PER_TASK).map(move |run| (s, run)));
+        work.sums.resize(rows * runs.len(), 0.0);
         let of_segment = rows * self.head.channels();
-        let (mut tasks, mut rest) = (vec![], &mut work.scores[..]);
-        for ((segment, pages), blocks) in pages.zip(&work.runs) {
-            let scores = rest.split_off_mut(..rows * blocks).expect("scores of every run");
+        let mut rest = &mut work.scores[..];
+        let mut tasks = Vec::with_capacity(runs.len());
+        for (((segment, run), blocks), sums) in
+            runs.into_iter().zip(&work.runs).zip(work.sums.chunks_exact_mut(rows))
+        {
             tasks.push(Scoring {
                 queries: &work.turned[segment * of_segment..][..of_segment],
-                pages,
-                scores,
+                pages: &segments[segment].pages[run],
+                scores: rest.split_off_mut(..rows * blocks).expect("scores of every run"),
+                sums,
             });
         }
         tasks
@@ -152,7 +167,7 @@ impl Lane<'_> {
         work.selected.clear();
         if blocks > 0 {
             work.best.resize(blocks, 0.0);
-            importance_of_runs(isa, &work.scores, &work.runs, &mut work.best);
+            importance_of_runs(isa, &work.scores, &work.runs, &work.sums, &mut work.best);
             let spans: Vec<_> = head.segments.iter().map(|s| (s.blocks(), s.strategy.block)).collect();
             work.selected = top_tokens(&work.best, &spans, head.selected_tokens());
         }
@@ -199,15 +214,17 @@ impl Lane<'_> {
 struct Scoring<'a> {
     /// `[R, C]`
     queries: &'a [f32],
-    pages: &'a [Arc<PackedPage>],
+    pages: &'a [PackedPage],
     /// `[R, blocks]`
     scores: &'a mut [f32],
+    /// `[R]`
+    sums: &'a mut [f32],
 }
 
 impl Scoring<'_> {
     fn run(&mut self, isa: Isa) {
-        let pages: Vec<&PackedPage> = self.pages.iter().map(|page| &**page).collect();
-        score_pages(isa, self.queries, &pages, self.scores);
+        score_pages(isa, self.queries, self.pages, self.scores);
+        log_sums(isa, self.scores, self.sums);
     }
 }
 
@@ -232,7 +249,7 @@ impl Attending<'_> {
             while starts[page + 1] <= block {
                 page += 1;
             }
-            blocks.push((&*pages[page], block - starts[page]));
+            blocks.push((&pages[page], block - starts[page]));
         }
         attend_selected(isa, self.queries, &blocks, self.state);
     }

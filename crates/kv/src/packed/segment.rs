@@ -4,9 +4,9 @@ use super::Packed;
 use super::strategy::{Chosen, Strategy, Sums, choose, relative};
 use crate::exact::ARC_BYTES;
 use crate::rotation::Rotation;
-use mosaickv_kernels::exact::PAGE_TOKENS;
-use mosaickv_kernels::packed::PackedPage;
+use mosaickv_kernels::packed::{PAGE_TOKENS, PackedPage};
 use mosaickv_kernels::rotate::multiply;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Packed pages with one strategy.
@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub(crate) struct Segment {
     pub(crate) strategy: Strategy,
     pub(crate) rotation: Arc<Rotation>,
-    pub(crate) pages: Vec<Arc<PackedPage>>,
+    pub(crate) pages: Vec<PackedPage>,
     /// `starts[i]` = token blocks before page `i`; one more entry than pages.
     pub(crate) starts: Vec<u32>,
     /// Compression loss when the strategy was chosen.
@@ -63,19 +63,30 @@ impl Segment {
     pub(crate) fn pack(&mut self, keys: &[f32], values: &[f32], d: usize) -> f32 {
         let energies = [keys, values].map(|x| x.iter().map(|x| x * x).sum::<f32>());
         let (mut stored, tokens) = ([0.0; 2], (keys.len() / d) as f32);
-        let page = PAGE_TOKENS * self.strategy.shape.channels();
-        let keys = multiply(keys, &self.rotation.key_matrix(), d);
-        let values = multiply(values, &self.rotation.value_matrix(d), d);
-        self.pages.reserve_exact(keys.len().div_ceil(page));
-        self.starts.reserve_exact(keys.len().div_ceil(page));
-        for (keys, values) in keys.chunks(page).zip(values.chunks(page)) {
-            let page = PackedPage::encode(self.strategy.shape, self.strategy.block, keys, values);
+        let (key_matrix, value_matrix) = (self.rotation.key_matrix(), self.rotation.value_matrix(d));
+        let pages = keys.len().div_ceil(PAGE_TOKENS * d);
+        self.pages.reserve_exact(pages);
+        self.starts.reserve_exact(pages);
+        for (keys, values) in keys.chunks(PAGE_TOKENS * d).zip(values.chunks(PAGE_TOKENS * d)) {
+            let (keys, values) = (multiply(keys, &key_matrix, d), multiply(values, &value_matrix, d));
+            let page = PackedPage::encode(self.strategy.shape, self.strategy.block, &keys, &values);
             self.starts.push((self.blocks() + page.blocks()) as u32);
             stored.iter_mut().zip(page.energies()).for_each(|(stored, energy)| *stored += energy);
-            self.pages.push(Arc::new(page));
+            self.pages.push(page);
         }
         let lost = |side: usize| relative(energies[side] - stored[side], self.scales[side] * tokens);
         (lost(0) + lost(1)) / 2.0
+    }
+
+    /// Its pages in runs of at least `tokens` tokens (the last may be shorter).
+    pub(crate) fn runs(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> {
+        let (blocks, mut page) = ((tokens / self.strategy.block) as u32, 0);
+        std::iter::from_fn(move || {
+            let start = page;
+            let enough = self.starts[start] + blocks;
+            page = self.starts.partition_point(|&before| before < enough).min(self.pages.len());
+            (start < page).then_some(start..page)
+        })
     }
 
     /// Bytes of its pages.
@@ -87,8 +98,7 @@ impl Segment {
     pub(crate) fn list_bytes(&self) -> usize {
         ARC_BYTES
             + size_of::<Segment>()
-            + self.pages.capacity() * size_of::<Arc<PackedPage>>()
-            + self.pages.len() * ARC_BYTES
+            + (self.pages.capacity() - self.pages.len()) * size_of::<PackedPage>()
             + self.starts.capacity() * size_of::<u32>()
     }
 
