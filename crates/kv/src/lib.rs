@@ -29,6 +29,7 @@ use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
@@ -348,7 +349,9 @@ impl KvCache {
                     head.append(&keys[g * d..][..d], &values[g * d..][..d]);
                 };
                 if due {
+                    let start = Instant::now();
                     pool.for_each(heads, append);
+                    self.phases.flush += start.elapsed();
                 } else {
                     heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
                 }

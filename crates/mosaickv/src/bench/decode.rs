@@ -70,6 +70,8 @@ struct Row {
     kv_bytes: usize,
     kv_bytes_read_per_step: f64,
     attention_share: f64,
+    /// Of one sequence, for packing the oldest tokens of full update buffers: part of the time between tokens.
+    flush_us_per_step: f64,
 }
 
 pub fn decode(args: &DecodeArgs) -> Result<()> {
@@ -118,6 +120,7 @@ struct Run {
     attention_share: f64,
     kv_bytes: usize,
     kv_bytes_read: f64,
+    flush: f64,
 }
 
 /// Reads the prompt in each of `batch` sequences and generates `steps` tokens after it.
@@ -140,7 +143,8 @@ fn run(
         sequences.push(sequence);
     }
     let read = |all: &[Sequence]| all.iter().map(|sequence| sequence.cache().bytes_read()).sum::<u64>();
-    let (attention, before) = (sequences[0].attention_time(), read(&sequences));
+    let flush = |all: &[Sequence]| all[0].cache().phases().flush;
+    let (attention, before, flushed) = (sequences[0].attention_time(), read(&sequences), flush(&sequences));
     let start = Instant::now();
     for _ in 0..steps {
         let mut all: Vec<&mut Sequence> = sequences.iter_mut().collect();
@@ -154,6 +158,7 @@ fn run(
         attention_share: (sequences[0].attention_time() - attention).as_secs_f64() / time,
         kv_bytes: sequences.iter().map(|sequence| sequence.cache().bytes().total()).sum(),
         kv_bytes_read: (read(&sequences) - before) as f64 / steps as f64,
+        flush: (flush(&sequences) - flushed).as_secs_f64() / steps as f64,
     })
 }
 
@@ -172,6 +177,7 @@ fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]
         kv_bytes: runs[0].kv_bytes,
         kv_bytes_read_per_step: middle(&|r| r.kv_bytes_read),
         attention_share: middle(&|r| r.attention_share),
+        flush_us_per_step: middle(&|r| r.flush) * 1e6,
     }
 }
 
@@ -186,7 +192,7 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(out, "{}; memory stream {stream_gb_s:.1} GB/s, {threads} threads, {isa}\n", report.model)?;
     writeln!(
         out,
-        "{:<28}{:>7}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}",
+        "{:<28}{:>7}{:>7}{:>16}{:>9}{:>9}{:>9}{:>10}{:>14}{:>11}{:>10}",
         "kv",
         "depth",
         "batch",
@@ -196,12 +202,13 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
         "tok/s",
         "KV MB",
         "read MB/step",
-        "attention"
+        "attention",
+        "flush us"
     )?;
     for row in &report.rows {
         writeln!(
             out,
-            "{:<28}{:>7}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%",
+            "{:<28}{:>7}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%{:>10.1}",
             row.kv,
             row.depth,
             row.batch,
@@ -211,7 +218,8 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
             row.tokens_per_s,
             row.kv_bytes as f64 / 1e6,
             row.kv_bytes_read_per_step / 1e6,
-            row.attention_share * 100.0
+            row.attention_share * 100.0,
+            row.flush_us_per_step
         )?;
     }
     if let Some(peak) = report.peak_rss_bytes {

@@ -1,0 +1,47 @@
+//! Do the bytes that a cache reports agree with the memory that the system gives the process?
+
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{KvCache, KvFormat, KvShape};
+
+const SHAPE: KvShape = KvShape { layers: 6, heads: 32, kv_heads: 8, head_dim: 128, window: None };
+const TOKENS: usize = 32768;
+
+/// Bytes of memory that the process holds, where the system tells.
+fn resident() -> Option<usize> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    Some(statm.split(' ').nth(1)?.parse::<usize>().ok()? * 4096)
+}
+
+fn layer(cache: &mut KvCache, pool: &Pool, layer: usize, rows: &[f32]) {
+    cache.append(pool, layer, rows, rows).unwrap();
+    cache.end_prompt(pool, layer);
+}
+
+/// Heads of 128 elements: at least three times less than exact f16, in bytes counted and in memory held.
+#[test]
+fn resident_memory_agrees_with_the_bytes_reported() {
+    let pool = Pool::new(2);
+    let mut state = 1u32;
+    let mut noise = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1u32 << 23) as f32 - 1.0
+    };
+    let rows: Vec<f32> = (0..TOKENS * SHAPE.kv_heads * SHAPE.head_dim).map(|_| noise()).collect();
+    let format: KvFormat = "packed:kept=0.25,group=1,block=8".parse().unwrap();
+    let mut cache = KvCache::new(SHAPE, format).unwrap();
+    let Some(empty) = resident() else {
+        return println!("SKIPPED: this system does not tell how much memory a process holds");
+    };
+    // What a layer needs for a moment, its exact cache above all, stays with the process for the next one.
+    (0..2).for_each(|l| layer(&mut cache, &pool, l, &rows));
+    let before = (resident().unwrap(), cache.bytes().total());
+    (2..SHAPE.layers).for_each(|l| layer(&mut cache, &pool, l, &rows));
+    let total = cache.bytes().total();
+    let (held, reported) = (resident().unwrap() - before.0, total - before.1);
+    let exact = SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 2 * 2 * TOKENS;
+    let share = held as f64 / reported as f64;
+    println!("6 layers: exact {exact}, reported {total}, resident {}", resident().unwrap() - empty);
+    println!("the last 4: reported {reported}, resident {held}, {share:.3} of it");
+    assert!(exact as f64 / total as f64 >= 3.0, "{exact} / {total}");
+    assert!((0.9..1.1).contains(&share), "resident {held}, reported {reported}");
+}
