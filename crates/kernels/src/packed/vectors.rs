@@ -6,7 +6,7 @@
 //!
 //! What failed: `array::from_fn` and `map` over vectors (their closures are compiled outside the function that
 //! has the CPU features and hand vectors over in memory: 4 times slower); shuffling bytes by a table of bitmap bytes in
-//! place of `vpexpandps` (10 % faster for keys, 10 % slower for values: either is half of the multiply-adds' time); two vectors in flight in place of four
+//! place of `vpexpandps` (for all vectors no faster, for one of four 7 % slower); two vectors in flight in place of four
 //! (8 % slower with 16 lanes); spreading 32 f16 at once (VBMI2's `vpexpandw`) and converting after it: half as many
 //! spreads, but no faster, for the multiply-adds of four rows then wait for the conversions; a number of chunks that the
 //! compiler knows (no change).
