@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 use thread_priority::{ThreadPriority, set_current_thread_priority};
 
 /// Tokens after a closing at which its segment is swapped in, where swaps do not depend on the time that work takes.
@@ -311,7 +312,7 @@ impl Learning {
     /// The oldest finished segment of a head if it is due, `since` tokens after it closed.
     fn take(&mut self, place: Place, since: usize) -> Option<Segment> {
         let due = since >= SWAP_AFTER;
-        let Where::Shared { mailbox, timing, .. } = &self.learner else {
+        let Where::Shared { background, mailbox, timing, .. } = &self.learner else {
             return if due { self.ready.get_mut(&place)?.pop_front() } else { None };
         };
         if *timing == Timing::Fixed && !due {
@@ -326,7 +327,10 @@ impl Learning {
             if segment.is_some() || *timing == Timing::Live {
                 return segment;
             }
-            arrived = mailbox.arrived.wait(arrived).unwrap_or_else(PoisonError::into_inner);
+            let ended = background.threads.iter().any(JoinHandle::is_finished);
+            assert!(!ended, "a background thread panicked: the segment that is due will never come");
+            let waited = mailbox.arrived.wait_timeout(arrived, Duration::from_millis(100));
+            arrived = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
