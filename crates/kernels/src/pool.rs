@@ -2,7 +2,8 @@
 //!
 //! A small pool whose workers spin for a moment between jobs before they sleep: a join costs a few microseconds
 //! instead of a futex round trip. Tasks are claimed one by one, so uneven ones balance; what a task computes
-//! must not depend on who runs it, so results do not depend on the number of threads.
+//! must not depend on who runs it, so results do not depend on the number of threads. Nobody waits for a worker that
+//! came too late to claim a task: on a machine with other work it may have no core.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,6 +13,9 @@ use std::thread::{self, JoinHandle, Thread};
 
 /// Iterations of a spinning wait before a worker sleeps: about 100 microseconds.
 const SPINS: usize = 4_000;
+
+/// A bit above any number of workers.
+const OPEN: usize = 1 << 31;
 
 /// A fixed set of threads that run one job at a time; the caller of a job is one of them.
 pub struct Pool {
@@ -27,8 +31,8 @@ struct Shared {
     epoch: AtomicUsize,
     job: Mutex<Option<Job>>,
     next: AtomicUsize,
-    /// Workers that have not finished the current job.
-    busy: AtomicUsize,
+    /// Workers inside the current job, and [`OPEN`] as long as more may enter.
+    gate: AtomicUsize,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -36,11 +40,11 @@ struct Shared {
 #[derive(Clone, Copy)]
 struct Job {
     tasks: usize,
-    /// Borrowed from the stack of `Pool::run`, which does not return before every worker is done with it.
+    /// Borrowed from the stack of `Pool::run`, which does not return before every worker that entered is done with it.
     body: *const (dyn Fn(usize) + Sync),
 }
 
-// SAFETY: the closure is `Sync`, and `Pool::run` keeps it alive until the last worker has finished.
+// SAFETY: the closure is `Sync`, and `Pool::run` keeps it alive until the last worker inside has left.
 unsafe impl Send for Job {}
 
 impl Pool {
@@ -51,7 +55,7 @@ impl Pool {
             epoch: AtomicUsize::new(0),
             job: Mutex::new(None),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            gate: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
@@ -83,7 +87,8 @@ impl Pool {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         let body: &(dyn Fn(usize) + Sync) = &body;
-        // SAFETY: only the lifetime is forgotten; this function waits below until no worker uses the borrow.
+        // SAFETY: only the lifetime is forgotten; this function waits below until no worker uses the borrow, and none
+        // can begin to.
         let body = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync), *const (dyn Fn(usize) + Sync + 'static)>(
                 body,
@@ -92,12 +97,13 @@ impl Pool {
         let job = Job { tasks, body };
         *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        shared.gate.store(OPEN, Ordering::Release);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         self.sleepers.iter().for_each(Thread::unpark);
         shared.claim_all(job);
+        shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
-        while shared.busy.load(Ordering::Acquire) != 0 {
+        while shared.gate.load(Ordering::Acquire) != 0 {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { thread::yield_now() }
         }
@@ -152,8 +158,14 @@ impl<T> SendPtr<T> {
 unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 impl Shared {
+    /// Whether a worker is now inside the current job: not if all of its tasks are claimed.
+    fn enter(&self) -> bool {
+        let more = |gate| if gate & OPEN == 0 { None } else { Some(gate + 1) };
+        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
+    }
+
     fn claim_all(&self, job: Job) {
-        // SAFETY: `Pool::run` keeps the closure alive until every worker has left this function.
+        // SAFETY: `Pool::run` keeps the closure alive until every worker that entered has left this function.
         let body = unsafe { &*job.body };
         let result = catch_unwind(AssertUnwindSafe(|| {
             loop {
@@ -181,12 +193,15 @@ fn work(shared: &Shared) {
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        // A new epoch is not made before this worker has finished the last one, so it grows by one.
-        seen = seen.wrapping_add(1);
+        seen = shared.epoch.load(Ordering::Acquire);
+        // Whichever job is open now, perhaps a later one: while somebody is inside, none is replaced.
+        if !shared.enter() {
+            continue;
+        }
         let job =
             shared.job.lock().unwrap_or_else(PoisonError::into_inner).expect("an epoch publishes a job");
         shared.claim_all(job);
-        shared.busy.fetch_sub(1, Ordering::Release);
+        shared.gate.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -215,6 +230,17 @@ mod tests {
         let mut items = vec![0; 103];
         pool.for_each_chunk(&mut items, 10, |i, chunk| chunk.fill(i));
         assert!(items.iter().enumerate().all(|(at, &i)| i == at / 10));
+    }
+
+    /// Jobs in quick succession, more workers than cores: some come late to a job, and enter a later one or none.
+    #[test]
+    fn late_workers_run_no_task_twice() {
+        let pool = Pool::new(9);
+        let mut seen = vec![0; 6];
+        for round in 1..3_000 {
+            pool.for_each(&mut seen, |_, n| *n += 1);
+            assert!(seen.iter().all(|&n| n == round), "round {round}: {seen:?}");
+        }
     }
 
     #[test]
