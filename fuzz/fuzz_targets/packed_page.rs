@@ -68,6 +68,7 @@ fn check_attention(
     values: &[f32],
 ) {
     let c = page.shape().channels();
+    // The sum has 24 bits left to choose with: they repeat.
     let is_selected = |b: usize| selected >> (b % 24) & 1 == 1;
     let chosen = |x: &[f32]| -> Vec<f64> {
         let blocks = x.chunks_exact(page.block() * c).enumerate();

@@ -34,8 +34,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Tokens that a page holds at most: what a step scores of a page, its block keys, is one run of some kilobytes, and a
-/// page stays below the size at which an allocator gives it whole pages of memory of its own.
+/// Tokens that a page holds at most: what a step scores of a page, its block keys, is one run of some kilobytes.
 pub const PAGE_TOKENS: usize = 512;
 
 /// Token blocks that the format knows (s. 4).
@@ -50,8 +49,10 @@ const CHANNEL_STEP: usize = 16;
 /// Words behind the last row: a kernel reads whole vectors (16 f16 at most) from wherever a row's elements end.
 const LOAD_PADDING: usize = 16;
 
-/// Bytes of a page's own struct, and of the counters in front of its words.
-const HEADERS: usize = size_of::<PackedPage>() + 2 * size_of::<usize>();
+/// Bytes of a page: its own struct, the counters in front of its words, the words, and what aligns them.
+const fn bytes_of_words(words: usize) -> usize {
+    size_of::<PackedPage>() + 2 * size_of::<usize>() + (2 * words).next_multiple_of(size_of::<usize>())
+}
 
 /// Shape of packed vectors: of a head's `D` channels the first `C` are stored (the rest are truncated), and each
 /// vector keeps its `r` largest elements in groups of `g` neighbours.
@@ -117,7 +118,7 @@ impl PackedShape {
     /// Bytes of a page of `tokens` tokens in blocks of `block`, all that it allocates: equal to
     /// [`PackedPage::bytes`] of the encoded page.
     pub fn bytes_of_page(self, block: usize, tokens: usize) -> usize {
-        HEADERS + 2 * (Layout { shape: self, block, tokens }.words() + LOAD_PADDING)
+        bytes_of_words(Layout { shape: self, block, tokens }.words() + LOAD_PADDING)
     }
 
     /// Bytes of one vector's bitmap; bits past the last group are 0.
@@ -203,8 +204,8 @@ impl Rows {
     }
 }
 
-/// Up to [`PAGE_TOKENS`] tokens of one layer and KV head, packed: sealed, immutable, and shared by its clones. Every bitmap has exactly `r / g` bits
-/// set and every element is finite; kernels rely on both.
+/// Up to [`PAGE_TOKENS`] tokens of one layer and KV head, packed: sealed, immutable, and shared by its clones. Every
+/// bitmap has exactly `r / g` bits set and every element is finite; kernels rely on both.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PackedPage {
     shape: PackedShape,
@@ -237,7 +238,7 @@ impl PackedPage {
 
     /// Bytes allocated: elements, bitmaps, block keys, load padding, this struct and the two counters of its clones.
     pub fn bytes(&self) -> usize {
-        HEADERS + size_of_val::<[u16]>(&self.words)
+        bytes_of_words(self.words.len())
     }
 
     /// Bytes of the page's block keys: what [`score_pages`] reads.

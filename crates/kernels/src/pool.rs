@@ -190,10 +190,11 @@ fn work(shared: &Shared) {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { thread::park() }
         }
+        // Before `stop`, whose epoch is the last: seen first, it would be waited for in vain.
+        seen = shared.epoch.load(Ordering::SeqCst);
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        seen = shared.epoch.load(Ordering::Acquire);
         // Whichever job is open now, perhaps a later one: while somebody is inside, none is replaced.
         if !shared.enter() {
             continue;
@@ -240,6 +241,14 @@ mod tests {
         for round in 1..3_000 {
             pool.for_each(&mut seen, |_, n| *n += 1);
             assert!(seen.iter().all(|&n| n == round), "round {round}: {seen:?}");
+        }
+    }
+
+    #[test]
+    fn a_pool_ends_whatever_its_workers_are_at() {
+        for tasks in (0..2_000).map(|i| i % 5) {
+            let pool = Pool::new(3);
+            pool.run(tasks, |_| ());
         }
     }
 

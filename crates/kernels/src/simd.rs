@@ -68,6 +68,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading `LANES` f16, however few bits are set.
     unsafe fn expand_f16(self, p: *const half::f16, mask: u32) -> Self::V;
+    /// The reverse: the lanes whose bit of `mask` is set go to `p[0]` and on, rounded to f16; what is written after them
+    /// means nothing.
+    /// # Safety
+    /// `p` is valid for writing `LANES` f16, however few bits are set.
+    unsafe fn compress_f16(self, p: *mut half::f16, a: Self::V, mask: u32);
     /// # Safety
     /// `p` is valid for reading `LANES` bf16.
     unsafe fn load_bf16(self, p: *const half::bf16) -> Self::V;

@@ -413,7 +413,7 @@ impl KvCache {
         Step { shape: self.shape, isa: self.isa, pool, scale }
     }
 
-    /// Time spent in the phases of attention over packed segments since it was made; a step that several caches take
+    /// Time spent in the phases of attention over packed segments, and on update buffers, since it was made; a step that several caches take
     /// together counts in each of them.
     pub fn phases(&self) -> Phases {
         self.phases

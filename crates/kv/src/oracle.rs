@@ -17,7 +17,7 @@ impl KvCache {
 
     /// The same with the token blocks that the step just taken selected, which must have been in this layer and with these
     /// queries; and by how much the log-probability of the best block that it left out exceeds that of the worst it
-    /// selected. Among many blocks near ties are certain, and f32 and f64 order them differently: that much is rounding,
+    /// selected; infinite if it selected fewer or more than it should. Among many blocks near ties are certain, and f32 and f64 order them differently: that much is rounding,
     /// while an output over other tokens is another output.
     pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
         let selected = self.working.packed.get(g).map(|work| work.selected());
@@ -105,7 +105,11 @@ impl PackedHead {
                 block += 1;
             }
         }
-        (keys, values, missed - worst)
+        let held: usize = chosen.iter().map(|&block| sizes[block]).sum();
+        let (wanted, largest) = (self.selected_tokens(), sizes.iter().max().copied().unwrap_or(0));
+        // Blocks of several sizes: the last one taken may hold more than was missing.
+        let enough = (wanted..(wanted + largest).max(1)).contains(&held);
+        (keys, values, if enough { missed - worst } else { f64::INFINITY })
     }
 }
 

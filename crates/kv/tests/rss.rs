@@ -4,7 +4,7 @@ use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvCache, KvFormat, KvShape};
 
 const SHAPE: KvShape = KvShape { layers: 6, heads: 32, kv_heads: 8, head_dim: 128, window: None };
-const TOKENS: usize = 32768;
+const TOKENS: usize = 16384;
 
 /// Bytes of memory that the process holds, where the system tells.
 fn resident() -> Option<usize> {

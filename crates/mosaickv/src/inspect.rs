@@ -43,7 +43,10 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
     let (model, text) = load(&args.model.model)?;
     let mut tokens = text.encode(&document, Specials::Literal)?;
     let most = args.tokens.map_or(model.context(), |most| (most as usize).min(model.context()));
-    tokens.truncate(most);
+    if tokens.len() > most {
+        eprintln!("the first {most} of {} tokens (context {})", tokens.len(), model.context());
+        tokens.truncate(most);
+    }
     let mut sequence = Sequence::new(&model, &pool, args.kv)?;
     let bar = bar("reading", "layers");
     let read = sequence.prefill(&tokens, &mut |done, all| {

@@ -1,7 +1,7 @@
 //! Which strategy did each segment get? Segments along the tokens, a row for each layer and KV head.
 //!
 //! Colour is the rate, pale where most was dropped; each segment says its element group and token block where there is
-//! room. Colours are those of the needle maps: they survive colour blindness and grey.
+//! room, and a line along its foot is as long as its compression loss, its whole width being 1. Colours are those of the needle maps: they survive colour blindness and grey.
 
 use super::heat::colour;
 use super::plot::{Area, GRID, drawing, text_style};
@@ -15,7 +15,8 @@ const ROW: i32 = 9;
 const LEFT: i32 = 70;
 const RIGHT: i32 = 16;
 const TOP: i32 = 44;
-const LEGEND: i32 = 56;
+const LEGEND: i32 = 74;
+const LOST: RGBColor = RGBColor(214, 39, 40);
 
 /// An SVG file of the segments of a cache that holds `tokens` tokens of heads of `head_dim` channels.
 pub fn svg(segments: &[SegmentInfo], tokens: usize, head_dim: usize) -> Result<String, String> {
@@ -58,6 +59,8 @@ fn draw_segment(
     let fill = shade(segment.kept, head_dim);
     area.draw(&Rectangle::new([(from, top), (to, top + ROW)], fill.filled()))?;
     area.draw(&Rectangle::new([(from, top), (to, top + ROW)], GRID.stroke_width(1)))?;
+    let lost = from + (f64::from(to - from) * f64::from(segment.loss.clamp(0.0, 1.0))) as i32;
+    area.draw(&Rectangle::new([(from, top + ROW - 2), (lost, top + ROW)], LOST.filled()))?;
     if to - from > 44 {
         let dark = u32::from(fill.0) + u32::from(fill.1) + u32::from(fill.2) < 380;
         let ink = if dark { WHITE } else { BLACK };
@@ -86,6 +89,12 @@ fn draw_legend(
     }
     let note = "g: channels kept or dropped together; b: tokens of a block; *: borrowed strategy; left to right: tokens";
     area.draw(&Text::new(note, (LEFT, bottom + 46), text_style(12, HPos::Left, VPos::Center)))?;
+    area.draw(&Rectangle::new([(LEFT, bottom + 62), (LEFT + 14, bottom + 64)], LOST.filled()))?;
+    let lost = segments.iter().map(|segment| f64::from(segment.loss) * segment.tokens as f64).sum::<f64>();
+    let tokens: usize = segments.iter().map(|segment| segment.tokens).sum();
+    let mean = lost / tokens.max(1) as f64;
+    let note = format!("compression loss, the segment's whole width being 1; mean {mean:.3}");
+    area.draw(&Text::new(note, (LEFT + 20, bottom + 63), text_style(12, HPos::Left, VPos::Center)))?;
     Ok(())
 }
 
@@ -122,5 +131,12 @@ mod tests {
         assert!(filled(&hex(8), "70") && filled(&hex(16), "70"), "{drawn}");
         assert!(filled(&hex(24), &x(500, 1000).to_string()), "{drawn}");
         assert!(drawn.contains("g2 b16 *"), "{drawn}");
+        let lost = svg.descendants().filter(|node| node.attribute("fill") == Some("#D62728"));
+        // A tenth of half of the picture's width: 40 pixels of 407.
+        let widths: Vec<&str> = lost.filter_map(|node| node.attribute("width")).collect();
+        assert!(
+            widths.len() == 4 && widths.iter().filter(|&&width| width == "40").count() >= 2,
+            "{widths:?}"
+        );
     }
 }

@@ -3,11 +3,15 @@
 //! Stage 1 of the paper (arXiv 2607.00760, s. 4): each vector keeps its own largest elements by magnitude, or
 //! its groups of highest energy. Encoding runs once a page, decoding only in tests and oracles.
 
+use super::vectors::{bits_of_chunk, lanes};
 use super::{BLOCKS, LOAD_PADDING, Layout, PAGE_TOKENS, PackedPage, PackedShape, Rows};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
+/// Lanes of the widest instruction set.
+const MOST_LANES: usize = 16;
 
 impl PackedPage {
     /// Packs `keys` and `values`, both `[T, C]`: rotated, truncated, `T` a multiple of `block` of at most
@@ -110,10 +114,9 @@ struct Packer {
     scratch: Scratch,
 }
 
-/// One vector on its way: `[C]` elements, `[C / g]` groups, one more where a branch-free loop writes past the end.
+/// One vector on its way: `[C]` elements and room for a vector of the widest instruction set behind them, `[C / g]`
+/// groups, rounded up to whole bytes of a bitmap.
 struct Scratch {
-    clamped: Vec<f32>,
-    halves: Vec<f16>,
     kept: Vec<f16>,
     energy: Vec<u32>,
     chosen: Vec<u8>,
@@ -124,11 +127,9 @@ impl Packer {
         let words = vec![0; layout.words() + LOAD_PADDING].into_boxed_slice();
         let (c, groups) = (layout.shape.channels(), layout.shape.channels() / layout.shape.group());
         let scratch = Scratch {
-            clamped: vec![0.0; c],
-            halves: vec![f16::ZERO; c],
-            kept: vec![f16::ZERO; c + 1],
+            kept: vec![f16::ZERO; c + MOST_LANES],
             energy: vec![0; groups],
-            chosen: vec![0; groups],
+            chosen: vec![0; groups.next_multiple_of(8)],
         };
         Packer { isa: Isa::current(), shape: layout.shape, words, scratch }
     }
@@ -136,43 +137,31 @@ impl Packer {
     /// Packs `vector` `[C]` as row `i` of `rows`.
     fn pack(&mut self, rows: Rows, i: usize, vector: &[f32]) {
         let (shape, scratch) = (self.shape, &mut self.scratch);
-        dispatch(self.isa, Choose { shape, vector, scratch });
-        let Scratch { clamped, halves, kept, chosen, .. } = scratch;
-        for (to, x) in clamped.iter_mut().zip(vector) {
-            *to = x.clamp(f16::MIN.to_f32_const(), f16::MAX.to_f32_const());
-        }
-        halves.convert_from_f32_slice(clamped);
-        let mut next = 0;
-        for (halves, &chosen) in halves.chunks_exact(shape.group()).zip(&*chosen) {
-            // Always written, kept only if the place after it is taken: whether is as good as random.
-            for &x in halves {
-                kept[next] = x;
-                next += usize::from(chosen);
-            }
-        }
-        assert_eq!(next, shape.kept(), "elements chosen of {shape:?}");
-        let kept = kept[..next].reinterpret_cast();
-        self.words[rows.elements(i, shape)].copy_from_slice(kept);
         let bitmap = &mut bytemuck::cast_slice_mut::<u16, u8>(&mut self.words)[rows.bitmap(i, shape)];
-        for (byte, chosen) in bitmap.iter_mut().zip(chosen.chunks(8)) {
-            *byte = chosen.iter().enumerate().fold(0, |byte, (bit, &chosen)| byte | chosen << bit);
-        }
+        let next = dispatch(self.isa, Pack { shape, vector, bitmap, scratch });
+        assert_eq!(next, shape.kept(), "elements chosen of {shape:?}");
+        let kept = self.scratch.kept[..next].reinterpret_cast();
+        self.words[rows.elements(i, shape)].copy_from_slice(kept);
     }
 }
 
-/// Marks the `r / g` groups of highest energy in `chosen` (1 or 0).
-struct Choose<'a> {
+/// Marks the `r / g` groups of highest energy in the bitmap and gathers their elements in `scratch.kept`; returns how many
+/// elements.
+struct Pack<'a> {
     shape: PackedShape,
+    /// `[C]`
     vector: &'a [f32],
+    bitmap: &'a mut [u8],
     scratch: &'a mut Scratch,
 }
 
-/// Plain loops over slices: inside [`dispatch`] the compiler turns them into vectors of the instruction set.
-impl Kernel for Choose<'_> {
-    type Output = ();
+/// Plain loops over slices where the groups are chosen: inside [`dispatch`] the compiler turns them into vectors of the
+/// instruction set.
+impl Kernel for Pack<'_> {
+    type Output = usize;
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) {
-        let Scratch { energy, chosen, .. } = self.scratch;
+    fn run<S: Simd>(self, s: S) -> usize {
+        let Scratch { energy, chosen, kept } = self.scratch;
         match self.shape.group() {
             // One element is ranked by its magnitude: its square would lose small ones to underflow.
             1 => {
@@ -188,16 +177,51 @@ impl Kernel for Choose<'_> {
             top = top.max(e);
         }
         assert!(top <= f32::INFINITY.to_bits(), "a vector to pack has elements that are not a number");
-        let wanted = self.shape.kept() / self.shape.group();
-        let last = nth_largest(energy, wanted as u32);
-        // All above the last energy, and as many equal to it, from the front, as are still wanted.
-        let mut equal = wanted as u32 - count(energy, |e| e > last);
-        for (c, &e) in chosen.iter_mut().zip(energy.iter()) {
-            let take = e > last || (e == last && equal > 0);
-            equal -= u32::from(e == last && equal > 0);
-            *c = u8::from(take);
+        let wanted = (self.shape.kept() / self.shape.group()) as u32;
+        let last = nth_largest(energy, wanted);
+        if count(energy, |e| e >= last) == wanted {
+            for (c, &e) in chosen.iter_mut().zip(energy.iter()) {
+                *c = u8::from(e >= last);
+            }
+        } else {
+            // All above the last energy, and as many equal to it, from the front, as are still wanted.
+            let mut equal = wanted - count(energy, |e| e > last);
+            for (c, &e) in chosen.iter_mut().zip(energy.iter()) {
+                let tie = e == last && equal > 0;
+                equal -= u32::from(tie);
+                *c = u8::from(e > last || tie);
+            }
+        }
+        for (byte, chosen) in self.bitmap.iter_mut().zip(chosen.as_chunks().0) {
+            // Moves bit 0 of byte `i` to bit `i` of the highest byte.
+            *byte = (u64::from_le_bytes(*chosen).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
+        }
+        match self.shape.group() {
+            1 => gather::<S, 1>(s, self.vector, self.bitmap, kept),
+            2 => gather::<S, 2>(s, self.vector, self.bitmap, kept),
+            _ => gather::<S, 4>(s, self.vector, self.bitmap, kept),
         }
     }
+}
+
+/// Writes the elements of `vector` `[C]` that the bitmap marks to the front of `kept`, saturated and rounded to f16;
+/// returns how many there are.
+#[inline(always)]
+fn gather<S: Simd, const G: usize>(s: S, vector: &[f32], bitmap: &[u8], kept: &mut [f16]) -> usize {
+    assert!(kept.len() >= vector.len() + S::LANES && bitmap.len() * 8 * G >= vector.len());
+    let (most, mut next) = (s.splat(f16::MAX.to_f32_const()), 0);
+    let least = s.sub(s.splat(0.0), most);
+    for (chunk, x) in vector.chunks_exact(S::LANES).enumerate() {
+        // SAFETY: a chunk has LANES elements, the bitmap a bit for each group of `vector`, and `kept` room for all of them
+        // and LANES more.
+        next += unsafe {
+            let bits = bits_of_chunk::<S, G>(bitmap.as_ptr(), chunk);
+            let x = s.max(s.min(s.load(x.as_ptr()), most), least);
+            s.compress_f16(kept.as_mut_ptr().add(next), x, lanes::<G>(bits));
+            G * bits.count_ones() as usize
+        };
+    }
+    next
 }
 
 /// Bits of the groups' sums of squares: for numbers that are not negative they order like the numbers.

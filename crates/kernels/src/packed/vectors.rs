@@ -138,6 +138,9 @@ impl<const G: usize> Packed<G> {
                 self.skip(4);
                 i += 4;
             }
+            if i < n {
+                meanwhile.four(s);
+            }
             while i < n {
                 self.dot_some::<S, R, 1>(s, queries, &mut out, i);
                 self.skip(1);
@@ -217,7 +220,7 @@ pub(super) struct Out<'a> {
 /// # Safety
 /// The bitmap has bits for the chunk.
 #[inline(always)]
-unsafe fn bits_of_chunk<S: Simd, const G: usize>(p: *const u8, chunk: usize) -> u32 {
+pub(super) unsafe fn bits_of_chunk<S: Simd, const G: usize>(p: *const u8, chunk: usize) -> u32 {
     // SAFETY: these are the bytes of the chunk's bits and no others.
     unsafe {
         match S::LANES / G {
@@ -250,7 +253,7 @@ const fn repeated<const N: usize>(times: usize) -> [u16; N] {
 
 /// The lanes that a chunk's bits stand for.
 #[inline(always)]
-fn lanes<const G: usize>(bits: u32) -> u32 {
+pub(super) fn lanes<const G: usize>(bits: u32) -> u32 {
     match G {
         1 => bits,
         2 => u32::from(PAIRS[(bits & 255) as usize]),
@@ -258,7 +261,7 @@ fn lanes<const G: usize>(bits: u32) -> u32 {
     }
 }
 
-/// What is done for every four vectors that are met: memory is asked for a few cache lines at a time, because a core
+/// What is done for every four vectors that are met, and for a rest of fewer: memory is asked for a few cache lines at a time, because a core
 /// that asks for more than it can wait for stands still.
 pub(super) trait Meanwhile {
     /// Must be `#[inline(always)]`.

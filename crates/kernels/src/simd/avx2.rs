@@ -34,6 +34,24 @@ static EXPAND: [[u8; 8]; 256] = {
     table
 };
 
+/// `COMPRESS[m]`: the bits that are set in `m`, rising, and zeros.
+static COMPRESS: [[u8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut m = 0;
+    while m < 256 {
+        let (mut lane, mut next) = (0, 0);
+        while lane < 8 {
+            if m >> lane & 1 == 1 {
+                table[m][next] = lane;
+                next += 1;
+            }
+            lane += 1;
+        }
+        m += 1;
+    }
+    table
+};
+
 // SAFETY of every block below: an `Avx2` is made only where the features are present (`run`), and pointers are
 // the caller's promise, given by the trait.
 impl Simd for Avx2 {
@@ -149,6 +167,15 @@ impl Simd for Avx2 {
             // The sign of an empty lane's index clears it.
             let empty = _mm256_srai_epi32::<31>(index);
             _mm256_andnot_ps(_mm256_castsi256_ps(empty), spread)
+        }
+    }
+    #[inline(always)]
+    unsafe fn compress_f16(self, p: *mut f16, a: __m256, mask: u32) {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let index = COMPRESS[(mask & 255) as usize].as_ptr().cast();
+            let together = _mm256_permutevar8x32_ps(a, _mm256_cvtepi8_epi32(_mm_loadl_epi64(index)));
+            _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(together));
         }
     }
     #[inline(always)]

@@ -136,6 +136,14 @@ impl Simd for Avx512 {
         unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
     }
     #[inline(always)]
+    unsafe fn compress_f16(self, p: *mut f16, a: __m512, mask: u32) {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let together = _mm512_maskz_compress_ps(mask as u16, a);
+            _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(together));
+        }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> __m512 {
         // SAFETY: see the head of this impl.
         unsafe {

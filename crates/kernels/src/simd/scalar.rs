@@ -107,6 +107,16 @@ impl Simd for Scalar {
         out
     }
     #[inline(always)]
+    unsafe fn compress_f16(self, p: *mut f16, a: [f32; 8], mask: u32) {
+        let (mut out, mut next) = ([f16::ZERO; 8], 0);
+        for (lane, x) in a.into_iter().enumerate() {
+            out[next % 8] = f16::from_f32(x);
+            next += (mask >> lane & 1) as usize;
+        }
+        // SAFETY: the caller promises 8 writable f16.
+        unsafe { p.cast::<[f16; 8]>().write_unaligned(out) }
+    }
+    #[inline(always)]
     unsafe fn load_bf16(self, p: *const bf16) -> [f32; 8] {
         // SAFETY: the caller promises 8 readable bf16.
         unsafe { p.cast::<[bf16; 8]>().read_unaligned() }.map(bf16::to_f32)

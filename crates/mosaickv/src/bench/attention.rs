@@ -262,7 +262,8 @@ fn read_by_one(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> u64 {
     read(caches) - before
 }
 
-/// Against the oracle, which attends to the same token blocks if they are the best ones: all heads where that is quick, else the first and the last, of the first and the last cache.
+/// Against the oracle, which attends to the same token blocks if they are the best ones: all heads where that is quick,
+/// else the first and the last, of the first and the last cache.
 fn max_error(caches: &mut [KvCache], queries: &[f32], pool: &Pool) -> f64 {
     let KvShape { layers, heads, kv_heads, head_dim, .. } = caches[0].shape();
     let out = attend_last(caches, queries, pool);

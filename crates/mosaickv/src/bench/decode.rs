@@ -18,9 +18,12 @@ use std::time::Instant;
 const TEXT: &str = include_str!("../../demo/document.txt");
 
 #[derive(Args)]
-#[command(after_help = "Example:\n  \
+#[command(
+    after_help = "Columns: TBT is the time between tokens, a step of all sequences; attention its share; flush the part \
+    of a step in which one sequence packs the oldest tokens of full update buffers.\n\nExamples:\n  \
     mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,packed --json\n  \
-    mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4")]
+    mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4"
+)]
 pub struct DecodeArgs {
     #[command(flatten)]
     model: ModelArgs,
