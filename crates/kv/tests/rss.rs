@@ -43,5 +43,11 @@ fn resident_memory_agrees_with_the_bytes_reported() {
     println!("6 layers: exact {exact}, reported {total}, resident {}", resident().unwrap() - empty);
     println!("the last 4: reported {reported}, resident {held}, {share:.3} of it");
     assert!(exact as f64 / total as f64 >= 3.0, "{exact} / {total}");
+    // Of 128 channels 32 elements of 16 bits and 96 bits of bitmap, for each key, value and eighth of a block key.
+    let arithmetic = (32 * 16 + 96) as f64 * (2.0 + 1.0 / 8.0) / 256.0;
+    let scalars = SHAPE.layers * SHAPE.kv_heads * SHAPE.head_dim * 2 * TOKENS;
+    let bits = cache.bytes().packed as f64 * 8.0 / scalars as f64;
+    println!("{bits:.3} bits a scalar in pages, {arithmetic:.3} by arithmetic");
+    assert!((0.98..1.02).contains(&(bits / arithmetic)), "{bits} bits a scalar, wanted {arithmetic}");
     assert!((0.9..1.1).contains(&share), "resident {held}, reported {reported}");
 }
