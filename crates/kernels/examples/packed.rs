@@ -3,7 +3,7 @@
 //! `cargo run --release -p mosaickv-kernels --example packed [tokens]`, 131072 tokens by default. The first page
 //! of every run is compared with f64 attention before a time is printed.
 //!
-//! Measured on one of two shared cores of an AMD EPYC (Zen 4), others compiling beside it, `packed 16384`,
+//! Measured on 2026-11-23, with pages of 64 tokens, on one of two shared cores of an AMD EPYC (Zen 4), others compiling beside it, `packed 16384`,
 //! 75 % of the elements dropped, token block 8, groups of 1, nanoseconds a token:
 //! ```text
 //!               D=128 R=4         D=64 R=3
@@ -16,7 +16,9 @@
 //! Four rows are bound by the multiply-adds (36 of them more than one row, 11 ns more), one row by the spreading
 //! of elements over lanes.
 
-use mosaickv_kernels::packed::{PackedPage, PackedShape, attend_page, attend_selected, score_pages};
+use mosaickv_kernels::packed::{
+    PAGE_TOKENS, PackedPage, PackedShape, attend_page, attend_selected, score_pages,
+};
 use mosaickv_kernels::{AttnState, Isa, oracle, select};
 use std::time::Instant;
 
@@ -30,14 +32,21 @@ fn main() {
         let shape = PackedShape::with_rate(head_dim, 0.75, group).expect("a shape of the paper");
         let c = shape.channels();
         println!("D={head_dim} R={rows} C={c} r={} g={group} block=8, {tokens} tokens", shape.kept());
-        let pages: Vec<PackedPage> = (0..tokens / 512)
-            .map(|i| PackedPage::encode(shape, 8, &noise(2 * i, 512 * c), &noise(2 * i + 1, 512 * c)))
+        let pages: Vec<PackedPage> = (0..tokens / PAGE_TOKENS)
+            .map(|i| {
+                PackedPage::encode(
+                    shape,
+                    8,
+                    &noise(2 * i, PAGE_TOKENS * c),
+                    &noise(2 * i + 1, PAGE_TOKENS * c),
+                )
+            })
             .collect();
-        let (keys, values) = (noise(1, 512 * c), noise(2, 512 * c));
+        let (keys, values) = (noise(1, PAGE_TOKENS * c), noise(2, PAGE_TOKENS * c));
         let seconds = best(|| drop(std::hint::black_box(PackedPage::encode(shape, 8, &keys, &values))));
         let bytes: usize = pages.iter().map(PackedPage::bytes).sum();
         let ratio = (tokens * 4 * head_dim) as f64 / bytes as f64;
-        println!("  encode: {:.0} ns a token, ratio {ratio:.2}", seconds * 1e9 / 512.0);
+        println!("  encode: {:.0} ns a token, ratio {ratio:.2}", seconds * 1e9 / PAGE_TOKENS as f64);
         let queries = noise(usize::MAX / 2, rows * c);
         for &isa in Isa::available().iter().rev() {
             check(isa, &queries, &pages[0]);

@@ -20,7 +20,7 @@ impl KvCache {
     /// selected; infinite if it selected fewer or more than it should. Among many blocks near ties are certain, and f32 and f64 order them differently: that much is rounding,
     /// while an output over other tokens is another output.
     pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
-        let selected = self.working.packed.get(g).map(|work| work.selected());
+        let selected = self.working.packed.get(g).map(|work| &*work.selected);
         self.oracle_of(layer, queries, g, selected)
     }
 

@@ -1,5 +1,7 @@
 //! Do the bytes that a cache reports agree with the memory that the system gives the process?
 
+mod common;
+
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvCache, KvFormat, KvShape};
 
@@ -21,11 +23,7 @@ fn layer(cache: &mut KvCache, pool: &Pool, layer: usize, rows: &[f32]) {
 #[test]
 fn resident_memory_agrees_with_the_bytes_reported() {
     let pool = Pool::new(2);
-    let mut state = 1u32;
-    let mut noise = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1u32 << 23) as f32 - 1.0
-    };
+    let mut noise = common::uniform(1);
     let rows: Vec<f32> = (0..TOKENS * SHAPE.kv_heads * SHAPE.head_dim).map(|_| noise()).collect();
     let format: KvFormat = "packed:kept=0.25,group=1,block=8".parse().unwrap();
     let mut cache = KvCache::new(SHAPE, format).unwrap();

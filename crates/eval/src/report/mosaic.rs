@@ -1,7 +1,8 @@
 //! Which strategy did each segment get? Segments along the tokens, a row for each layer and KV head.
 //!
 //! Colour is the rate, pale where most was dropped; each segment says its element group and token block where there is
-//! room, and a line along its foot is as long as its compression loss, its whole width being 1. Colours are those of the needle maps: they survive colour blindness and grey.
+//! room, and a line along its foot is as long as its compression loss, its whole width being 1. Colours are those of the
+//! needle maps: they survive colour blindness and grey.
 
 use super::heat::colour;
 use super::plot::{Area, GRID, drawing, text_style};

@@ -38,7 +38,7 @@ impl PackedPage {
         if bytes.len() != wanted {
             return Err(PackedError::Length { got: bytes.len(), wanted });
         }
-        let mut words = vec![0; n + LOAD_PADDING].into_boxed_slice();
+        let mut words = vec![0; n + LOAD_PADDING];
         bytemuck::cast_slice_mut::<u16, u8>(&mut words[..n]).copy_from_slice(&bytes[HEADER..]);
         let page = PackedPage {
             shape: layout.shape,

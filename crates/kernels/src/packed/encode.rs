@@ -110,7 +110,7 @@ fn mean_of_rows(rows: &[f32], mean: &mut [f32]) {
 struct Packer {
     isa: Isa,
     shape: PackedShape,
-    words: Box<[u16]>,
+    words: Vec<u16>,
     scratch: Scratch,
 }
 
@@ -124,7 +124,7 @@ struct Scratch {
 
 impl Packer {
     fn new(layout: Layout) -> Packer {
-        let words = vec![0; layout.words() + LOAD_PADDING].into_boxed_slice();
+        let words = vec![0; layout.words() + LOAD_PADDING];
         let (c, groups) = (layout.shape.channels(), layout.shape.channels() / layout.shape.group());
         let scratch = Scratch {
             kept: vec![f16::ZERO; c + MOST_LANES],

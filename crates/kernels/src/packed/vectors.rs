@@ -261,8 +261,8 @@ pub(super) fn lanes<const G: usize>(bits: u32) -> u32 {
     }
 }
 
-/// What is done for every four vectors that are met, and for a rest of fewer: memory is asked for a few cache lines at a time, because a core
-/// that asks for more than it can wait for stands still.
+/// What is done for every four vectors that are met, and for a rest of fewer: memory is asked for a few cache lines at a
+/// time, because a core that asks for more than it can wait for stands still.
 pub(super) trait Meanwhile {
     /// Must be `#[inline(always)]`.
     fn four<S: Simd>(&mut self, s: S);

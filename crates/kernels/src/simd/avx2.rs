@@ -15,41 +15,31 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2(()))
 }
 
-/// `EXPAND[m][lane]` = how many bits of `m` are set below `lane`, where `lane` itself is set; else 0x80: the
-/// sign bit marks a lane that stays empty.
-static EXPAND: [[u8; 8]; 256] = {
-    let mut table = [[0x80; 8]; 256];
-    let mut m = 0;
-    while m < 256 {
-        let (mut lane, mut next) = (0, 0);
-        while lane < 8 {
-            if m >> lane & 1 == 1 {
-                table[m][lane] = next;
-                next += 1;
-            }
-            lane += 1;
-        }
-        m += 1;
-    }
-    table
-};
+/// How lanes move apart and together, for each mask of eight.
+struct Moves {
+    /// `expand[m][lane]` = how many bits of `m` are set below `lane`, where `lane` itself is set; else 0x80: the
+    /// sign bit marks a lane that stays empty.
+    expand: [[u8; 8]; 256],
+    /// `compress[m]`: the bits that are set in `m`, rising, and zeros.
+    compress: [[u8; 8]; 256],
+}
 
-/// `COMPRESS[m]`: the bits that are set in `m`, rising, and zeros.
-static COMPRESS: [[u8; 8]; 256] = {
-    let mut table = [[0; 8]; 256];
+static MOVES: Moves = {
+    let mut moves = Moves { expand: [[0x80; 8]; 256], compress: [[0; 8]; 256] };
     let mut m = 0;
     while m < 256 {
         let (mut lane, mut next) = (0, 0);
         while lane < 8 {
             if m >> lane & 1 == 1 {
-                table[m][next] = lane;
+                moves.expand[m][lane] = next as u8;
+                moves.compress[m][next] = lane as u8;
                 next += 1;
             }
             lane += 1;
         }
         m += 1;
     }
-    table
+    moves
 };
 
 // SAFETY of every block below: an `Avx2` is made only where the features are present (`run`), and pointers are
@@ -162,7 +152,8 @@ impl Simd for Avx2 {
         // SAFETY: see the head of this impl.
         unsafe {
             let values = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-            let index = _mm256_cvtepi8_epi32(_mm_loadl_epi64(EXPAND[(mask & 255) as usize].as_ptr().cast()));
+            let index =
+                _mm256_cvtepi8_epi32(_mm_loadl_epi64(MOVES.expand[(mask & 255) as usize].as_ptr().cast()));
             let spread = _mm256_permutevar8x32_ps(values, index);
             // The sign of an empty lane's index clears it.
             let empty = _mm256_srai_epi32::<31>(index);
@@ -173,7 +164,7 @@ impl Simd for Avx2 {
     unsafe fn compress_f16(self, p: *mut f16, a: __m256, mask: u32) {
         // SAFETY: see the head of this impl.
         unsafe {
-            let index = COMPRESS[(mask & 255) as usize].as_ptr().cast();
+            let index = MOVES.compress[(mask & 255) as usize].as_ptr().cast();
             let together = _mm256_permutevar8x32_ps(a, _mm256_cvtepi8_epi32(_mm_loadl_epi64(index)));
             _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(together));
         }

@@ -67,21 +67,14 @@ pub(crate) struct Work {
     sums: Vec<f32>,
     /// Of each block, over all rows.
     best: Vec<f32>,
-    /// Blocks of the head to attend to, ascending.
-    selected: Vec<u32>,
+    /// Blocks of the head to attend to, ascending, counted over all of its segments.
+    pub(crate) selected: Vec<u32>,
     /// One state: the exact tokens, in the end all.
     whole: Vec<AttnState>,
     /// Of each run of selected blocks, in its segment's value channels.
     parts: Vec<AttnState>,
     /// Bytes that the step reads.
     pub(crate) read: u64,
-}
-
-impl Work {
-    /// Token blocks that the last step attended to, ascending, counted over all segments of the head.
-    pub(crate) fn selected(&self) -> &[u32] {
-        &self.selected
-    }
 }
 
 /// One head of one cache in a step.
