@@ -6,6 +6,7 @@
 pub mod activation;
 pub mod exact;
 pub mod isa;
+pub mod layered;
 pub mod matrix;
 pub mod oracle;
 pub mod packed;

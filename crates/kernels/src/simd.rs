@@ -86,14 +86,32 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading `4 * LANES` bytes.
     unsafe fn load_bytes(self, p: *const u8) -> Self::I;
+    /// Lane `i` gets the four bytes from `p[i / 8 * 4]`: every four bytes fill eight lanes.
+    /// # Safety
+    /// `p` is valid for reading `LANES / 2` bytes.
+    unsafe fn load_eightfold(self, p: *const u8) -> Self::I;
+    /// # Safety
+    /// `p` is valid for writing `4 * LANES` bytes.
+    unsafe fn store_bytes(self, p: *mut u8, a: Self::I);
+    /// The lanes as bytes; they must lie in 0..=127.
+    /// # Safety
+    /// `p` is valid for writing `LANES` bytes.
+    unsafe fn store_narrow(self, p: *mut u8, a: Self::I);
 
     fn splat_i32(self, x: i32) -> Self::I;
     fn and(self, a: Self::I, b: Self::I) -> Self::I;
     fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    fn xor(self, a: Self::I, b: Self::I) -> Self::I;
+    /// What [`Simd::lookup`] looks up.
+    fn table(self, entries: [u8; 16]) -> Self::I;
+    /// Each byte of `index`, 0..=15, replaced by that entry of `table`.
+    fn lookup(self, table: Self::I, index: Self::I) -> Self::I;
     /// Each i32 lane shifted right by `n` bits, or left by `-n`, with zeros shifted in.
     fn shift(self, a: Self::I, n: i32) -> Self::I;
     fn to_f32(self, a: Self::I) -> Self::V;
-    /// `acc + w0 x0 + w1 x1 + w2 x2 + w3 x3` in each lane, over the lane's four bytes: codes `w` in 0..=63,
+    /// Each lane rounded to the nearest integer, ties to even; the lanes must be in the range of i32.
+    fn to_i32(self, a: Self::V) -> Self::I;
+    /// `acc + w0 x0 + w1 x1 + w2 x2 + w3 x3` in each lane, over the lane's four bytes: codes `w` in 0..=127,
     /// activations `x` in -127..=127.
     fn dot_low(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Where an accumulator of [`Simd::dot_full`] starts, over activations that add up to `sum`.

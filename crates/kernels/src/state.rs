@@ -73,13 +73,14 @@ impl AttnState {
         }
     }
 
-    /// Replaces the accumulators `[R, C]` by `turn(acc, out)`, which writes `[R, channels]`: how a segment's rotation is
-    /// undone before its state meets others. Linear maps commute with the weighted sum, so the state stays exact.
-    pub fn turned(&self, channels: usize, turn: impl Fn(&[f32], &mut [f32])) -> AttnState {
+    /// Replaces the accumulators `[R, C]` by `turn(acc, sums, out)`, which writes `[R, channels]`: how a segment's rotation and
+    /// means are undone before its state meets others. Affine maps commute with the weighted mean, so the state stays
+    /// exact, if what is added to every value is added `sums[r]` times.
+    pub fn turned(&self, channels: usize, turn: impl Fn(&[f32], &[f32], &mut [f32])) -> AttnState {
         let mut out = AttnState::new(self.rows(), channels);
         out.max.copy_from_slice(&self.max);
         out.sum.copy_from_slice(&self.sum);
-        turn(&self.acc, &mut out.acc);
+        turn(&self.acc, &self.sum, &mut out.acc);
         out
     }
 

@@ -7,8 +7,9 @@ use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
 use crate::exact::ExactHead;
+use crate::layered::{self, Prompt, Samples};
 use crate::packed::PackedHead;
-use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
+use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Layered, Phases, Working};
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
 use std::thread::{self, JoinHandle};
@@ -25,10 +26,14 @@ impl Clone for Encoding {
 }
 
 impl KvCache {
-    /// The same empty cache, which remembers the newest 32 queries of each layer while the layer is exact: what a
-    /// [`compressed`](KvCache::compressed) copy in the format `snapkv` is made from.
+    /// The same empty cache, which remembers the newest 32 queries of each layer while the layer is exact, and with a
+    /// calibration some of all: what [`compressed`](KvCache::compressed) copies in the formats `snapkv` and `layered` are made
+    /// from.
     pub fn remember_queries(mut self) -> KvCache {
         self.recent.get_or_insert_with(|| vec![RecentQueries::default(); self.shape.layers]);
+        if self.calibration.is_some() {
+            self.samples.get_or_insert_with(|| vec![Samples::default(); self.shape.layers]);
+        }
         self
     }
 
@@ -37,9 +42,14 @@ impl KvCache {
     /// sliding window stays exact, and forgets what is out of sight.
     pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
         if self.shape.window_of(layer).is_some() {
-            return self.forget(layer);
+            self.forget(layer);
         }
-        if !self.format.compresses(layer) {
+        if let KvFormat::Layered(_) = self.format {
+            return if layer + 1 == self.shape.layers {
+                self.end_layered(pool)
+            };
+        }
+        if self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
             return;
         }
         if let Some((exact, queries)) = self.taken(layer) {
@@ -52,9 +62,13 @@ impl KvCache {
     /// [`finish_prompt`](KvCache::finish_prompt) no token may be added and nothing attended to in this layer.
     pub fn begin_end_prompt(&mut self, layer: usize) {
         if self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
-            return self.forget(layer);
+            self.forget(layer);
         }
-        self.finish_prompt();
+        let is_alone = !matches!(self.format, KvFormat::Layered(_));
+        if !is_alone || self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
+            return;
+        }
+        self.join();
         let Some((exact, queries)) = self.taken(layer) else { return };
         let (shape, format) = (self.shape, self.format);
         let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
@@ -64,8 +78,33 @@ impl KvCache {
         self.encoding.0 = Some((layer, thread));
     }
 
-    /// Waits until every layer is encoded.
-    pub fn finish_prompt(&mut self) {
+    /// Waits until every layer is encoded. Formats that share out bytes among the layers begin only now.
+    pub fn finish_prompt(&mut self, pool: &Pool) {
+        self.join();
+        if let KvFormat::Layered(_) = self.format {
+            self.end_layered(pool);
+        }
+    }
+
+    /// Compresses the layers that the layered format is for.
+    fn end_layered(&mut self, pool: &Pool) {
+        let Some(samples) = self.samples.take() else { return };
+        let KvFormat::Layered(settings) = self.format else { return };
+        let is_meant = |layer: &usize| is_layered(&self.layers[*layer], self.shape.window_of(*layer));
+        let layers: Vec<usize> = (0..self.shape.layers).filter(is_meant).collect();
+        let calibration = self.calibration.clone().expect("a layered cache has a calibration");
+        let take = |&layer: &usize| {
+            let Layer::Exact(heads) = &mut self.layers[layer] else {
+                unreachable!("only exact layers are meant")
+            };
+            Prompt { layer, heads: std::mem::take(heads), samples: samples[layer].clone() }
+        };
+        let prompts = layers.iter().map(take).collect();
+        let made = layered::compress(pool, self.shape, &calibration, prompts, settings.ratio);
+        layers.iter().zip(made).for_each(|(&layer, heads)| self.layers[layer] = Layer::Layered(heads));
+    }
+
+    fn join(&mut self) {
         if let Some((layer, thread)) = self.encoding.0.take() {
             self.layers[layer] = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         }
@@ -107,6 +146,9 @@ impl KvCache {
         chosen: impl Fn(usize) -> bool,
     ) -> Result<KvCache, KvError> {
         format.fits(self.shape.head_dim)?;
+        if let KvFormat::Layered(settings) = format {
+            return self.fork_layered(pool, settings, chosen);
+        }
         let mut layers = Vec::with_capacity(self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
             let Layer::Exact(heads) = layer else { return Err(KvError::AlreadyCompressed { layer: l }) };
@@ -122,18 +164,49 @@ impl KvCache {
                 Layer::Exact(heads.clone())
             });
         }
-        Ok(KvCache {
+        Ok(self.with_layers(format, layers))
+    }
+
+    fn fork_layered(
+        &self,
+        pool: &Pool,
+        settings: Layered,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Result<KvCache, KvError> {
+        let format = KvFormat::Layered(settings);
+        let (Some(calibration), Some(samples)) = (&self.calibration, &self.samples) else {
+            return Err(KvError::NoCalibration { format: format.to_string() });
+        };
+        let (mut layers, mut prompts) = (Vec::with_capacity(self.layers.len()), vec![]);
+        for (layer, of) in self.layers.iter().enumerate() {
+            let Layer::Exact(heads) = of else { return Err(KvError::AlreadyCompressed { layer }) };
+            layers.push(of.clone());
+            if chosen(layer) && is_layered(of, self.shape.window_of(layer)) {
+                prompts.push(Prompt { layer, heads: heads.clone(), samples: samples[layer].clone() });
+            }
+        }
+        let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
+        let made = layered::compress(pool, self.shape, calibration, prompts, settings.ratio);
+        meant.into_iter().zip(made).for_each(|(layer, heads)| layers[layer] = Layer::Layered(heads));
+        Ok(self.with_layers(format, layers))
+    }
+
+    /// A copy with other layers, nothing read yet.
+    fn with_layers(&self, format: KvFormat, layers: Vec<Layer>) -> KvCache {
+        KvCache {
             shape: self.shape,
             format,
             layers,
             isa: self.isa,
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
+            calibration: self.calibration.clone(),
+            samples: None,
             learning: self.learning.clone(),
             encoding: Encoding::default(),
             phases: Phases::default(),
             working: Working::default(),
-        })
+        }
     }
 
     /// Queries that a format which observes them needs of `tokens` tokens, and how many there are.
@@ -141,6 +214,11 @@ impl KvCache {
         let row = self.shape.heads * self.shape.head_dim;
         (tokens.min(WINDOW), queries.rows().len() / row)
     }
+}
+
+/// Whether the layered format is for this layer.
+fn is_layered(layer: &Layer, window: Option<usize>) -> bool {
+    matches!(layer, Layer::Exact(heads) if window.is_none() && heads.first().is_some_and(layered::is_worth_it))
 }
 
 /// A layer of the format from its exact heads and its newest queries `[W, H, D]`, which are not scaled.
@@ -158,6 +236,7 @@ fn compress(
     };
     match format {
         KvFormat::Exact => Layer::Exact(exact),
+        KvFormat::Layered(_) => unreachable!("all layers together, not one by one"),
         KvFormat::Packed(settings) => {
             Layer::Packed(each(pool, exact, |_, head| PackedHead::compress(&head, settings)))
         }

@@ -1,6 +1,6 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Basis, GgmlType, Kivi, KvError, Packed, Quantized, Quest, SnapKv, Strawman, Turn};
+use crate::{Basis, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, SnapKv, Strawman, Turn};
 use std::fmt;
 use std::str::FromStr;
 
@@ -11,13 +11,15 @@ const QUANTIZED_STEP: usize = 32;
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1` (the first
 /// three are `auto`, chosen segment by segment, unless given; also `segment`, `loss`, `grouping`, `spread`, `close`),
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`. `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the model's own channels.
+/// `snapkv:kept=0.25`, `layered:8` (the ratio). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.
     Exact,
     /// The paper's two-dimensional compression, a strategy for each segment.
     Packed(Packed),
+    /// Our own: all elements at few bits, most where they matter.
+    Layered(Layered),
     /// All in f16; a step reads the blocks whose keys could match best.
     Quest(Quest),
     /// Leading channels of rotated vectors, and selected blocks.
@@ -47,12 +49,19 @@ enum Parameter<'a> {
     Turn(&'a mut Turn),
 }
 
+/// The parameter whose name need not be written.
+const RATIO: &str = "ratio";
+
+/// The largest ratio that can be asked for.
+const RATIOS: f32 = 64.0;
+
 impl KvFormat {
     /// Every format, with its default parameters.
-    fn all() -> [KvFormat; 9] {
+    fn all() -> [KvFormat; 10] {
         [
             KvFormat::Exact,
             KvFormat::Packed(Packed::default()),
+            KvFormat::Layered(Layered::default()),
             KvFormat::Quest(Quest::default()),
             KvFormat::Strawman(Strawman::default()),
             KvFormat::Quantized(Quantized::new(GgmlType::Q8_0)),
@@ -68,6 +77,7 @@ impl KvFormat {
         match self {
             KvFormat::Exact => "exact",
             KvFormat::Packed(_) => "packed",
+            KvFormat::Layered(_) => "layered",
             KvFormat::Quest(_) => "quest",
             KvFormat::Strawman(_) => "strawman",
             KvFormat::Quantized(Quantized { kind: GgmlType::Q8_0, .. }) => "q8_0",
@@ -96,6 +106,7 @@ impl KvFormat {
                 ("spread", Share(&mut p.spread)),
                 ("close", Positive(&mut p.close)),
             ],
+            KvFormat::Layered(p) => vec![(RATIO, Parameter::Positive(&mut p.ratio))],
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
@@ -133,6 +144,9 @@ impl KvFormat {
             let fits = match parameter {
                 Parameter::Share(x) => share(key, *x),
                 Parameter::AutoShare(x) => x.map_or(Ok(()), |x| share(key, x)),
+                Parameter::Positive(x) if key == RATIO && !(1.0..=RATIOS).contains(x) => {
+                    Err(format!("{x}; wanted 1 to {RATIOS}"))
+                }
                 Parameter::Positive(x) if x.is_nan() || *x <= 0.0 => Err(format!("{x}; wanted more than 0")),
                 Parameter::AutoCount(Some(x)) if key == "block" => listed(*x, blocks, "tokens"),
                 Parameter::AutoCount(Some(x)) => listed(*x, &[1, 2, 4], "channels"),
@@ -154,6 +168,9 @@ impl KvFormat {
         self.check().or_else(refuse)?;
         match self {
             KvFormat::Packed(settings) => Ok(settings.fits(head_dim)?),
+            KvFormat::Layered(_) if head_dim > 256 => {
+                refuse(format!("head_dim {head_dim}; wanted at most 256"))
+            }
             KvFormat::Quantized(_) | KvFormat::Kivi(_) if !head_dim.is_multiple_of(QUANTIZED_STEP) => {
                 refuse(format!(
                     "it quantizes groups of {QUANTIZED_STEP} channels, and head_dim {head_dim} is no multiple"
@@ -187,7 +204,8 @@ impl fmt::Display for KvFormat {
         let mut separator = ':';
         for ((key, here), (_, default)) in copy.parameters().into_iter().zip(default.parameters()) {
             if here != default {
-                write!(f, "{separator}{key}={here}")?;
+                let key = if key == RATIO { String::new() } else { format!("{key}=") };
+                write!(f, "{separator}{key}{here}")?;
                 separator = ',';
             }
         }
@@ -220,7 +238,9 @@ impl FromStr for KvFormat {
             return Err(format!("unknown KV format {name}; wanted one of {}", names.join(", ")));
         };
         for parameter in parameters.split(',').filter(|p| !p.is_empty()) {
-            let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let is_ratio = matches!(format, KvFormat::Layered(_)) && !parameter.contains('=');
+            let bare = if is_ratio { (RATIO, parameter) } else { (parameter, "") };
+            let (key, value) = parameter.split_once('=').unwrap_or(bare);
             let mut known = format.parameters();
             let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
             match known.iter_mut().find(|(name, _)| *name == key) {
@@ -302,6 +322,7 @@ mod tests {
             "quest:block=64,selected=1,dense=0",
             "strawman:kept=1,block=32,selected=0.05,rotation=none",
             "snapkv:kept=0.5",
+            "layered:4",
             "q8_0:rotation=none",
             "q4_0:rotation=none",
         ] {

@@ -15,6 +15,7 @@ mod compress;
 mod exact;
 mod format;
 mod inspect;
+mod layered;
 mod learner;
 mod observe;
 mod oracle;
@@ -24,6 +25,7 @@ mod rotation;
 use baselines::{Head, RecentQueries};
 use compress::Encoding;
 use exact::ExactHead;
+use layered::{LayeredHead, Samples};
 use learner::Learning;
 use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
@@ -34,6 +36,7 @@ use std::time::Instant;
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
 pub use inspect::SegmentInfo;
+pub use layered::{Calibration, HeadCalibration, Layered, Moments};
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
 pub use packed::{Packed, Phases, SINKS};
@@ -152,6 +155,26 @@ pub enum KvError {
         /// Queries that are there.
         got: usize,
     },
+    /// The format needs a calibration of the model, and there is none.
+    #[error(
+        "{format} stores what a calibration of the model tells it to, and this model has none; run `mosaickv calibrate`"
+    )]
+    NoCalibration {
+        /// As it was asked for.
+        format: String,
+    },
+    /// A calibration of a model of another shape.
+    #[error("a calibration of {got} heads in {got_layers} layers; wanted {wanted} in {layers}")]
+    Calibration {
+        /// Heads that it has.
+        got: usize,
+        /// Layers that it has.
+        got_layers: usize,
+        /// Heads that the cache has.
+        wanted: usize,
+        /// Layers that the cache has.
+        layers: usize,
+    },
     /// A key or value is NaN or infinite; nothing was stored.
     #[error(
         "layer {layer} computed keys or values that are not finite; the model's weights are damaged, or its \
@@ -207,6 +230,10 @@ pub struct KvCache {
     bytes_read: u64,
     /// Of each layer, if they are to be remembered.
     recent: Option<Vec<RecentQueries>>,
+    /// What the layered format knows of the model.
+    calibration: Option<Arc<Calibration>>,
+    /// Of each layer, if they are to be remembered.
+    samples: Option<Vec<Samples>>,
     /// Strategies for what is generated.
     learning: Learning,
     /// The layer that is being compressed.
@@ -222,6 +249,8 @@ struct Working {
     states: Vec<AttnState>,
     /// Of each KV head.
     packed: Vec<packed::Work>,
+    /// Likewise.
+    layered: Vec<layered::Work>,
 }
 
 /// A copy of a cache begins without.
@@ -235,6 +264,7 @@ impl Clone for Working {
 enum Layer {
     Exact(Vec<ExactHead>),
     Packed(Vec<PackedHead>),
+    Layered(Vec<LayeredHead>),
     Baseline(Vec<Box<dyn Head>>),
 }
 
@@ -260,6 +290,8 @@ impl KvCache {
             isa: Isa::current(),
             bytes_read: 0,
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
+            calibration: None,
+            samples: matches!(format, KvFormat::Layered(_)).then(|| vec![Samples::default(); layers]),
             learning: Learning::default(),
             encoding: Encoding::default(),
             phases: Phases::default(),
@@ -277,6 +309,17 @@ impl KvCache {
         }
         self.learning = Learning::shared(background, timing);
         self
+    }
+
+    /// The same cache of a model with this calibration, which the layered format needs.
+    pub fn with_calibration(mut self, calibration: Arc<Calibration>) -> Result<KvCache, KvError> {
+        let (wanted, layers) = (self.shape.layers * self.shape.kv_heads, self.shape.layers);
+        let (got, got_layers) = (calibration.heads.len(), calibration.layer_weights.len());
+        if (got, got_layers) != (wanted, layers) {
+            return Err(KvError::Calibration { got, got_layers, wanted, layers });
+        }
+        self.calibration = Some(calibration);
+        Ok(self)
     }
 
     /// To be called between two forward passes: hands what was packed meanwhile to whoever works out strategies, and swaps
@@ -356,6 +399,20 @@ impl KvCache {
                     heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
                 }
             }
+            Layer::Layered(heads) => {
+                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
+                let due = heads[0].is_full();
+                let append = |g: usize, head: &mut LayeredHead| {
+                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
+                };
+                if due {
+                    let start = Instant::now();
+                    pool.for_each(heads, append);
+                    self.phases.flush += start.elapsed();
+                } else {
+                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
+                }
+            }
             Layer::Baseline(heads) => {
                 assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
                 let due = heads[0].is_due();
@@ -406,6 +463,9 @@ impl KvCache {
         if let (Some(recent), Layer::Exact(_)) = (&mut self.recent, &self.layers[layer]) {
             recent[layer].push(queries, self.shape.heads * self.shape.head_dim);
         }
+        if let (Some(samples), Layer::Exact(_)) = (&mut self.samples, &self.layers[layer]) {
+            samples[layer].push(queries, self.shape.heads * self.shape.head_dim);
+        }
     }
 
     fn step<'a>(&self, pool: &'a Pool) -> Step<'a> {
@@ -443,6 +503,10 @@ impl KvCache {
                     heads.iter().for_each(|head| head.count(&mut bytes));
                     self.learning.count(heads, &mut bytes);
                 }
+                Layer::Layered(heads) => {
+                    bytes.lists += heads.capacity() * size_of::<LayeredHead>();
+                    heads.iter().for_each(|head| head.count(&mut bytes));
+                }
                 Layer::Baseline(heads) => {
                     bytes.lists += heads.capacity() * size_of::<Box<dyn Head>>();
                     bytes.lists += heads.iter().map(|head| size_of_val(&**head)).sum::<usize>();
@@ -453,6 +517,10 @@ impl KvCache {
         if let Some(recent) = &self.recent {
             bytes.lists += recent.capacity() * size_of::<RecentQueries>();
             bytes.queries = recent.iter().map(RecentQueries::bytes).sum();
+        }
+        if let Some(samples) = &self.samples {
+            bytes.lists += samples.capacity() * size_of::<Samples>();
+            bytes.queries += samples.iter().map(Samples::bytes).sum::<usize>();
         }
         bytes
     }
@@ -465,6 +533,7 @@ impl KvCache {
                 let (held, inside) = match layer {
                     Layer::Exact(heads) => (heads[g].tokens(), heads[g].check()),
                     Layer::Packed(heads) => (heads[g].tokens(), heads[g].check()),
+                    Layer::Layered(heads) => (heads[g].tokens(), heads[g].check()),
                     Layer::Baseline(heads) => (heads[g].tokens(), heads[g].check()),
                 };
                 let error = |what| KvError::Integrity { layer: l, head: g, what };
@@ -483,6 +552,7 @@ impl Layer {
         match self {
             Layer::Exact(heads) => heads[0].tokens(),
             Layer::Packed(heads) => heads[0].tokens(),
+            Layer::Layered(heads) => heads[0].tokens(),
             Layer::Baseline(heads) => heads[0].tokens(),
         }
     }
@@ -497,7 +567,7 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
     let (row, of_head) = (shape.heads * shape.head_dim, shape.group() * shape.head_dim);
     assert_eq!(queries.len(), caches.len() * row, "queries are not {} rows of {row}", caches.len());
     assert_eq!(out.len(), queries.len(), "output of the wrong length");
-    let (mut exact, mut packed) = (vec![], vec![]);
+    let (mut exact, mut packed, mut layered) = (vec![], vec![], vec![]);
     let rows = queries.chunks_exact(row).zip(out.chunks_exact_mut(row));
     for (cache, (queries, out)) in caches.iter_mut().zip(rows) {
         assert!((cache.shape, cache.isa) == (shape, step.isa), "caches of different shapes or kernels");
@@ -525,6 +595,17 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
                     work,
                 }));
             }
+            Layer::Layered(heads) => {
+                working.layered.resize_with(heads.len(), Default::default);
+                let rows = queries.chunks_exact(of_head).zip(out.chunks_exact_mut(of_head));
+                let lanes = heads.iter().zip(&mut working.layered).zip(rows);
+                layered.extend(lanes.map(|((head, work), (queries, out))| layered::Lane {
+                    head,
+                    queries,
+                    out,
+                    work,
+                }));
+            }
             Layer::Baseline(heads) => {
                 *bytes_read += baselines::decode(step, &mut working.states, heads, queries, out);
             }
@@ -532,10 +613,14 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
     }
     exact::decode(step, &mut exact);
     let phases = packed::decode(step, &mut packed);
+    layered::decode(step, &mut layered);
     for cache in caches {
         if let Layer::Packed(_) = cache.layers[layer] {
             cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
             cache.phases.add(phases);
+        }
+        if let Layer::Layered(_) = cache.layers[layer] {
+            cache.bytes_read += cache.working.layered.iter().map(|work| work.read).sum::<u64>();
         }
         cache.forget(layer);
     }

@@ -4,8 +4,10 @@
 //! Nobody optimizes this file.
 
 use crate::exact::ExactHead;
+use crate::layered::LayeredHead;
 use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
+use half::f16;
 use mosaickv_kernels::oracle;
 
 impl KvCache {
@@ -43,6 +45,7 @@ impl KvCache {
                 missed = excess;
                 (keys, values)
             }
+            Layer::Layered(heads) => heads[g].oracle_rows(),
             // Each query may attend to others.
             Layer::Baseline(_) => (vec![], vec![]),
         };
@@ -110,6 +113,47 @@ impl PackedHead {
         // Blocks of several sizes: the last one taken may hold more than was missing.
         let enough = (wanted..(wanted + largest).max(1)).contains(&held);
         (keys, values, if enough { missed - worst } else { f64::INFINITY })
+    }
+}
+
+impl LayeredHead {
+    /// All keys and values `[T, D]`, back in the model's channels.
+    fn oracle_rows(&self) -> (Vec<f64>, Vec<f64>) {
+        let d = self.head_dim();
+        let (mut keys, mut values) = (vec![], vec![]);
+        for token in self.sinks.chunks_exact(2 * d) {
+            keys.extend(token[..d].iter().map(|x| x.to_f64()));
+            values.extend(token[d..].iter().map(|x| x.to_f64()));
+        }
+        if let Some(buffer) = &self.buffer {
+            let (k, v) = crate::packed::rows(&[buffer]);
+            keys.extend(k.into_iter().map(f64::from));
+            values.extend(v.into_iter().map(f64::from));
+        }
+        let matrices = &self.calibration.heads[self.index];
+        // Into the model's channels: the matrix of queries is that of their rows' channels, transposed.
+        let restored =
+            |x: &[f32], (mean, spread): (&[f16], &[f16]), element: &dyn Fn(usize, usize) -> f16| {
+                let x = x.iter().enumerate();
+                let x: Vec<f64> =
+                    x.map(|(i, x)| f64::from(*x) * spread[i % d].to_f64() + mean[i % d].to_f64()).collect();
+                let restore = |row: &[f64], i: usize| {
+                    row.iter().enumerate().map(|(c, x)| x * element(c, i).to_f64()).sum::<f64>()
+                };
+                x.chunks_exact(d)
+                    .flat_map(|row| (0..d).map(|i| restore(row, i)).collect::<Vec<_>>())
+                    .collect::<Vec<_>>()
+            };
+        for pages in [&self.prompt.pages, &self.tail.pages] {
+            for page in 0..pages.pages().len() {
+                let (k, v) = pages.decode(page);
+                let scales = (self.scales.key_mean(), self.scales.key_spread());
+                keys.extend(restored(&k, scales, &|c, i| matrices.queries[i * d + c]));
+                let scales = (self.scales.value_mean(), self.scales.value_spread());
+                values.extend(restored(&v, scales, &|c, i| matrices.outputs[c * d + i]));
+            }
+        }
+        (keys, values)
     }
 }
 

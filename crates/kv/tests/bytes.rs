@@ -1,13 +1,23 @@
 //! Bytes reported are bytes allocated: the bill against a counting allocator.
 
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{KvCache, KvFormat, KvShape, Packed};
+use mosaickv_kv::{Calibration, KvCache, KvFormat, KvShape, Moments, Packed};
+use std::sync::Arc;
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
-const FORMATS: [&str; 9] =
-    ["exact", "packed", "quest:dense=1", "strawman", "q8_0", "q4_0", "kivi4", "kivi2", "snapkv"];
+const FORMATS: [&str; 10] =
+    ["exact", "packed", "layered", "quest:dense=1", "strawman", "q8_0", "q4_0", "kivi4", "kivi2", "snapkv"];
+
+/// The channels as they are.
+fn calibration() -> Arc<Calibration> {
+    let identity: Vec<f64> = (0..64 * 64).map(|i| f64::from(u8::from(i % 65 == 0))).collect();
+    let mut moments = Moments::new(64);
+    let rows: Vec<f32> = (0..500 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+    moments.add(&rows, &rows, &rows);
+    Arc::new(Calibration { heads: vec![moments.learn(&identity); 6], layer_weights: vec![1.0; 3] })
+}
 
 /// The prompt's last queries: at least two, because the states of a single one stay as working memory.
 fn look(cache: &mut KvCache, pool: &Pool, layer: usize, tokens: usize) {
@@ -27,10 +37,13 @@ fn bytes_reported_are_bytes_allocated() {
     first.append(&pool, 0, &tokens, &tokens).unwrap();
     first.end_prompt(&pool, 0);
     drop((first, tokens));
+    // The model's, not a cache's.
+    let calibration = calibration();
     for format in FORMATS.map(|text| text.parse::<KvFormat>().unwrap()) {
         for (prompt, more) in [(2, 0), (70, 0), (1000, 0), (1000, 200)] {
             let before = dhat::HeapStats::get().curr_bytes;
-            let mut cache = KvCache::new(shape, format).unwrap();
+            let cache = KvCache::new(shape, format).unwrap();
+            let mut cache = cache.with_calibration(calibration.clone()).unwrap();
             let tokens: Vec<f32> = (0..prompt).flat_map(row).collect();
             for layer in 0..3 {
                 cache.append(&pool, layer, &tokens, &tokens).unwrap();

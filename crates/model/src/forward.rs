@@ -25,7 +25,9 @@ pub(crate) struct Forward<'a> {
 
 /// Queries `[T, H, D]`, keys and values `[T, G, D]` of a layer, after RoPE; queries are not yet divided by the root
 /// of head_dim.
-pub(crate) struct Projected {
+pub(crate) struct Projected<'a> {
+    /// What the layer reads, `[T, hidden]`.
+    pub(crate) residual: &'a [f32],
     pub(crate) queries: Vec<f32>,
     pub(crate) keys: Vec<f32>,
     pub(crate) values: Vec<f32>,
@@ -68,7 +70,7 @@ impl Forward<'_> {
         Ok(x)
     }
 
-    fn project(self, layer: &Layer, rotations: &Rotations, x: &[f32]) -> Projected {
+    fn project<'x>(self, layer: &Layer, rotations: &Rotations, x: &'x [f32]) -> Projected<'x> {
         let config = &self.model.config;
         let (tokens, d) = (x.len() / config.hidden, config.head_dim);
         let mut q = vec![0.0; tokens * config.heads * d];
@@ -91,7 +93,7 @@ impl Forward<'_> {
         // The cache divides by the root of head_dim.
         scale(&mut q, config.attention_scale * (d as f32).sqrt());
         v.chunks_exact_mut(config.kv_heads * d).for_each(|row| add_bias(row, layer.bv.as_deref()));
-        Projected { queries: q, keys: k, values: v }
+        Projected { residual: x, queries: q, keys: k, values: v }
     }
 
     /// `x += norm(down * (silu(gate * norm(x)) * (up * norm(x))))`, the outer norm where the layer has one; for

@@ -5,6 +5,7 @@
 //! that would change the arithmetic without being understood is an error. Knows no cache and no request.
 #![deny(unsafe_code)]
 
+pub mod calibrate;
 pub mod config;
 pub mod error;
 pub mod rope;

@@ -86,6 +86,13 @@ impl<'a> Sequence<'a> {
     /// An empty sequence.
     pub fn new(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let cache = KvCache::new(model.kv_shape(), format)?;
+        let cache = match (&model.calibration, format) {
+            (Some(calibration), _) => cache.with_calibration(calibration.clone())?,
+            (None, KvFormat::Layered(_)) => {
+                return Err(KvError::NoCalibration { format: format.to_string() });
+            }
+            (None, _) => cache,
+        };
         Ok(Sequence {
             model,
             pool,
@@ -172,7 +179,7 @@ impl<'a> Sequence<'a> {
         // The last layer is encoded meanwhile.
         let logits = self.pass().logits(&last[last.len() - hidden..]);
         let start = Instant::now();
-        self.cache.finish_prompt();
+        self.cache.finish_prompt(self.pool);
         self.attention += start.elapsed();
         logits
     }

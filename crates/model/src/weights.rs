@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
+use std::sync::Arc;
 
 use mosaickv_kernels::matrix::Matrix;
+use mosaickv_kv::Calibration;
 
 use crate::ModelError;
 use crate::config::{self, Architecture, ModelConfig};
@@ -79,6 +81,8 @@ pub struct Model {
     pub rope: Rope,
     /// Rotary embedding of the layers that are [`LayerRope::Local`].
     pub local_rope: Option<Rope>,
+    /// What the layered format needs to know; `None` until somebody [calibrates](crate::calibrate).
+    pub calibration: Option<Arc<Calibration>>,
 }
 
 impl Model {
@@ -154,7 +158,7 @@ fn read_tensors(
     progress(total, total);
     let rope = Rope::new(&config.rope);
     let local_rope = config.local_rope.as_ref().map(Rope::new);
-    Ok(Model { config, embed, layers, norm, head, rope, local_rope })
+    Ok(Model { config, embed, layers, norm, head, rope, local_rope, calibration: None })
 }
 
 fn read_layer(tensors: &mut dyn Tensors, config: &ModelConfig, index: usize) -> Result<Layer, ModelError> {

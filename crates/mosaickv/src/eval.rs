@@ -6,6 +6,7 @@ mod observe;
 mod report;
 mod ruler;
 
+use crate::calibrate::{attach, files_digest, hex};
 use crate::{ModelArgs, answer, fetch};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -17,7 +18,7 @@ use mosaickv_kv::{KvFormat, KvFormats};
 use mosaickv_model::{Model, Text};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -78,7 +79,8 @@ impl RunArgs {
     fn load(&self) -> Result<Loaded> {
         let pool = self.model.threads.pool();
         let path = fetch::resolve(&self.model.model)?;
-        let (model, text) = answer::load_from(&path)?;
+        let (mut model, text) = answer::load_from(&path)?;
+        attach((&mut model, &text), &pool, (&path, self.model.calibration.as_deref()), &self.kv.0)?;
         let name = Path::new(&self.model.model);
         let gguf = name.extension().is_some_and(|extension| extension == "gguf");
         let name = if gguf { name.file_stem() } else { name.file_name() }.unwrap_or(name.as_os_str());
@@ -183,31 +185,6 @@ fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
         sha.update(text);
     }
     hex(&sha.finalize())
-}
-
-/// The same of a file, or of the files of a folder: of each its name, its length and its first mebibyte.
-fn files_digest(path: &Path) -> Result<String> {
-    const MOST: u64 = 1 << 20;
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        files = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
-        files.retain(|file| file.is_file());
-        files.sort();
-    }
-    let mut sha = Sha256::new();
-    for file in files {
-        let open = std::fs::File::open(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        sha.update(file.file_name().unwrap_or_default().as_encoded_bytes());
-        sha.update(open.metadata()?.len().to_le_bytes());
-        let mut bytes = Vec::new();
-        open.take(MOST).read_to_end(&mut bytes)?;
-        sha.update(&bytes);
-    }
-    Ok(hex(&sha.finalize()))
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A name that belongs to these settings, so that the same command finds it again and no other does.

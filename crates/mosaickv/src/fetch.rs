@@ -129,6 +129,12 @@ pub fn resolve(model: &str) -> Result<PathBuf, FetchError> {
     }
 }
 
+/// Where what was learnt of a model is kept.
+pub fn calibration_path(digest: &str) -> Result<PathBuf, FetchError> {
+    let cache = cache_folder(std::env::var_os(CACHE_VARIABLE), dirs::cache_dir())?;
+    Ok(cache.join("calibrations").join(format!("{digest}.safetensors")))
+}
+
 /// The folder that holds fetched models: the override as it stands, or `mosaickv` in the user's cache folder.
 fn cache_folder(variable: Option<OsString>, user_cache: Option<PathBuf>) -> Result<PathBuf, FetchError> {
     match variable {

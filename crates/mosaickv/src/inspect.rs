@@ -1,6 +1,6 @@
 //! `mosaickv inspect`: which strategy was chosen where?
 
-use crate::answer::{bar, load};
+use crate::answer::bar;
 use crate::{ModelArgs, read_document};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -40,7 +40,7 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
     ensure!(matches!(args.kv, KvFormat::Packed(_)), "--kv {}: only packed formats have segments", args.kv);
     let document = read_document(&args.file)?;
     let pool = args.model.threads.pool();
-    let (model, text) = load(&args.model.model)?;
+    let (model, text) = args.model.load(&pool, &[args.kv])?;
     let mut tokens = text.encode(&document, Specials::Literal)?;
     let most = args.tokens.map_or(model.context(), |most| (most as usize).min(model.context()));
     if tokens.len() > most {

@@ -5,6 +5,7 @@
 mod answer;
 mod bench;
 mod bill;
+mod calibrate;
 mod demo;
 mod eval;
 mod fetch;
@@ -15,6 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use mosaickv_kernels::isa::ISA_VARIABLE;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::KvFormat;
+use mosaickv_model::{Model, Text};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,6 +45,8 @@ enum Command {
     /// Measure what compression costs in quality
     #[command(subcommand)]
     Eval(eval::EvalCommand),
+    /// Learn what the layered format must know of a model, and write it to a file
+    Calibrate(calibrate::CalibrateArgs),
     /// Show which compression strategy each segment of a document got
     Inspect(inspect::InspectArgs),
 }
@@ -58,7 +62,7 @@ struct RunArgs {
     /// A text to ask about; it is put before the question
     #[arg(long, value_name = "DOC")]
     file: Option<PathBuf>,
-    /// How keys and values are kept: exact, packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
+    /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
     /// (kept, group and block are chosen segment by segment unless given), segment=65536, loss=0.25, grouping=0.01,
     /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2
     #[arg(long, default_value = "exact", env = "MOSAICKV_KV")]
@@ -78,8 +82,21 @@ struct ModelArgs {
     /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(long, env = "MOSAICKV_MODEL")]
     model: String,
+    /// What `mosaickv calibrate` wrote, for the layered format [default: learnt once from texts in this program]
+    #[arg(long, value_name = "FILE", env = "MOSAICKV_CALIBRATION")]
+    calibration: Option<PathBuf>,
     #[command(flatten)]
     threads: ThreadArgs,
+}
+
+impl ModelArgs {
+    /// The model, ready for these formats.
+    fn load(&self, pool: &Pool, formats: &[KvFormat]) -> Result<(Model, Text)> {
+        let path = fetch::resolve(&self.model)?;
+        let (mut model, text) = answer::load_from(&path)?;
+        calibrate::attach((&mut model, &text), pool, (&path, self.calibration.as_deref()), formats)?;
+        Ok((model, text))
+    }
 }
 
 #[derive(Args, Clone)]
@@ -108,6 +125,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         Command::Bench(command) => bench::bench(&command),
         Command::Eval(command) => eval::eval(&command),
+        Command::Calibrate(args) => calibrate::command(&args),
         Command::Inspect(args) => inspect::inspect(&args),
     };
     match done {
@@ -144,7 +162,7 @@ fn run(args: &RunArgs) -> Result<()> {
     }
     let document = args.file.as_deref().map(read_document).transpose()?;
     let pool = args.model.threads.pool();
-    let (model, text) = answer::load(&args.model.model)?;
+    let (model, text) = args.model.load(&pool, &[args.kv])?;
     let asked = answer::Asked {
         document: document.as_deref(),
         question: &args.question,

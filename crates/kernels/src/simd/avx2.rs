@@ -196,6 +196,16 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_eightfold(self, p: *const u8) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_set1_epi32(p.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8, a: __m256i) {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_storeu_si256(p.cast(), a) }
+    }
+    #[inline(always)]
     fn splat_i32(self, x: i32) -> __m256i {
         // SAFETY: see the head of this impl.
         unsafe { _mm256_set1_epi32(x) }
@@ -211,6 +221,21 @@ impl Simd for Avx2 {
         unsafe { _mm256_or_si256(a, b) }
     }
     #[inline(always)]
+    fn xor(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_xor_si256(a, b) }
+    }
+    #[inline(always)]
+    fn table(self, entries: [u8; 16]) -> __m256i {
+        // SAFETY: see the head of this impl; the load is of the array's 16 bytes.
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(entries.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn lookup(self, table: __m256i, index: __m256i) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_shuffle_epi8(table, index) }
+    }
+    #[inline(always)]
     fn shift(self, a: __m256i, n: i32) -> __m256i {
         // SAFETY: see the head of this impl.
         unsafe {
@@ -223,7 +248,20 @@ impl Simd for Avx2 {
         // SAFETY: see the head of this impl.
         unsafe { _mm256_cvtepi32_ps(a) }
     }
-    // A pair of products is at most 2 * 63 * 127 = 16,002: it fits i16.
+    #[inline(always)]
+    fn to_i32(self, a: __m256) -> __m256i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_narrow(self, p: *mut u8, a: __m256i) {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let half = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(half, half));
+        }
+    }
+    // A pair of products is at most 2 * 127 * 127 = 32,258: it fits i16.
     #[inline(always)]
     fn dot_low(self, acc: __m256i, w: __m256i, x: __m256i) -> __m256i {
         // SAFETY: see the head of this impl.

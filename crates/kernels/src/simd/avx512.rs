@@ -166,6 +166,20 @@ impl Simd for Avx512 {
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_eightfold(self, p: *const u8) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe {
+            let both = _mm512_castsi512_ps(_mm512_set1_epi64(p.cast::<i64>().read_unaligned()));
+            let half = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+            _mm512_castps_si512(_mm512_permutevar_ps(both, half))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8, a: __m512i) {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
     fn splat_i32(self, x: i32) -> __m512i {
         // SAFETY: see the head of this impl.
         unsafe { _mm512_set1_epi32(x) }
@@ -181,6 +195,21 @@ impl Simd for Avx512 {
         unsafe { _mm512_or_si512(a, b) }
     }
     #[inline(always)]
+    fn xor(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_xor_si512(a, b) }
+    }
+    #[inline(always)]
+    fn table(self, entries: [u8; 16]) -> __m512i {
+        // SAFETY: see the head of this impl; the load is of the array's 16 bytes.
+        unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(entries.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn lookup(self, table: __m512i, index: __m512i) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_shuffle_epi8(table, index) }
+    }
+    #[inline(always)]
     fn shift(self, a: __m512i, n: i32) -> __m512i {
         // SAFETY: see the head of this impl.
         unsafe {
@@ -192,6 +221,16 @@ impl Simd for Avx512 {
     fn to_f32(self, a: __m512i) -> __m512 {
         // SAFETY: see the head of this impl.
         unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn to_i32(self, a: __m512) -> __m512i {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_narrow(self, p: *mut u8, a: __m512i) {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(a)) }
     }
     #[inline(always)]
     fn dot_low(self, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {

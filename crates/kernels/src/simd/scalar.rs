@@ -137,6 +137,16 @@ impl Simd for Scalar {
         unsafe { p.cast::<[i32; 8]>().read_unaligned() }.map(i32::from_le)
     }
     #[inline(always)]
+    unsafe fn load_eightfold(self, p: *const u8) -> [i32; 8] {
+        // SAFETY: the caller promises 4 readable bytes.
+        [i32::from_le(unsafe { p.cast::<i32>().read_unaligned() }); 8]
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut u8, a: [i32; 8]) {
+        // SAFETY: the caller promises 32 writable bytes.
+        unsafe { p.cast::<[i32; 8]>().write_unaligned(a.map(i32::to_le)) }
+    }
+    #[inline(always)]
     fn splat_i32(self, x: i32) -> [i32; 8] {
         [x; 8]
     }
@@ -149,12 +159,39 @@ impl Simd for Scalar {
         std::array::from_fn(|i| a[i] | b[i])
     }
     #[inline(always)]
+    fn xor(self, a: [i32; 8], b: [i32; 8]) -> [i32; 8] {
+        std::array::from_fn(|i| a[i] ^ b[i])
+    }
+    #[inline(always)]
+    fn table(self, entries: [u8; 16]) -> [i32; 8] {
+        std::array::from_fn(|i| {
+            let at = i % 4 * 4;
+            i32::from_le_bytes([entries[at], entries[at + 1], entries[at + 2], entries[at + 3]])
+        })
+    }
+    #[inline(always)]
+    fn lookup(self, table: [i32; 8], index: [i32; 8]) -> [i32; 8] {
+        index.map(|four| {
+            let entry = |i: u8| (table[usize::from(i / 4 % 4)] >> (i % 4 * 8)) as u8;
+            i32::from_le_bytes(four.to_le_bytes().map(entry))
+        })
+    }
+    #[inline(always)]
     fn shift(self, a: [i32; 8], n: i32) -> [i32; 8] {
         a.map(|x| if n < 0 { x << -n } else { (x as u32 >> n) as i32 })
     }
     #[inline(always)]
     fn to_f32(self, a: [i32; 8]) -> [f32; 8] {
         a.map(|x| x as f32)
+    }
+    #[inline(always)]
+    fn to_i32(self, a: [f32; 8]) -> [i32; 8] {
+        a.map(|x| x.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    unsafe fn store_narrow(self, p: *mut u8, a: [i32; 8]) {
+        // SAFETY: the caller promises 8 writable bytes.
+        unsafe { p.cast::<[u8; 8]>().write_unaligned(a.map(|x| x as u8)) }
     }
     #[inline(always)]
     fn dot_low(self, acc: [i32; 8], w: [i32; 8], x: [i32; 8]) -> [i32; 8] {

@@ -246,7 +246,7 @@ impl Head for QuantizedHead {
             rows.fold(isa, &plan.rotated, &mut stored);
         }
         // Back in the model's channels once for 1,024 tokens, next to nothing beside decoding them.
-        state.merge(&stored.turned(d, |acc, out| {
+        state.merge(&stored.turned(d, |acc, _, out| {
             out.copy_from_slice(acc);
             hadamard(out, self.orders.values);
         }));

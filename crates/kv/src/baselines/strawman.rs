@@ -228,7 +228,7 @@ impl Head for StrawmanHead {
         let width = c.next_multiple_of(ROW_STEP);
         let mut rotated = AttnState::new(state.rows(), width);
         self.fold_segment(isa, segment, plan, (run, &mut rotated));
-        let turn = |acc: &[f32], out: &mut [f32]| {
+        let turn = |acc: &[f32], _: &[f32], out: &mut [f32]| {
             for (acc, out) in acc.chunks_exact(width).zip(out.chunks_exact_mut(d)) {
                 rotate(isa, &acc[..c], &segment.rotation.outputs, out, d);
             }

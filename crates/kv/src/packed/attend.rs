@@ -195,8 +195,9 @@ impl Lane<'_> {
             let of_segment = parts.split_off_mut(..count).expect("a state of every run");
             let Some((first, others)) = of_segment.split_first_mut() else { continue };
             others.iter().for_each(|part| first.merge(part));
-            let turn =
-                |acc: &[f32], out: &mut [f32]| rotate(step.isa, acc, &segment.rotation.outputs, out, d);
+            let turn = |acc: &[f32], _: &[f32], out: &mut [f32]| {
+                rotate(step.isa, acc, &segment.rotation.outputs, out, d)
+            };
             state.merge(&first.turned(d, turn));
         }
         state.finish(self.out);

@@ -2,7 +2,7 @@
 
 use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
-use crate::answer::{MOST_RAW_BYTES, bar, load};
+use crate::answer::{MOST_RAW_BYTES, bar};
 use crate::bill::peak_rss;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
@@ -79,7 +79,7 @@ struct Row {
 
 pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
-    let (model, text) = load(&args.model.model)?;
+    let (model, text) = args.model.load(&pool, &args.kv.0)?;
     let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
     ensure!(
         deepest <= context,

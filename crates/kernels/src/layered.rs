@@ -1,0 +1,501 @@
+//! The layered format: every element of a vector at 0, 2, 4 or 8 bits, most bits where most variance is.
+//!
+//! Vectors come in channels of falling variance, less their mean and divided by each channel's spread, so that an element
+//! is a number of about unit variance. Groups of 8 neighbouring channels share a width. Since variances fall, widths do
+//! too, and a page's [`Profile`] is three counts of groups: so many of 8 bits, then of 4, then of 2, the rest of none.
+//! A page is up to 64 tokens, in any order, with one profile for keys and one for values. Elements beyond a width's range are
+//! *escapes*: what the code lacks is stored apart.
+//!
+//! Levels of 2 and 4 bits are those of Lloyd and Max for the normal distribution (Max 1960, "Quantizing for minimum
+//! distortion", table I), 8 bits are evenly spaced. All are multiples of a unit per width by a number in -127..=127, so that
+//! attention is a sum of products of bytes.
+//!
+//! **Layout.** A group of 64 tokens is eight *blocks* of 64 codes, in the order in which attention multiplies: a block of keys is
+//! 16 tokens of 4 channels (`[16, 4]`), two such for each 16 tokens; a block of values is 8 tokens, `[2, 8, 4]`: four tokens
+//! together, of 8 channels, twice. With 8 bits a block is 64 bytes; with 4 bits two blocks share 64 bytes, the first in the
+//! low halves; with 2 bits four do. Groups follow each other, keys first: a page has no padding but that of its last tokens.
+
+use half::f16;
+
+mod attend;
+mod queries;
+mod score;
+
+pub use attend::{attend, attend_tiles};
+pub use queries::Queries;
+pub use score::{TILE_TOKENS, sketch};
+
+/// Tokens of a page.
+pub const PAGE_TOKENS: usize = 64;
+
+/// Neighbouring channels that share a width.
+pub const GROUP: usize = 8;
+
+/// Codes of a block, and bytes of the lines that pages are made of.
+const LINE: usize = 64;
+
+/// Blocks of a group.
+const BLOCKS: usize = PAGE_TOKENS * GROUP / LINE;
+
+/// Bits of an element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// 2 bits.
+    Two,
+    /// 4 bits.
+    Four,
+    /// 8 bits.
+    Eight,
+}
+
+impl Width {
+    /// From few to many bits.
+    pub const ALL: [Width; 3] = [Width::Two, Width::Four, Width::Eight];
+
+    /// Bits of an element.
+    pub const fn bits(self) -> usize {
+        match self {
+            Width::Two => 2,
+            Width::Four => 4,
+            Width::Eight => 8,
+        }
+    }
+
+    /// What a level's number is multiplied by.
+    pub const fn unit(self) -> f32 {
+        match self {
+            Width::Two => 1.510 / 127.0,
+            Width::Four => 2.733 / 127.0,
+            Width::Eight => 4.8 / 127.0,
+        }
+    }
+
+    /// Elements of a larger magnitude are escapes.
+    pub const fn range(self) -> f32 {
+        match self {
+            Width::Two => 3.01,
+            Width::Four => 3.73,
+            Width::Eight => 4.8 + 0.5 * Width::Eight.unit(),
+        }
+    }
+
+    /// Mean squared error of normal numbers of unit variance, those that are escapes left out.
+    pub const fn loss(self) -> f32 {
+        match self {
+            Width::Two => 0.109,
+            Width::Four => 0.009_5,
+            Width::Eight => 0.000_12,
+        }
+    }
+
+    /// The numbers of the levels above 0; the others are their opposites. 8 bits have all of -127..=127.
+    pub(crate) const fn levels(self) -> &'static [i8] {
+        match self {
+            Width::Two => &[38, 127],
+            Width::Four => &[6, 18, 31, 44, 58, 75, 96, 127],
+            Width::Eight => &[],
+        }
+    }
+
+    /// The code of the level next to `x`: for 8 bits the level plus 128, else its rank.
+    #[inline(always)]
+    fn code(self, x: f32) -> u8 {
+        let x = x * (1.0 / self.unit());
+        let levels = self.levels();
+        if levels.is_empty() {
+            return (x.clamp(-127.0, 127.0).round_ties_even() + 128.0) as u8;
+        }
+        let mut rank = 0;
+        for pair in levels.windows(2) {
+            rank += u8::from(x.abs() > (f32::from(pair[0]) + f32::from(pair[1])) * 0.5);
+        }
+        let half = levels.len() as u8;
+        if x < 0.0 { half - 1 - rank } else { half + rank }
+    }
+
+    /// The level of a code.
+    #[inline(always)]
+    pub(crate) const fn level(self, code: u8) -> i8 {
+        let levels = self.levels();
+        let half = levels.len();
+        if half == 0 {
+            return (code as i16 - 128) as i8;
+        }
+        if (code as usize) < half { -levels[half - 1 - code as usize] } else { levels[code as usize - half] }
+    }
+
+    /// Lines of a group of a page.
+    const fn lines(self) -> usize {
+        self.bits() * BLOCKS / 8
+    }
+}
+
+/// Widths of a vector's groups: the first `eight` groups have 8 bits an element, the next `four` 4, the next `two` 2,
+/// the others none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Profile {
+    /// Groups of 8 bits an element.
+    pub eight: u8,
+    /// Of 4 bits.
+    pub four: u8,
+    /// Of 2 bits.
+    pub two: u8,
+}
+
+impl Profile {
+    /// Groups that have bits.
+    pub fn groups(self) -> usize {
+        usize::from(self.eight) + usize::from(self.four) + usize::from(self.two)
+    }
+
+    /// Bits of a vector.
+    pub fn bits(self) -> usize {
+        GROUP * (8 * usize::from(self.eight) + 4 * usize::from(self.four) + 2 * usize::from(self.two))
+    }
+
+    /// The widths of the groups that have bits, in order.
+    pub fn widths(self) -> impl Iterator<Item = Width> {
+        let runs = [(Width::Eight, self.eight), (Width::Four, self.four), (Width::Two, self.two)];
+        runs.into_iter().flat_map(|(width, count)| std::iter::repeat_n(width, count.into()))
+    }
+
+    /// The first `groups` of the groups.
+    #[inline]
+    fn first(self, groups: usize) -> Profile {
+        let eight = groups.min(self.eight.into());
+        let four = (groups - eight).min(self.four.into());
+        let two = (groups - eight - four).min(self.two.into());
+        Profile { eight: eight as u8, four: four as u8, two: two as u8 }
+    }
+
+    #[inline]
+    fn lines(self) -> usize {
+        self.bits() * PAGE_TOKENS / 8 / LINE
+    }
+}
+
+/// What is the same for all tokens of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// Its first line among the segment's.
+    first: u32,
+    /// Where its keys' escapes begin among the segment's; its values' follow, up to the next page's.
+    key_escapes: u32,
+    value_escapes: u32,
+    /// How its keys are stored.
+    pub keys: Profile,
+    /// How its values are stored.
+    pub values: Profile,
+    tokens: u8,
+}
+
+impl Page {
+    /// Tokens held, at least 1.
+    pub fn tokens(&self) -> usize {
+        usize::from(self.tokens)
+    }
+}
+
+/// An element that is beyond its width's range: what must be added to the code's level.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Escape {
+    pub(crate) token: u8,
+    pub(crate) channel: u8,
+    /// In units of the channel's spread.
+    pub(crate) rest: f16,
+}
+
+/// A cache line of codes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([u8; LINE]);
+
+/// Pages of one layer and KV head whose channels have the same means and spreads.
+#[derive(Clone, Debug)]
+pub struct Pages {
+    lines: Vec<Line>,
+    pages: Vec<Page>,
+    escapes: Vec<Escape>,
+    head_dim: usize,
+}
+
+impl Pages {
+    /// No pages, of vectors with `head_dim` channels: a multiple of 8, at most 256.
+    pub fn new(head_dim: usize) -> Pages {
+        assert!(
+            head_dim > 0 && head_dim.is_multiple_of(GROUP) && head_dim <= 256,
+            "head_dim {head_dim}, wanted a multiple of {GROUP}, at most 256"
+        );
+        Pages { lines: vec![], pages: vec![], escapes: vec![], head_dim }
+    }
+
+    /// In the order in which they were added.
+    pub fn pages(&self) -> &[Page] {
+        &self.pages
+    }
+
+    /// `D`
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens of all pages.
+    pub fn tokens(&self) -> usize {
+        self.pages.iter().map(Page::tokens).sum()
+    }
+
+    /// Adds a page: keys and values `[n, D]`, `n` in 1..=64, in units of their channels' spread and less their means.
+    pub fn push(&mut self, (keys, values): (&[f32], &[f32]), (of_keys, of_values): (Profile, Profile)) {
+        let (d, tokens) = (self.head_dim, keys.len() / self.head_dim);
+        assert!((1..=PAGE_TOKENS).contains(&tokens), "a page of {tokens} tokens, wanted 1 to {PAGE_TOKENS}");
+        assert_eq!(
+            (keys.len(), values.len()),
+            (tokens * d, tokens * d),
+            "keys and values not [{tokens}, {d}]"
+        );
+        assert!(
+            of_keys.groups().max(of_values.groups()) <= d / GROUP,
+            "{of_keys:?}, {of_values:?}: more than {} groups",
+            d / GROUP
+        );
+        let first = self.lines.len() as u32;
+        let key_escapes = self.escapes.len() as u32;
+        self.encode(keys, of_keys, key_place);
+        let value_escapes = self.escapes.len() as u32;
+        self.encode(values, of_values, value_place);
+        let tokens = tokens as u8;
+        self.pages.push(Page { first, key_escapes, value_escapes, keys: of_keys, values: of_values, tokens });
+    }
+
+    fn encode(&mut self, vectors: &[f32], profile: Profile, place: impl Fn(usize, usize) -> usize) {
+        let d = self.head_dim;
+        for (group, width) in profile.widths().enumerate() {
+            // Codes in the order of the blocks; what no token fills is the level next to 0.
+            let mut codes = [width.code(0.0); PAGE_TOKENS * GROUP];
+            for (token, vector) in vectors.chunks_exact(d).enumerate() {
+                let elements = &vector[group * GROUP..][..GROUP];
+                for (c, &x) in elements.iter().enumerate() {
+                    codes[place(token, c)] = width.code(x);
+                }
+                if elements.iter().any(|x| x.abs() > width.range()) {
+                    self.escape(elements, width, (token, group * GROUP));
+                }
+            }
+            self.lines.extend((0..width.lines()).map(|line| pack(&codes, width, line)));
+        }
+    }
+
+    #[cold]
+    fn escape(&mut self, elements: &[f32], width: Width, (token, first): (usize, usize)) {
+        for (c, &x) in elements.iter().enumerate().filter(|(_, x)| x.abs() > width.range()) {
+            let rest = x - f32::from(width.level(width.code(x))) * width.unit();
+            let rest = f16::from_f32(rest.clamp(-65504.0, 65504.0));
+            self.escapes.push(Escape { token: token as u8, channel: (first + c) as u8, rest });
+        }
+    }
+
+    /// What page `index` holds: keys and values `[n, D]` in units of their channels' spread, less their means. Elements
+    /// without bits are 0.
+    pub fn decode(&self, index: usize) -> (Vec<f32>, Vec<f32>) {
+        let page = &self.pages[index];
+        let lines = &self.lines[page.first as usize..];
+        let (keys, values) = lines.split_at(page.keys.lines());
+        let [of_keys, of_values] = self.escapes_of(index);
+        (
+            self.decode_half((keys, of_keys), (page.keys, page.tokens()), key_place),
+            self.decode_half((values, of_values), (page.values, page.tokens()), value_place),
+        )
+    }
+
+    fn decode_half(
+        &self,
+        (lines, escapes): (&[Line], &[Escape]),
+        (profile, tokens): (Profile, usize),
+        place: impl Fn(usize, usize) -> usize,
+    ) -> Vec<f32> {
+        let d = self.head_dim;
+        let mut out = vec![0.0; tokens * d];
+        let mut rest = lines;
+        for (group, width) in profile.widths().enumerate() {
+            let (lines, after) = rest.split_at(width.lines());
+            rest = after;
+            for (token, vector) in out.chunks_exact_mut(d).enumerate() {
+                for (c, x) in vector[group * GROUP..][..GROUP].iter_mut().enumerate() {
+                    *x = f32::from(width.level(code_at(lines, width, place(token, c)))) * width.unit();
+                }
+            }
+        }
+        for escape in escapes {
+            out[usize::from(escape.token) * d + usize::from(escape.channel)] += escape.rest.to_f32();
+        }
+        out
+    }
+
+    /// Of the keys and of the values of page `index`.
+    fn escapes_of(&self, index: usize) -> [&[Escape]; 2] {
+        let page = &self.pages[index];
+        let end = self.pages.get(index + 1).map_or(self.escapes.len(), |next| next.key_escapes as usize);
+        let (keys, values) = (page.key_escapes as usize, page.value_escapes as usize);
+        [&self.escapes[keys..values], &self.escapes[values..end]]
+    }
+
+    /// Takes the last page away: what it held, as [`decode`](Pages::decode) gives it.
+    pub fn pop(&mut self) -> Option<(Vec<f32>, Vec<f32>)> {
+        let last = self.pages.len().checked_sub(1)?;
+        let decoded = self.decode(last);
+        let page = self.pages.pop()?;
+        self.lines.truncate(page.first as usize);
+        self.escapes.truncate(page.key_escapes as usize);
+        Some(decoded)
+    }
+
+    /// Gives back what was allocated for further pages.
+    pub fn shrink(&mut self) {
+        self.lines.shrink_to_fit();
+        self.pages.shrink_to_fit();
+        self.escapes.shrink_to_fit();
+    }
+
+    /// Bytes allocated, without this header.
+    pub fn bytes(&self) -> usize {
+        self.lines.capacity() * size_of::<Line>()
+            + self.pages.capacity() * size_of::<Page>()
+            + self.escapes.capacity() * size_of::<Escape>()
+    }
+
+    /// Bytes that a page takes whose escapes are not counted.
+    pub fn bytes_of_page(keys: Profile, values: Profile) -> usize {
+        (keys.lines() + values.lines()) * size_of::<Line>() + size_of::<Page>()
+    }
+
+    /// Bytes of an escape.
+    pub const BYTES_OF_ESCAPE: usize = size_of::<Escape>();
+}
+
+/// Where channel `c` of the group's key of `token` is among the group's codes.
+#[inline(always)]
+fn key_place(token: usize, c: usize) -> usize {
+    (token / 16 * 2 + c / 4) * LINE + token % 16 * 4 + c % 4
+}
+
+/// The same of values.
+#[inline(always)]
+fn value_place(token: usize, c: usize) -> usize {
+    token / 8 * LINE + (token / 4 % 2 * GROUP + c) * 4 + token % 4
+}
+
+/// Line `line` of a group.
+fn pack(codes: &[u8; PAGE_TOKENS * GROUP], width: Width, line: usize) -> Line {
+    let shared = 8 / width.bits();
+    let blocks = &codes[line * shared * LINE..][..shared * LINE];
+    let mut out = [0; LINE];
+    for (i, block) in blocks.chunks_exact(LINE).enumerate() {
+        out.iter_mut().zip(block).for_each(|(byte, code)| *byte |= code << (i * width.bits()));
+    }
+    Line(out)
+}
+
+/// The code at `place` of a group.
+fn code_at(lines: &[Line], width: Width, place: usize) -> u8 {
+    let (block, byte, shared) = (place / LINE, place % LINE, 8 / width.bits());
+    let code = lines[block / shared].0[byte] >> (block % shared * width.bits());
+    if width == Width::Eight { code } else { code & ((1 << width.bits()) - 1) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// About normal: sums of twelve even numbers.
+    pub(super) fn normal(seed: u64, len: usize) -> Vec<f32> {
+        let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = move || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            (x >> 40) as f32 / (1u64 << 24) as f32
+        };
+        (0..len).map(|_| (0..12).map(|_| next()).sum::<f32>() - 6.0).collect()
+    }
+
+    const PROFILES: [Profile; 5] = [
+        Profile { eight: 0, four: 0, two: 0 },
+        Profile { eight: 8, four: 0, two: 0 },
+        Profile { eight: 0, four: 8, two: 0 },
+        Profile { eight: 0, four: 0, two: 8 },
+        Profile { eight: 1, four: 2, two: 3 },
+    ];
+
+    #[test]
+    fn decode_gives_back_the_nearest_level_and_all_of_an_escape() {
+        let d = 64;
+        for (i, &of_keys) in PROFILES.iter().enumerate() {
+            for (j, &of_values) in PROFILES.iter().enumerate() {
+                for tokens in [1, 17, 63, 64] {
+                    let (mut keys, values) =
+                        (normal(1 + i as u64, tokens * d), normal(9 + j as u64, tokens * d));
+                    keys[3] = 25.0;
+                    keys[(tokens - 1) * d + 9] = -11.0;
+                    let mut pages = Pages::new(d);
+                    pages.push((&values, &keys), (of_values, of_keys));
+                    pages.push((&keys, &values), (of_keys, of_values));
+                    pages.shrink();
+                    let (k, v) = pages.decode(1);
+                    for (x, got, profile) in [(&keys, &k, of_keys), (&values, &v, of_values)] {
+                        let widths: Vec<_> = profile.widths().collect();
+                        for (at, (x, got)) in x.iter().zip(got.iter()).enumerate() {
+                            let Some(width) = widths.get(at % d / GROUP) else {
+                                assert_eq!(*got, 0.0);
+                                continue;
+                            };
+                            let nearest = (-127..=127)
+                                .filter(|&level| {
+                                    *width == Width::Eight || width.levels().contains(&i8::abs(level))
+                                })
+                                .map(|level| f32::from(level) * width.unit())
+                                .min_by(|a, b| (a - x).abs().total_cmp(&(b - x).abs()))
+                                .unwrap();
+                            let want = if x.abs() > width.range() { *x } else { nearest };
+                            assert!(
+                                (got - want).abs() <= 1e-4 + x.abs() / 2048.0,
+                                "{x}: {got}, wanted {want}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn losses_and_bytes_are_those_stated() {
+        let d = 64;
+        let x = normal(5, 64 * d);
+        for (width, profile) in
+            [(Width::Two, PROFILES[3]), (Width::Four, PROFILES[2]), (Width::Eight, PROFILES[1])]
+        {
+            let mut pages = Pages::new(d);
+            pages.push((&x, &x), (profile, profile));
+            let (keys, _) = pages.decode(0);
+            let loss =
+                keys.iter().zip(&x).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>() / x.len() as f64;
+            assert!((loss / f64::from(width.loss()) - 1.0).abs() < 0.1, "{width:?}: {loss}");
+            pages.shrink();
+            let escapes = pages.escapes.len() * Pages::BYTES_OF_ESCAPE;
+            assert_eq!(pages.bytes(), Pages::bytes_of_page(profile, profile) + escapes);
+            assert_eq!(pages.bytes() - escapes - size_of::<Page>(), 64 * 2 * d * width.bits() / 8);
+        }
+    }
+
+    #[test]
+    fn same_vectors_give_the_same_bytes() {
+        let x = normal(3, 64 * 32);
+        let make = || {
+            let mut pages = Pages::new(32);
+            let profile = Profile { eight: 1, four: 1, two: 2 };
+            pages.push((&x, &x), (profile, profile));
+            pages.lines.iter().flat_map(|line| line.0).collect::<Vec<u8>>()
+        };
+        assert_eq!(make(), make());
+    }
+}

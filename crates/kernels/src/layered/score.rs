@@ -1,0 +1,327 @@
+//! How do queries meet the keys of layered pages?
+//!
+//! Codes become bytes by table and meet the queries' bytes as integers: strips of as many tokens as a vector has lanes,
+//! several at once. Here are those integer scores, for attention, and the sketch, which are scores of a few groups.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "arrays of registers indexed by rows and strips together; iterators over them would be closures"
+)]
+
+use super::queries::Queries;
+use super::{GROUP, LINE, PAGE_TOKENS, Pages, Profile, Width};
+use crate::isa::Isa;
+use crate::simd::{Kernel, Simd, dispatch};
+use std::ops::Range;
+
+/// Tokens of a tile, which is what can be chosen.
+pub const TILE_TOKENS: usize = 16;
+
+/// Pages that [`sketch`] asks for ahead.
+const AHEAD: usize = 6;
+
+/// Scores `[R, 64 * pages]` of the tokens of `range` from the first `groups` groups of the keys' channels alone, fewer
+/// if a page's keys have fewer: offsets included, escapes not; `-inf` where a page has no token.
+///
+/// # Panics
+/// If a shape does not fit, or a page does not exist.
+pub fn sketch(
+    isa: Isa,
+    queries: &Queries,
+    (pages, range): (&Pages, Range<usize>),
+    groups: usize,
+    out: &mut [f32],
+) {
+    assert_eq!(queries.head_dim(), pages.head_dim(), "queries and pages of other widths");
+    assert!(
+        range.start <= range.end && range.end <= pages.pages.len(),
+        "pages {range:?} of {}",
+        pages.pages.len()
+    );
+    let wanted = queries.rows() * range.len() * PAGE_TOKENS;
+    assert_eq!(out.len(), wanted, "scores of the wrong length");
+    dispatch(isa, Sketch { queries, pages, range, groups, out });
+}
+
+struct Sketch<'a> {
+    queries: &'a Queries,
+    pages: &'a Pages,
+    range: Range<usize>,
+    groups: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Sketch<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let rows = self.queries.rows();
+        let mut first = 0;
+        while first < rows {
+            first += match rows - first {
+                1 => sketch_rows::<S, 1>(s, &mut self, first),
+                2 => sketch_rows::<S, 2>(s, &mut self, first),
+                3 => sketch_rows::<S, 3>(s, &mut self, first),
+                _ => sketch_rows::<S, 4>(s, &mut self, first),
+            };
+        }
+    }
+}
+
+/// Rows `first..first + R`; returns `R`.
+#[inline(always)]
+fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> usize {
+    let mut scorer = Scorer::<S, R>::new(s, a.queries, first);
+    let stride = a.range.len() * PAGE_TOKENS;
+    for (i, index) in a.range.clone().enumerate() {
+        let page = &a.pages.pages[index];
+        let profile = page.keys.first(a.groups);
+        let lines = a.pages.lines[page.first as usize..][..profile.lines()].as_ptr().cast::<u8>();
+        let later = a.pages.pages.get(index + AHEAD).map_or(page.first, |later| later.first);
+        let ahead = (later.wrapping_sub(page.first) as usize).wrapping_mul(LINE);
+        scorer.set_profile(profile);
+        let out = &mut a.out[first * stride..(first + R) * stride];
+        let mut strip = 0;
+        while strip < PAGE_TOKENS / S::LANES {
+            let at = i * PAGE_TOKENS + strip * S::LANES;
+            if S::TILE >= 4 {
+                sketch_strips(
+                    s,
+                    &scorer,
+                    (lines, ahead),
+                    [strip, strip + 1, strip + 2, strip + 3],
+                    (out, at),
+                );
+                strip += 4;
+            } else {
+                sketch_strips(s, &scorer, (lines, ahead), [strip, strip + 1], (out, at));
+                strip += 2;
+            }
+        }
+        if page.tokens() < PAGE_TOKENS {
+            for row in out.chunks_exact_mut(stride) {
+                row[i * PAGE_TOKENS + page.tokens()..(i + 1) * PAGE_TOKENS].fill(f32::NEG_INFINITY);
+            }
+        }
+    }
+    R
+}
+
+/// Scores of strips that follow each other, written from `at` of each row of `out` on.
+#[inline(always)]
+fn sketch_strips<S: Simd, const R: usize, const T: usize>(
+    s: S,
+    scorer: &Scorer<S, R>,
+    lines: (*const u8, usize),
+    strips: [usize; T],
+    (out, at): (&mut [f32], usize),
+) {
+    // SAFETY: the caller sliced the profile's lines; strips are below 64 / LANES.
+    let scores = unsafe { scorer.scores::<T>(s, lines, strips) };
+    let stride = out.len() / R;
+    for r in 0..R {
+        let (scale, offset) = scorer.queries.scale_and_offset(scorer.first + r);
+        let row = &mut out[r * stride + at..][..T * S::LANES];
+        for t in 0..T {
+            let score = s.fma(s.to_f32(scores[t][r]), s.splat(scale), s.splat(offset));
+            // SAFETY: the row was sliced to T vectors.
+            unsafe { s.store(row.as_mut_ptr().add(t * S::LANES), score) };
+        }
+    }
+}
+
+/// What codes stand for, as tables.
+pub(super) struct Levels<I> {
+    four: I,
+    /// Of the low two bits of an index of four, and of the high two.
+    two: [I; 2],
+    nibble: I,
+    /// What 8-bit codes differ by from what they stand for.
+    flip: I,
+}
+
+/// Levels as signed bytes, their highest bits flipped by `flip`: 0x80 makes them level plus 128.
+#[inline(always)]
+pub(super) fn levels<S: Simd>(s: S, flip: u8) -> Levels<S::I> {
+    let (mut four, mut low, mut high) = ([0; 16], [0; 16], [0; 16]);
+    for i in 0..16 {
+        four[i] = Width::Four.level(i as u8) as u8 ^ flip;
+        low[i] = Width::Two.level(i as u8 % 4) as u8 ^ flip;
+        high[i] = Width::Two.level(i as u8 / 4) as u8 ^ flip;
+    }
+    Levels {
+        four: s.table(four),
+        two: [s.table(low), s.table(high)],
+        nibble: s.splat_i32(0x0f0f_0f0f),
+        flip: s.splat_i32(i32::from_ne_bytes([flip ^ 0x80; 4])),
+    }
+}
+
+/// The levels of strip `strip` of the group at `group`: of its tile's two blocks, `LANES` times four codes each. A
+/// tile has `16 / LANES` strips.
+///
+/// # Safety
+/// The group's lines, as many as [`Width::lines`] says, are readable; `strip` is below `64 / LANES`.
+#[inline(always)]
+pub(super) unsafe fn unpack<S: Simd, const BITS: usize>(
+    s: S,
+    l: &Levels<S::I>,
+    group: *const u8,
+    strip: usize,
+) -> [S::I; 2] {
+    let tile = strip * S::LANES / TILE_TOKENS;
+    let part = strip % (TILE_TOKENS / S::LANES) * (4 * S::LANES);
+    let line = match BITS {
+        8 => tile * 2,
+        4 => tile,
+        _ => tile / 2,
+    };
+    let at = group.wrapping_add(line * LINE + part);
+    // SAFETY: the line is one of the group's; `part` and a vector after it lie within.
+    let first = unsafe { s.load_bytes(at) };
+    match BITS {
+        8 => {
+            // SAFETY: as above, of the line that follows.
+            let second = unsafe { s.load_bytes(at.wrapping_add(LINE)) };
+            [s.xor(first, l.flip), s.xor(second, l.flip)]
+        }
+        4 => {
+            let (low, high) = (s.and(first, l.nibble), s.and(s.shift(first, 4), l.nibble));
+            [s.lookup(l.four, low), s.lookup(l.four, high)]
+        }
+        _ => {
+            let both = s.and(s.shift(first, (tile % 2 * 4) as i32), l.nibble);
+            [s.lookup(l.two[0], both), s.lookup(l.two[1], both)]
+        }
+    }
+}
+
+/// How many groups of a profile have `BITS` bits.
+#[inline(always)]
+pub(super) fn count_of<const BITS: usize>(profile: Profile) -> usize {
+    usize::from(match BITS {
+        8 => profile.eight,
+        4 => profile.four,
+        _ => profile.two,
+    })
+}
+
+#[inline(always)]
+pub(super) fn width_of<const BITS: usize>() -> Width {
+    match BITS {
+        8 => Width::Eight,
+        4 => Width::Four,
+        _ => Width::Two,
+    }
+}
+
+/// The group that a walk over a page's keys or values is at.
+pub(super) struct At {
+    pub(super) lines: *const u8,
+    pub(super) group: usize,
+    /// Bytes to what should be in the cache next; 0: nothing.
+    pub(super) ahead: usize,
+}
+
+/// Rows `first..first + R` of the queries, and what meets keys of one profile.
+pub(super) struct Scorer<'a, S: Simd, const R: usize> {
+    pub(super) queries: &'a Queries,
+    pub(super) first: usize,
+    levels: Levels<S::I>,
+    profile: Profile,
+    /// Sums of the queries' bytes over the profile's groups.
+    sums: [i32; R],
+}
+
+impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
+    #[inline(always)]
+    pub(super) fn new(s: S, queries: &'a Queries, first: usize) -> Self {
+        Scorer { queries, first, levels: levels(s, 0x80), profile: Profile::default(), sums: [0; R] }
+    }
+
+    #[inline(always)]
+    pub(super) fn set_profile(&mut self, profile: Profile) {
+        if self.profile == profile {
+            return;
+        }
+        assert!(profile.groups() <= self.queries.head_dim() / GROUP, "{profile:?}: too many groups");
+        self.profile = profile;
+        let (eight, four) = (usize::from(profile.eight), usize::from(profile.eight + profile.four));
+        for r in 0..R {
+            let sum = |width, groups| self.queries.sum(self.first + r, width, groups);
+            self.sums[r] = sum(Width::Eight, 0..eight)
+                + sum(Width::Four, eight..four)
+                + sum(Width::Two, four..profile.groups());
+        }
+    }
+
+    /// The integer scores of the tokens of `strips`, asking for what is `ahead` of each line.
+    ///
+    /// # Safety
+    /// The lines of keys of `self.profile` are readable at `lines`; each strip is below `64 / LANES`.
+    #[inline(always)]
+    pub(super) unsafe fn scores<const T: usize>(
+        &self,
+        s: S,
+        (lines, ahead): (*const u8, usize),
+        strips: [usize; T],
+    ) -> [[S::I; R]; T] {
+        let mut acc = [[s.splat_i32(0); R]; T];
+        for r in 0..R {
+            let start = s.dot_full_start(self.sums[r]);
+            for t in 0..T {
+                acc[t][r] = start;
+            }
+        }
+        let mut at = At { lines, group: 0, ahead };
+        // SAFETY: the profile's groups follow each other, those of more bits first.
+        unsafe {
+            self.add_groups::<T, 8>(s, &mut at, strips, &mut acc);
+            self.add_groups::<T, 4>(s, &mut at, strips, &mut acc);
+            self.add_groups::<T, 2>(s, &mut at, strips, &mut acc);
+        }
+        acc
+    }
+
+    /// # Safety
+    /// As for `scores`, with the groups of `BITS` bits at `at`.
+    #[inline(always)]
+    unsafe fn add_groups<const T: usize, const BITS: usize>(
+        &self,
+        s: S,
+        at: &mut At,
+        strips: [usize; T],
+        acc: &mut [[S::I; R]; T],
+    ) {
+        let mut queries = [std::ptr::null(); R];
+        for r in 0..R {
+            queries[r] = self.queries.bytes(self.first + r, width_of::<BITS>()).as_ptr();
+        }
+        for _ in 0..count_of::<BITS>(self.profile) {
+            // Once, if strips are scored in several calls.
+            if at.ahead != 0 && strips[0] == 0 {
+                for line in 0..BITS {
+                    s.prefetch_near(at.lines, at.ahead.wrapping_add(line * LINE));
+                }
+            }
+            let mut codes = [[s.splat_i32(0); 2]; T];
+            for t in 0..T {
+                // SAFETY: by the caller's promise.
+                codes[t] = unsafe { unpack::<S, BITS>(s, &self.levels, at.lines, strips[t]) };
+            }
+            for half in 0..2 {
+                for r in 0..R {
+                    let four = queries[r].wrapping_add(at.group * GROUP + half * 4).cast::<i32>();
+                    // SAFETY: the profile has no more groups than the queries (`set_profile`).
+                    let q = s.splat_i32(unsafe { four.read_unaligned() });
+                    for t in 0..T {
+                        acc[t][r] = s.dot_full(acc[t][r], codes[t][half], q);
+                    }
+                }
+            }
+            at.lines = at.lines.wrapping_add(BITS * LINE);
+            at.group += 1;
+        }
+    }
+}

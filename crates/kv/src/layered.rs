@@ -1,0 +1,206 @@
+//! A KV head in our own format: sinks, pages of few bits, and the newest tokens.
+//!
+//! Per head, in order of tokens: the first [`SINKS`] stay exact; the prompt's pages follow, in which tokens of like importance share a
+//! page whatever their order; then the tail: what was generated, in pages of the running profiles, and as its last page the newest
+//! sealed tokens at 8 bits; at the end the update buffer, exact. When 64 tokens are in the buffer, the tail's last page is
+//! stored again with the running profiles, and the buffer becomes a page at 8 bits.
+//!
+//! A prompt is compressed when all of its layers are there, since one plan shares out the bytes among them. Its statistics
+//! are each layer's own, and the same tokens give the same bytes whatever the threads and the chunks of the prompt.
+
+mod attend;
+mod calibration;
+mod encode;
+mod importance;
+mod plan;
+
+use crate::KvBytes;
+use crate::exact::{ARC_BYTES, ExactHead};
+use half::f16;
+use mosaickv_kernels::exact::ExactPage;
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile};
+use std::sync::Arc;
+
+pub(crate) use attend::{Lane, Work, decode};
+pub use calibration::{Calibration, HeadCalibration, Moments};
+pub(crate) use encode::{Prompt, compress};
+pub(crate) use importance::Samples;
+
+/// First tokens of a sequence, always exact and always attended to.
+const SINKS: usize = 4;
+
+/// Tokens of a prompt below which it stays exact: there is too little to plan for.
+const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
+
+/// Our own format.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Layered {
+    /// f16 bytes of a prompt over those it is to take, all of them counted, at least 1.
+    pub ratio: f32,
+}
+
+impl Default for Layered {
+    fn default() -> Layered {
+        Layered { ratio: 8.0 }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) pages: Pages,
+    /// Tokens that are in no page.
+    dropped: usize,
+}
+
+/// Means and spreads of the channels of keys and values, `[D]` each.
+#[derive(Clone, Debug)]
+pub(crate) struct Scales {
+    numbers: Box<[f16]>,
+}
+
+impl Scales {
+    fn quarter(&self, index: usize) -> &[f16] {
+        let d = self.numbers.len() / 4;
+        &self.numbers[index * d..][..d]
+    }
+
+    pub(crate) fn key_mean(&self) -> &[f16] {
+        self.quarter(0)
+    }
+
+    pub(crate) fn key_spread(&self) -> &[f16] {
+        self.quarter(1)
+    }
+
+    pub(crate) fn value_mean(&self) -> &[f16] {
+        self.quarter(2)
+    }
+
+    pub(crate) fn value_spread(&self) -> &[f16] {
+        self.quarter(3)
+    }
+
+    fn bytes(&self) -> usize {
+        ARC_BYTES + size_of::<Scales>() + size_of_val(&*self.numbers)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct LayeredHead {
+    pub(crate) calibration: Arc<Calibration>,
+    /// Which of the calibration's heads.
+    pub(crate) index: usize,
+    /// Keys and values `[SINKS, 2, D]`.
+    pub(crate) sinks: Box<[f16]>,
+    /// Of the prompt's channels; what comes after uses them too.
+    pub(crate) scales: Arc<Scales>,
+    /// The prompt.
+    pub(crate) prompt: Arc<Segment>,
+    /// What came after, and at its end a page at 8 bits.
+    pub(crate) tail: Arc<Segment>,
+    /// Profiles of the tail's other pages.
+    running: (Profile, Profile),
+    /// Allocated as far as it is needed.
+    pub(crate) buffer: Option<ExactPage>,
+}
+
+impl LayeredHead {
+    pub(crate) fn head_dim(&self) -> usize {
+        self.sinks.len() / SINKS / 2
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
+        let sealed = |segment: &Segment| segment.pages.tokens() + segment.dropped;
+        SINKS + sealed(&self.prompt) + sealed(&self.tail) + self.buffer.as_ref().map_or(0, ExactPage::tokens)
+    }
+
+    /// Whether the next token must first send the buffer to a page.
+    pub(crate) fn is_full(&self) -> bool {
+        self.buffer.as_ref().is_some_and(|buffer| buffer.tokens() == PAGE_TOKENS)
+    }
+
+    /// Adds a token, its key `[D]` and value `[D]`.
+    pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
+        if self.is_full() {
+            self.seal();
+        }
+        let d = key.len();
+        let buffer = match self.buffer.take() {
+            None => ExactPage::new(d, 16),
+            Some(full) if full.is_full() => {
+                let mut larger = ExactPage::new(d, full.capacity() + 16);
+                let (keys, values) = crate::packed::rows(&[&full]);
+                keys.chunks_exact(d).zip(values.chunks_exact(d)).for_each(|(k, v)| larger.push(k, v));
+                larger
+            }
+            Some(buffer) => buffer,
+        };
+        self.buffer.insert(buffer).push(key, value);
+    }
+
+    /// The buffer becomes the tail's last page, at 8 bits, and the one before gets the running profiles.
+    fn seal(&mut self) {
+        let buffer = self.buffer.take().expect("a full buffer");
+        let (keys, values) = crate::packed::rows(&[&buffer]);
+        let (keys, values) = self.coordinates(&keys, &values);
+        let d = self.head_dim();
+        let tail = Arc::make_mut(&mut self.tail);
+        if let Some((keys, values)) = tail.pages.pop() {
+            tail.pages.push((&keys, &values), self.running);
+        }
+        tail.pages.push((&keys, &values), (fine(d), fine(d)));
+    }
+
+    /// Keys and values `[T, D]` less means and over spreads.
+    fn coordinates(&self, keys: &[f32], values: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let head = &self.calibration.heads[self.index];
+        let scales = &self.scales;
+        (
+            encode::normalized(&encode::turned(keys, &head.keys), scales.key_mean(), scales.key_spread()),
+            encode::normalized(
+                &encode::turned(values, &head.values),
+                scales.value_mean(),
+                scales.value_spread(),
+            ),
+        )
+    }
+
+    pub(crate) fn count(&self, bytes: &mut KvBytes) {
+        bytes.exact += size_of_val(&*self.sinks)
+            + self.buffer.as_ref().map_or(0, |buffer| buffer.bytes() - size_of::<ExactPage>());
+        for segment in [&self.prompt, &self.tail] {
+            bytes.packed += segment.pages.bytes();
+            bytes.lists += ARC_BYTES + size_of::<Segment>();
+        }
+        bytes.packed += self.scales.bytes();
+    }
+
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let d = self.head_dim();
+        for (name, segment) in [("prompt", &self.prompt), ("tail", &self.tail)] {
+            if segment.pages.head_dim() != d {
+                return Err(format!(
+                    "{name}: pages of {} channels in a head of {d}",
+                    segment.pages.head_dim()
+                ));
+            }
+        }
+        if self.scales.numbers.len() != 4 * d {
+            return Err(format!("{} means and spreads in a head of {d} channels", self.scales.numbers.len()));
+        }
+        if let Some(x) = self.scales.numbers.iter().find(|x| !x.is_finite()) {
+            return Err(format!("a mean or spread of {x}"));
+        }
+        Ok(())
+    }
+}
+
+/// 8 bits for every channel.
+fn fine(d: usize) -> Profile {
+    Profile { eight: (d / GROUP) as u8, ..Profile::default() }
+}
+
+/// Whether a prompt of this many tokens is compressed.
+pub(crate) fn is_worth_it(head: &ExactHead) -> bool {
+    head.tokens() >= LEAST_TOKENS
+}

@@ -1,0 +1,232 @@
+//! A prompt of all layers becomes pages: statistics of each head, one plan, then the codes.
+
+use super::importance::{Samples, Weights, weigh};
+use super::plan::{Channels, Head, HeadPlan, plan};
+use super::{Calibration, HeadCalibration, LEAST_TOKENS, LayeredHead, SINKS, Scales, Segment, fine};
+use crate::KvShape;
+use crate::exact::ExactHead;
+use crate::packed::rows;
+use half::f16;
+use mosaickv_kernels::Pool;
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Width};
+use mosaickv_kernels::rotate::multiply;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Share of a head's mean weight that every token gets: what nobody has asked for yet may be asked for later.
+const FLOOR: f32 = 0.3;
+
+/// A layer that is to be compressed.
+pub(crate) struct Prompt {
+    pub(crate) layer: usize,
+    pub(crate) heads: Vec<ExactHead>,
+    pub(crate) samples: Samples,
+}
+
+/// The layers' heads, which together take a `ratio`th of their f16 bytes. Layers of fewer than 260 tokens are
+/// not for this.
+pub(crate) fn compress(
+    pool: &Pool,
+    shape: KvShape,
+    calibration: &Arc<Calibration>,
+    prompts: Vec<Prompt>,
+    ratio: f32,
+) -> Vec<Vec<LayeredHead>> {
+    let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
+    assert!(tokens >= LEAST_TOKENS, "a prompt of {tokens} tokens, wanted at least {LEAST_TOKENS}");
+    let mut jobs: Vec<(Job, Option<(Scales, Head)>)> = Vec::new();
+    for prompt in &prompts {
+        for (g, exact) in prompt.heads.iter().enumerate() {
+            let index = prompt.layer * shape.kv_heads + g;
+            jobs.push((Job { exact, calibration, index, samples: &prompt.samples, shape }, None));
+        }
+    }
+    pool.for_each(&mut jobs, |_, (job, out)| *out = Some(job.observe()));
+    let (jobs, found): (Vec<Job>, Vec<_>) = jobs.into_iter().unzip();
+    let (scales, mut heads): (Vec<Scales>, Vec<Head>) = found.into_iter().flatten().unzip();
+    for (prompt, heads) in prompts.iter().zip(heads.chunks_mut(shape.kv_heads)) {
+        let weight = calibration.layer_weights[prompt.layer];
+        heads.iter_mut().for_each(|head| lift(&mut head.weights, weight));
+        guard(heads);
+    }
+    let exact = (jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>()) as f32;
+    let plans = plan(pool, &heads, exact / ratio - fixed_bytes(jobs.len(), shape.head_dim) as f32);
+    let mut made: Vec<_> = jobs
+        .iter()
+        .zip(scales)
+        .zip(plans)
+        .map(|((job, scales), plan)| (job, Some(scales), plan, None))
+        .collect();
+    pool.for_each(&mut made, |_, (job, scales, plan, out)| {
+        *out = scales.take().map(|scales| job.encode(scales, plan));
+    });
+    let mut made = made.into_iter().filter_map(|(.., out)| out);
+    prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
+}
+
+/// Bytes of `heads` heads that no plan changes: sinks, means and spreads, headers, the page at 8 bits.
+fn fixed_bytes(heads: usize, d: usize) -> usize {
+    let sinks = SINKS * 2 * d * size_of::<f16>();
+    let scales = Scales { numbers: vec![f16::ZERO; 4 * d].into_boxed_slice() }.bytes();
+    let lists = size_of::<LayeredHead>() + 2 * (crate::exact::ARC_BYTES + size_of::<Segment>());
+    heads * (sinks + scales + lists + Pages::bytes_of_page(fine(d), fine(d)))
+}
+
+/// Every token's weight gets a share of the mean, and all are multiplied by the layer's.
+fn lift(weights: &mut Weights, layer: f32) {
+    for weights in [&mut weights.keys, &mut weights.values] {
+        let mean = weights.iter().sum::<f32>() / weights.len() as f32;
+        // Where no query judged any token all weigh the same.
+        let floor = if mean > 1e-20 { FLOOR * mean } else { 1e-6 };
+        weights.iter_mut().for_each(|w| *w = ((*w + floor) * layer).max(1e-30));
+    }
+}
+
+/// Each token must stay in the head of its layer that would lose most by it.
+fn guard(heads: &mut [Head]) {
+    for t in 0..heads[0].guarded.len() {
+        let weight = |head: &Head| head.weights.keys[t];
+        let most = (0..heads.len()).max_by(|&a, &b| weight(&heads[a]).total_cmp(&weight(&heads[b])));
+        heads[most.expect("a layer has heads")].guarded[t] = true;
+    }
+}
+
+/// One head of a prompt.
+struct Job<'a> {
+    exact: &'a ExactHead,
+    calibration: &'a Arc<Calibration>,
+    /// Which of the calibration's heads.
+    index: usize,
+    samples: &'a Samples,
+    shape: KvShape,
+}
+
+impl Job<'_> {
+    /// The tokens that the plan is for: not the first four, and not the newest 64.
+    fn middle(&self) -> Range<usize> {
+        SINKS..self.exact.tokens() - PAGE_TOKENS
+    }
+
+    fn rows(&self) -> (Vec<f32>, Vec<f32>) {
+        rows(&self.exact.pages().collect::<Vec<_>>())
+    }
+
+    fn matrices(&self) -> &HeadCalibration {
+        &self.calibration.heads[self.index]
+    }
+
+    fn observe(&self) -> (Scales, Head) {
+        let KvShape { heads, head_dim: d, kv_heads, .. } = self.shape;
+        let scale = (d as f32).sqrt().recip();
+        let (keys, values) = self.rows();
+        let turned_values = turned(&values, &self.matrices().values);
+        let of_group = self.shape.group() * d;
+        let span = self.index % kv_heads * of_group..(self.index % kv_heads + 1) * of_group;
+        let (positions, queries) = self.samples.of_group(heads * d, span, scale);
+        let Weights { keys: of_keys, values: of_values } =
+            weigh((&positions, &queries), &keys, &turned_values, d);
+        let middle = self.middle();
+        let elements = middle.start * d..middle.end * d;
+        let turned_keys = turned(&keys[elements.clone()], &self.matrices().keys);
+        let mut numbers = Vec::with_capacity(4 * d);
+        let keys = observe(&turned_keys, d, scale, &mut numbers);
+        let values = observe(&turned_values[elements], d, 1.0, &mut numbers);
+        let weights =
+            Weights { keys: of_keys[middle.clone()].to_vec(), values: of_values[middle.clone()].to_vec() };
+        let head = Head { keys, values, weights, guarded: vec![false; middle.len()] };
+        (Scales { numbers: numbers.into_boxed_slice() }, head)
+    }
+
+    fn encode(&self, scales: Scales, plan: &HeadPlan) -> LayeredHead {
+        let d = self.shape.head_dim;
+        let (keys, values) = self.rows();
+        let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
+        let mut head = LayeredHead {
+            calibration: self.calibration.clone(),
+            index: self.index,
+            sinks: sinks.flatten().map(|&x| to_f16(x)).collect(),
+            scales: Arc::new(scales),
+            prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
+            tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
+            running: plan.running,
+            buffer: None,
+        };
+        let middle = self.middle();
+        let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
+            tokens.iter().flat_map(|&t| &x[(middle.start + t as usize) * d..][..d]).copied().collect()
+        };
+        let mut pages = Pages::new(d);
+        for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
+            let (k, v) = head.coordinates(&gather(&keys, tokens), &gather(&values, tokens));
+            pages.push((&k, &v), *profiles);
+        }
+        pages.shrink();
+        let mut newest = Pages::new(d);
+        let (k, v) = head.coordinates(&keys[middle.end * d..], &values[middle.end * d..]);
+        newest.push((&k, &v), (fine(d), fine(d)));
+        newest.shrink();
+        head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
+        head.tail = Arc::new(Segment { pages: newest, dropped: 0 });
+        head
+    }
+}
+
+/// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left: squares in units of
+/// 1 over `unit`, and shares of escapes.
+fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
+    let tokens = (x.len() / d) as f32;
+    let (mut mean, mut square) = (vec![0.0f32; d], vec![0.0f32; d]);
+    for row in x.chunks_exact(d) {
+        mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / tokens);
+    }
+    let mean: Vec<f16> = mean.into_iter().map(to_f16).collect();
+    let wide: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
+    for row in x.chunks_exact(d) {
+        let less = row.iter().zip(&wide).map(|(x, m)| x - m);
+        square.iter_mut().zip(less).for_each(|(s, x)| *s += x * x / tokens);
+    }
+    // A channel that never changes has the least spread that divides.
+    let spread: Vec<f16> = square.iter().map(|s| to_f16(s.sqrt()).max(f16::MIN_POSITIVE)).collect();
+    let mut escapes = vec![[0.0; 3]; d / GROUP];
+    let share = 1.0 / (tokens * GROUP as f32);
+    let ranges: Vec<f32> = spread.iter().map(|s| Width::Two.range() * s.to_f32()).collect();
+    for row in x.chunks_exact(d) {
+        for c in 0..d {
+            // Few are beyond the narrowest range.
+            let x = (row[c] - wide[c]).abs();
+            if x > ranges[c] {
+                let x = x / spread[c].to_f32();
+                for (width, share_of) in Width::ALL.iter().zip(&mut escapes[c / GROUP]) {
+                    *share_of += if x > width.range() { share } else { 0.0 };
+                }
+            }
+        }
+    }
+    numbers.extend_from_slice(&mean);
+    numbers.extend_from_slice(&spread);
+    Channels { variances: square.iter().map(|s| s * unit * unit).collect(), escapes }
+}
+
+/// Vectors `[T, D]` times a matrix of the calibration.
+pub(super) fn turned(x: &[f32], matrix: &[f16]) -> Vec<f32> {
+    let matrix: Vec<f32> = matrix.iter().map(|x| x.to_f32()).collect();
+    let d = matrix.len().isqrt();
+    multiply(x, &matrix, d)
+}
+
+/// Vectors `[T, D]` less the means, over the spreads.
+pub(super) fn normalized(x: &[f32], mean: &[f16], spread: &[f16]) -> Vec<f32> {
+    let mean: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
+    let inverse: Vec<f32> = spread.iter().map(|x| x.to_f32().recip()).collect();
+    let mut out = x.to_vec();
+    for row in out.chunks_exact_mut(mean.len()) {
+        for ((x, m), s) in row.iter_mut().zip(&mean).zip(&inverse) {
+            *x = (*x - m) * s;
+        }
+    }
+    out
+}
+
+fn to_f16(x: f32) -> f16 {
+    f16::from_f32(x.clamp(-65504.0, 65504.0))
+}

@@ -1,0 +1,234 @@
+//! Which token gets how many bits? One Lagrangian over all layers and heads under one budget of bytes.
+//!
+//! Reverse water-filling gives each head a family of profiles for keys and one for values: for falling water levels, each
+//! group of channels the width that its variance is worth. A page then takes the pair that costs least: what its
+//! tokens' errors weigh, plus lambda times its bytes. Tokens of like weights share pages, since attention asks for no order; a token
+//! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, but from one head of a layer never. Lambda
+//! follows by bisection: the plan is a function of the statistics and the budget, and of nothing else.
+
+use super::importance::Weights;
+use mosaickv_kernels::Pool;
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
+
+/// A token is dropped from a head if keeping it costs this many times what its loss would.
+const MARGIN: f32 = 4.0;
+
+/// Water levels of a family, each half of the one before.
+const LEVELS: i32 = 24;
+
+/// Tokens of like importance that are ordered among each other by what their keys weigh against their values.
+const RUN: usize = 12 * PAGE_TOKENS;
+
+/// Steps of the bisection; the bytes are then within a thousandth of the budget, or no lambda comes nearer.
+const STEPS: usize = 24;
+
+/// What is known of the channels of a head's keys or values.
+#[derive(Clone, Debug)]
+pub(crate) struct Channels {
+    /// `[D]`: mean squares of what is left after subtracting means, in units of the errors that weights weigh.
+    pub(crate) variances: Vec<f32>,
+    /// Of each group of 8 channels and width, the share of elements that are escapes.
+    pub(crate) escapes: Vec<[f32; 3]>,
+}
+
+/// A head to plan for.
+#[derive(Clone, Debug)]
+pub(crate) struct Head {
+    pub(crate) keys: Channels,
+    pub(crate) values: Channels,
+    /// Of each token, `[T]`; none is 0.
+    pub(crate) weights: Weights,
+    /// Tokens that must not be dropped, `[T]`.
+    pub(crate) guarded: Vec<bool>,
+}
+
+/// What a head's tokens become.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct HeadPlan {
+    /// The tokens that are kept, in the order of the pages.
+    pub(crate) order: Vec<u32>,
+    /// Profiles of keys and values of every 64 of them.
+    pub(crate) pages: Vec<(Profile, Profile)>,
+    /// Of a page of the head's mean weights that takes no more bytes than its pages do on average.
+    pub(crate) running: (Profile, Profile),
+    /// Bytes expected.
+    pub(crate) bytes: f32,
+}
+
+/// The plan of all heads for about `budget` bytes of pages and escapes: never more if a plan without any bits fits.
+pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
+    let mut drafts: Vec<(Draft, HeadPlan)> =
+        heads.iter().map(|_| (Draft::default(), HeadPlan::default())).collect();
+    pool.for_each(&mut drafts, |i, (draft, _)| *draft = Draft::new(&heads[i]));
+    let mut all = |lambda: f32| {
+        pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
+        (drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>(), drafts.iter().map(|d| d.1.clone()).collect())
+    };
+    let (mut low, mut high) = (1e-30f32.ln(), 1e10f32.ln());
+    let mut best = None;
+    for _ in 0..STEPS {
+        let middle = 0.5 * (low + high);
+        let (bytes, plans) = all(middle.exp());
+        if bytes > budget {
+            low = middle;
+        } else {
+            high = middle;
+            best = Some(plans);
+            if bytes > 0.999 * budget {
+                break;
+            }
+        }
+    }
+    best.unwrap_or_else(|| all(high.exp()).1)
+}
+
+/// A way to store a page's keys or values.
+#[derive(Clone, Copy, Debug, Default)]
+struct Choice {
+    profile: Profile,
+    /// Of a page, escapes included.
+    bytes: f32,
+    /// Of a token of weight 1.
+    loss: f32,
+}
+
+/// Choices of rising bytes and falling loss, on their convex hull.
+#[derive(Clone, Debug, Default)]
+struct Family {
+    choices: Vec<Choice>,
+    /// Weight of a page over lambda from which on the next choice is the better one.
+    turns: Vec<f32>,
+}
+
+impl Family {
+    /// `loss_of` turns a variance of errors into what it costs.
+    fn new(channels: &Channels, loss_of: impl Fn(f32) -> f32) -> Family {
+        let mut sums: Vec<f32> = channels.variances.chunks(GROUP).map(|group| group.iter().sum()).collect();
+        let total: f32 = sums.iter().sum();
+        // Widths must not rise from group to group: a channel that this prompt uses more than its successors did
+        // in calibration lifts those before it.
+        let levels = sums.clone();
+        for i in (1..sums.len()).rev() {
+            sums[i - 1] = sums[i - 1].max(sums[i]);
+        }
+        let top = sums.iter().fold(f32::MIN_POSITIVE, |m, x| m.max(*x)) / GROUP as f32;
+        let mut choices = vec![Choice { loss: loss_of(total), ..Choice::default() }];
+        for level in 0..2 * LEVELS {
+            let water = 2.0 * top * (-0.5 * level as f32).exp2();
+            let mut profile = Profile::default();
+            let (mut error, mut escapes) = (total, 0.0);
+            for (g, sum) in sums.iter().enumerate() {
+                let cost = |width: Width| sum / GROUP as f32 * width.loss() + water * width.bits() as f32;
+                let best =
+                    Width::ALL.into_iter().min_by(|a, b| cost(*a).total_cmp(&cost(*b))).expect("three");
+                if cost(best) >= sum / GROUP as f32 {
+                    break;
+                }
+                let (count, index) = match best {
+                    Width::Two => (&mut profile.two, 0),
+                    Width::Four => (&mut profile.four, 1),
+                    Width::Eight => (&mut profile.eight, 2),
+                };
+                *count += 1;
+                error -= levels[g] * (1.0 - best.loss());
+                escapes += channels.escapes[g][index];
+            }
+            let bytes = (profile.bits() * PAGE_TOKENS) as f32 / 8.0
+                + escapes * (GROUP * PAGE_TOKENS * Pages::BYTES_OF_ESCAPE) as f32;
+            choices.push(Choice { profile, bytes, loss: loss_of(error.max(0.0)) });
+        }
+        Family::hull(choices)
+    }
+
+    fn hull(mut choices: Vec<Choice>) -> Family {
+        choices.sort_by(|a, b| a.bytes.total_cmp(&b.bytes).then(a.loss.total_cmp(&b.loss)));
+        let turn = |a: &Choice, b: &Choice| (b.bytes - a.bytes) / (a.loss - b.loss);
+        let mut hull: Vec<Choice> = Vec::new();
+        for choice in choices {
+            if hull.last().is_some_and(|last| choice.loss >= last.loss) {
+                continue;
+            }
+            while let [.., a, b] = &hull[..] {
+                if turn(b, &choice) > turn(a, b) {
+                    break;
+                }
+                hull.pop();
+            }
+            hull.push(choice);
+        }
+        let turns = hull.windows(2).map(|pair| turn(&pair[0], &pair[1])).collect();
+        Family { choices: hull, turns }
+    }
+
+    /// The choice that costs least for a page of this weight, over lambda.
+    fn best(&self, weight_over_lambda: f32) -> &Choice {
+        &self.choices[self.turns.partition_point(|turn| *turn < weight_over_lambda)]
+    }
+}
+
+/// What does not depend on lambda.
+#[derive(Clone, Debug, Default)]
+struct Draft {
+    keys: Family,
+    values: Family,
+    order: Vec<u32>,
+}
+
+impl Draft {
+    fn new(head: &Head) -> Draft {
+        // A score that is off by a normal error of variance x multiplies its weight by e^error: the mean square of
+        // what that adds.
+        let of_scores = |x: f32| (2.0 * x).min(40.0).exp() - 2.0 * (0.5 * x).min(20.0).exp() + 1.0;
+        let Weights { keys, values } = &head.weights;
+        let key = |t: u32| keys[t as usize].ln();
+        let value = |t: u32| values[t as usize].ln();
+        let mut order: Vec<u32> = (0..keys.len() as u32).collect();
+        order.sort_by(|&a, &b| (key(b) + value(b)).total_cmp(&(key(a) + value(a))).then(a.cmp(&b)));
+        for run in order.chunks_mut(RUN) {
+            run.sort_by(|&a, &b| (key(b) - value(b)).total_cmp(&(key(a) - value(a))).then(a.cmp(&b)));
+        }
+        Draft { keys: Family::new(&head.keys, of_scores), values: Family::new(&head.values, |x| x), order }
+    }
+
+    fn plan(&self, head: &Head, lambda: f32) -> HeadPlan {
+        let Weights { keys, values } = &head.weights;
+        // The family's bytes are a page's.
+        let per_token = lambda / PAGE_TOKENS as f32;
+        let is_kept = |&&t: &&u32| {
+            let t = t as usize;
+            let (key, value) = (keys[t], values[t]);
+            let (k, v) = (self.keys.best(key / per_token), self.values.best(value / per_token));
+            let cost = key * k.loss + value * v.loss + per_token * (k.bytes + v.bytes);
+            head.guarded[t] || cost <= MARGIN * key
+        };
+        let order: Vec<u32> = self.order.iter().filter(is_kept).copied().collect();
+        let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
+        let header = Pages::bytes_of_page(Profile::default(), Profile::default()) as f32;
+        let (mut pages, mut bytes) = (Vec::with_capacity(order.len().div_ceil(PAGE_TOKENS)), 0.0);
+        for page in order.chunks(PAGE_TOKENS) {
+            let k = self.keys.best(sum(keys, page) / lambda);
+            let v = self.values.best(sum(values, page) / lambda);
+            pages.push((k.profile, v.profile));
+            bytes += header + k.bytes + v.bytes;
+        }
+        let running = self.running((keys, values), bytes / (keys.len() as f32 / PAGE_TOKENS as f32) - header);
+        HeadPlan { order, pages, running, bytes }
+    }
+
+    /// The pair for tokens of mean weights that takes at most `bytes` a page.
+    fn running(&self, (keys, values): (&[f32], &[f32]), bytes: f32) -> (Profile, Profile) {
+        let page = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32 * PAGE_TOKENS as f32;
+        let (key, value) = (page(keys), page(values));
+        let mut found = (Profile::default(), Profile::default());
+        let mut lambda = (key + value) * 1e6;
+        for _ in 0..120 {
+            let (k, v) = (self.keys.best(key / lambda), self.values.best(value / lambda));
+            if k.bytes + v.bytes > bytes {
+                break;
+            }
+            found = (k.profile, v.profile);
+            lambda *= 0.7;
+        }
+        found
+    }
+}

@@ -1,0 +1,219 @@
+//! The layered format against its oracle, its budget and itself.
+
+mod common;
+
+use mosaickv_kernels::{Isa, Pool};
+use mosaickv_kv::{Calibration, KvCache, KvError, KvFormat, KvShape, Layered, Moments};
+use std::sync::Arc;
+
+const D: usize = 64;
+const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D, window: None };
+const KV_ROW: usize = 2 * D;
+const Q_ROW: usize = 6 * D;
+
+/// Numbers of falling variance in mixed channels, with a mean, that f16 has.
+fn rows(seed: u64, tokens: usize, width: usize) -> Vec<f32> {
+    let mut uniform = common::uniform(seed);
+    let mut out = Vec::with_capacity(tokens * width);
+    for _ in 0..tokens {
+        let mut row: Vec<f32> = (0..width).map(|c| 6.0 * uniform() / (1.0 + (c % D) as f32) + 0.2).collect();
+        for head in row.chunks_exact_mut(D) {
+            let mean = head.iter().sum::<f32>() / 8.0;
+            head.iter_mut().enumerate().for_each(|(c, x)| *x += mean * ((c * 7) as f32).cos());
+        }
+        out.extend(row.iter().map(|&x| half::f16::from_f32(x).to_f32()));
+    }
+    out
+}
+
+fn calibration() -> Arc<Calibration> {
+    let identity: Vec<f64> = (0..D * D).map(|i| f64::from(u8::from(i % (D + 1) == 0))).collect();
+    let head = |i: u64| {
+        let mut moments = Moments::new(D);
+        moments.add(&rows(i + 1, 500, D), &rows(i + 51, 500, D), &rows(i + 101, 500, D));
+        moments.learn(&identity)
+    };
+    Arc::new(Calibration { heads: (0..4).map(head).collect(), layer_weights: vec![0.5, 1.5] })
+}
+
+fn cache(format: KvFormat) -> KvCache {
+    KvCache::new(SHAPE, format).unwrap().with_calibration(calibration()).unwrap()
+}
+
+/// Queries `[T, H, D]` whose scores differ by a few units, as a model's do.
+fn asking(seed: u64, tokens: usize) -> Vec<f32> {
+    rows(seed, tokens, Q_ROW).into_iter().map(|x| 0.25 * x).collect()
+}
+
+/// Reads a prompt, all but the tokens that `step` takes at a time.
+fn read(cache: &mut KvCache, pool: &Pool, tokens: usize, step: usize) {
+    let (keys, values, queries) = (rows(1, tokens, KV_ROW), rows(2, tokens, KV_ROW), asking(3, tokens));
+    for layer in 0..SHAPE.layers {
+        let all =
+            keys.chunks(step * KV_ROW).zip(values.chunks(step * KV_ROW)).zip(queries.chunks(step * Q_ROW));
+        for ((keys, values), queries) in all {
+            cache.append(pool, layer, keys, values).unwrap();
+            cache.attend(pool, layer, queries, &mut vec![0.0; queries.len()]);
+        }
+    }
+}
+
+fn end(cache: &mut KvCache, pool: &Pool) {
+    (0..SHAPE.layers).for_each(|layer| cache.end_prompt(pool, layer));
+    cache.check().unwrap();
+}
+
+fn grow(cache: &mut KvCache, pool: &Pool, tokens: usize) {
+    let (keys, values) = (rows(11, tokens, KV_ROW), rows(12, tokens, KV_ROW));
+    for (key, value) in keys.chunks_exact(KV_ROW).zip(values.chunks_exact(KV_ROW)) {
+        (0..SHAPE.layers).for_each(|layer| cache.append(pool, layer, key, value).unwrap());
+        cache.check().unwrap();
+    }
+}
+
+fn attend(cache: &mut KvCache, pool: &Pool, layer: usize) -> Vec<f32> {
+    let mut out = vec![0.0; Q_ROW];
+    cache.attend(pool, layer, &asking(7, 1), &mut out);
+    out
+}
+
+/// The bytes of queries in the kernel are the largest error by far.
+fn close(got: &[f32], want: &[f64], bound: f64, what: &str) {
+    let size = want.iter().fold(1e-3, |m: f64, w| m.max(w.abs()));
+    for (g, w) in got.iter().zip(want) {
+        assert!((f64::from(*g) - w).abs() <= bound * size, "{what}: got {g}, want {w}, largest {size}");
+    }
+}
+
+#[test]
+fn attention_is_the_oracles_over_the_cache_s_whole_life() {
+    for &isa in Isa::available() {
+        for threads in [1, 2] {
+            let pool = Pool::new(threads);
+            let mut cache = cache(KvFormat::Layered(Layered { ratio: 5.0 })).with_isa(isa);
+            read(&mut cache, &pool, 900, 900);
+            end(&mut cache, &pool);
+            for more in [0, 1, 20, 43, 1, 150] {
+                grow(&mut cache, &pool, more);
+                for layer in 0..SHAPE.layers {
+                    let got = attend(&mut cache, &pool, layer);
+                    let queries = asking(7, 1);
+                    let heads = [0, 1].map(|g| cache.oracle(layer, &queries, g));
+                    let want: Vec<f64> = heads[0].iter().zip(&heads[1]).map(|(a, b)| a + b).collect();
+                    close(&got, &want, 0.03, &format!("{isa:?}, layer {layer}, {} tokens", cache.tokens()));
+                }
+            }
+            assert_eq!(cache.tokens(), 900 + 215);
+        }
+    }
+}
+
+#[test]
+fn more_bytes_come_nearer_to_the_exact_cache() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 1500, 1500);
+    let want: Vec<f64> = attend(&mut exact, &pool, 1).into_iter().map(f64::from).collect();
+    let mut last = f64::INFINITY;
+    for ratio in [12.0, 6.0, 3.0] {
+        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let got = attend(&mut copy, &pool, 1);
+        let error: f64 = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
+        assert!(error < 0.9 * last, "ratio {ratio}: {error}, with fewer bytes {last}");
+        last = error;
+    }
+    let size: f64 = want.iter().map(|w| w * w).sum();
+    assert!(last < 1e-3 * size, "a third of the bytes: {last} of {size}");
+}
+
+#[test]
+fn the_ratio_is_reached_within_two_percent_of_all_bytes() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 3072, 3072);
+    for ratio in [4.0, 6.0, 8.0, 12.0] {
+        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let reached = |copy: &KvCache| SHAPE.exact_bytes(copy.tokens()) as f64 / copy.bytes().total() as f64;
+        let prompt = reached(&copy);
+        assert!((prompt / f64::from(ratio) - 1.0).abs() < 0.02, "asked {ratio}, reached {prompt}");
+        grow(&mut copy, &pool, 1024);
+        let grown = reached(&copy);
+        assert!(grown > 0.8 * f64::from(ratio), "asked {ratio}, after 1,024 more tokens {grown}");
+    }
+}
+
+/// The boundary rule: a prompt is planned whole, and neither threads nor the chunks it came in matter to the bit.
+#[test]
+fn the_same_tokens_give_the_same_cache() {
+    let format = KvFormat::Layered(Layered::default());
+    let made = |threads: usize, step: usize, is_copy: bool| {
+        let pool = Pool::new(threads);
+        let mut cache = cache(if is_copy { KvFormat::Exact } else { format }).remember_queries();
+        read(&mut cache, &pool, 1200, step);
+        if is_copy {
+            cache = cache.compressed(&pool, format).unwrap();
+        } else {
+            end(&mut cache, &pool);
+        }
+        grow(&mut cache, &pool, 100);
+        (attend(&mut cache, &pool, 0), attend(&mut cache, &pool, 1), cache.bytes().packed)
+    };
+    let first = made(1, 1200, false);
+    for (threads, step, is_copy) in [(2, 1200, false), (1, 400, false), (3, 77, true)] {
+        assert!(
+            made(threads, step, is_copy) == first,
+            "{threads} threads, chunks of {step}, copy: {is_copy}"
+        );
+    }
+}
+
+#[test]
+fn a_clone_goes_its_own_way() {
+    let pool = Pool::new(1);
+    let mut cache = cache(KvFormat::Layered(Layered::default()));
+    read(&mut cache, &pool, 600, 600);
+    end(&mut cache, &pool);
+    let before = attend(&mut cache, &pool, 0);
+    let mut copy = cache.clone();
+    grow(&mut copy, &pool, 130);
+    assert_eq!(attend(&mut cache, &pool, 0), before);
+    assert_ne!(attend(&mut copy, &pool, 0), before);
+}
+
+#[test]
+fn short_prompts_stay_exact_and_what_is_missing_is_said() {
+    let pool = Pool::new(1);
+    let format = KvFormat::Layered(Layered::default());
+    let mut short = cache(format);
+    read(&mut short, &pool, 200, 200);
+    end(&mut short, &pool);
+    assert!(!short.is_compressed());
+    let mut exact = KvCache::new(SHAPE, KvFormat::Exact).unwrap().remember_queries();
+    read(&mut exact, &pool, 600, 600);
+    assert_eq!(
+        exact.compressed(&pool, format).unwrap_err(),
+        KvError::NoCalibration { format: "layered".to_owned() }
+    );
+    let other = Calibration { heads: vec![], layer_weights: vec![1.0] };
+    let error = KvCache::new(SHAPE, format).unwrap().with_calibration(Arc::new(other)).unwrap_err();
+    assert_eq!(error, KvError::Calibration { got: 0, got_layers: 1, wanted: 4, layers: 2 });
+}
+
+#[test]
+fn queries_meet_keys_in_the_calibration_s_channels_as_they_did_before() {
+    let head = &calibration().heads[0];
+    let (key, query) = (rows(5, 1, D), rows(6, 1, D));
+    let turned = |x: &[f32], matrix: &[half::f16]| -> Vec<f64> {
+        let column = |c: usize| (0..D).map(|i| f64::from(x[i]) * matrix[i * D + c].to_f64()).sum();
+        (0..D).map(column).collect()
+    };
+    let (k, q) = (turned(&key, &head.keys), turned(&query, &head.queries));
+    let want: f64 = key.iter().zip(&query).map(|(k, q)| f64::from(k * q)).sum();
+    let got: f64 = k.iter().zip(&q).map(|(k, q)| k * q).sum();
+    assert!((got - want).abs() < 5e-3 * want.abs().max(1.0), "{got}, wanted {want}");
+    let back =
+        turned(&turned(&key, &head.values).iter().map(|&x| x as f32).collect::<Vec<_>>(), &head.outputs);
+    for (x, back) in key.iter().zip(back) {
+        assert!((f64::from(*x) - back).abs() < 5e-3 * (1.0 + f64::from(x.abs())), "{x}: {back}");
+    }
+}
