@@ -105,6 +105,9 @@ struct PhasesUs {
 }
 
 pub fn attention(args: &AttentionArgs) -> Result<()> {
+    if let Some(kv) = args.kv.0.iter().find(|kv| matches!(kv, KvFormat::Layered(_))) {
+        bail!("--kv {kv} needs a model's calibration, and this benchmark has no model; see bench decode");
+    }
     let pool = args.threads.pool();
     let mut stream = StreamMeter::new(&pool);
     let mut rows = vec![];
