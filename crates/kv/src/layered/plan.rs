@@ -232,3 +232,48 @@ impl Draft {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(important: usize) -> Head {
+        let tokens = 640;
+        let channels = Channels {
+            variances: (0..64).map(|c| 0.5 / (1.0 + c as f32)).collect(),
+            escapes: vec![[0.002, 0.0, 0.0]; 8],
+        };
+        let weight = |t: usize| if t < important { 1.0 } else { 1e-7 };
+        let weights: Vec<f32> = (0..tokens).map(weight).collect();
+        Head {
+            keys: channels.clone(),
+            values: channels,
+            weights: Weights { keys: weights.clone(), values: weights },
+            guarded: (0..tokens).map(|t| t % 3 == 0).collect(),
+        }
+    }
+
+    #[test]
+    fn the_budget_is_kept_and_bits_go_where_they_matter() {
+        let heads = [head(128), head(320)];
+        for budget in [15_000.0, 30_000.0, 60_000.0] {
+            let plans = plan(&Pool::new(2), &heads, budget);
+            let bytes: f32 = plans.iter().map(|plan| plan.bytes).sum();
+            assert!(bytes <= budget && bytes > 0.9 * budget, "{bytes} of {budget}");
+            assert!(plans[1].bytes > plans[0].bytes, "the head with more important tokens gets more");
+            for (plan, head) in plans.iter().zip(&heads) {
+                let mut kept = plan.order.clone();
+                kept.sort_unstable();
+                let all_different = kept.windows(2).all(|pair| pair[0] < pair[1]);
+                assert!(all_different && plan.pages.len() == kept.len().div_ceil(PAGE_TOKENS));
+                let is_kept = |t: u32| kept.binary_search(&t).is_ok();
+                assert!(
+                    (0..640).filter(|&t| head.guarded[t as usize]).all(is_kept),
+                    "a guarded token is dropped"
+                );
+                let bits = |page: &(Profile, Profile)| page.0.bits() + page.1.bits();
+                assert!(bits(&plan.pages[0]) > bits(plan.pages.last().unwrap()), "{:?}", plan.pages);
+            }
+        }
+    }
+}
