@@ -9,9 +9,10 @@ use crate::baselines::{
 use crate::exact::ExactHead;
 use crate::layered::{self, Prompt, Samples};
 use crate::packed::PackedHead;
-use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Layered, Phases, Working};
+use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 /// A layer that a thread of its own compresses while the next one reads the prompt; at most one at a time.
@@ -41,31 +42,29 @@ impl KvCache {
     /// observes queries needs the prompt's to have been attended ([`attend`](KvCache::attend)) before. A layer with a
     /// sliding window stays exact, and forgets what is out of sight.
     pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
-        if self.shape.window_of(layer).is_some() {
-            self.forget(layer);
-        }
-        if let KvFormat::Layered(_) = self.format {
-            return if layer + 1 == self.shape.layers {
-                self.end_layered(pool)
-            };
-        }
-        if self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
-            return;
-        }
-        if let Some((exact, queries)) = self.taken(layer) {
+        self.forget(layer);
+        if self.encodes_alone(layer)
+            && let Some((exact, queries)) = self.taken(layer)
+        {
             self.layers[layer] = compress(pool, self.shape, self.format, (exact, queries.rows()));
         }
+        if layer + 1 == self.shape.layers {
+            self.end_layered(pool);
+        }
+    }
+
+    /// Whether the layer is compressed, and without regard to the others.
+    fn encodes_alone(&self, layer: usize) -> bool {
+        let together = matches!(self.format, KvFormat::Layered(_));
+        !together && self.shape.window_of(layer).is_none() && self.format.compresses(layer)
     }
 
     /// Like [`end_prompt`](KvCache::end_prompt), but the work is done beside what follows (arXiv 2607.00760, s. 5: layer
     /// `i - 1` is encoded while layer `i` reads the prompt). One layer at a time: this waits for the one before. Until
     /// [`finish_prompt`](KvCache::finish_prompt) no token may be added and nothing attended to in this layer.
     pub fn begin_end_prompt(&mut self, layer: usize) {
-        if self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
-            self.forget(layer);
-        }
-        let is_alone = !matches!(self.format, KvFormat::Layered(_));
-        if !is_alone || self.shape.window_of(layer).is_some() || !self.format.compresses(layer) {
+        self.forget(layer);
+        if !self.encodes_alone(layer) {
             return;
         }
         self.join();
@@ -81,27 +80,21 @@ impl KvCache {
     /// Waits until every layer is encoded. Formats that share out bytes among the layers begin only now.
     pub fn finish_prompt(&mut self, pool: &Pool) {
         self.join();
-        if let KvFormat::Layered(_) = self.format {
-            self.end_layered(pool);
-        }
+        self.end_layered(pool);
     }
 
-    /// Compresses the layers that the layered format is for.
+    /// Compresses the layers that the layered format is for, if it is this cache's.
     fn end_layered(&mut self, pool: &Pool) {
-        let Some(samples) = self.samples.take() else { return };
         let KvFormat::Layered(settings) = self.format else { return };
-        let is_meant = |layer: &usize| is_layered(&self.layers[*layer], self.shape.window_of(*layer));
-        let layers: Vec<usize> = (0..self.shape.layers).filter(is_meant).collect();
-        let calibration = self.calibration.clone().expect("a layered cache has a calibration");
-        let take = |&layer: &usize| {
-            let Layer::Exact(heads) = &mut self.layers[layer] else {
-                unreachable!("only exact layers are meant")
-            };
-            Prompt { layer, heads: std::mem::take(heads), samples: samples[layer].clone() }
-        };
-        let prompts = layers.iter().map(take).collect();
-        let made = layered::compress(pool, self.shape, &calibration, prompts, settings.ratio);
-        layers.iter().zip(made).for_each(|(&layer, heads)| self.layers[layer] = Layer::Layered(heads));
+        let Some(samples) = self.samples.take() else { return };
+        let calibration = self.calibration.as_ref().expect("a layered cache has a calibration");
+        compress_layered(
+            pool,
+            self.shape,
+            (calibration, &samples),
+            (&mut self.layers, settings.ratio),
+            |_| true,
+        );
     }
 
     fn join(&mut self) {
@@ -146,13 +139,15 @@ impl KvCache {
         chosen: impl Fn(usize) -> bool,
     ) -> Result<KvCache, KvError> {
         format.fits(self.shape.head_dim)?;
-        if let KvFormat::Layered(settings) = format {
-            return self.fork_layered(pool, settings, chosen);
-        }
+        let settings = match format {
+            KvFormat::Layered(settings) => Some(settings),
+            _ => None,
+        };
         let mut layers = Vec::with_capacity(self.layers.len());
         for (l, layer) in self.layers.iter().enumerate() {
             let Layer::Exact(heads) = layer else { return Err(KvError::AlreadyCompressed { layer: l }) };
-            layers.push(if chosen(l) && format.compresses(l) && self.shape.window_of(l).is_none() {
+            let alone = settings.is_none() && format.compresses(l) && self.shape.window_of(l).is_none();
+            layers.push(if chosen(l) && alone {
                 let none = RecentQueries::default();
                 let queries = self.recent.as_ref().map_or(&none, |recent| &recent[l]);
                 let (wanted, got) = self.wanted_queries(heads[0].tokens(), queries);
@@ -164,30 +159,12 @@ impl KvCache {
                 Layer::Exact(heads.clone())
             });
         }
-        Ok(self.with_layers(format, layers))
-    }
-
-    fn fork_layered(
-        &self,
-        pool: &Pool,
-        settings: Layered,
-        chosen: impl Fn(usize) -> bool,
-    ) -> Result<KvCache, KvError> {
-        let format = KvFormat::Layered(settings);
-        let (Some(calibration), Some(samples)) = (&self.calibration, &self.samples) else {
-            return Err(KvError::NoCalibration { format: format.to_string() });
-        };
-        let (mut layers, mut prompts) = (Vec::with_capacity(self.layers.len()), vec![]);
-        for (layer, of) in self.layers.iter().enumerate() {
-            let Layer::Exact(heads) = of else { return Err(KvError::AlreadyCompressed { layer }) };
-            layers.push(of.clone());
-            if chosen(layer) && is_layered(of, self.shape.window_of(layer)) {
-                prompts.push(Prompt { layer, heads: heads.clone(), samples: samples[layer].clone() });
-            }
+        if let Some(settings) = settings {
+            let (Some(calibration), Some(samples)) = (&self.calibration, &self.samples) else {
+                return Err(KvError::NoCalibration { format: format.to_string() });
+            };
+            compress_layered(pool, self.shape, (calibration, samples), (&mut layers, settings.ratio), chosen);
         }
-        let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
-        let made = layered::compress(pool, self.shape, calibration, prompts, settings.ratio);
-        meant.into_iter().zip(made).for_each(|(layer, heads)| layers[layer] = Layer::Layered(heads));
         Ok(self.with_layers(format, layers))
     }
 
@@ -216,9 +193,27 @@ impl KvCache {
     }
 }
 
-/// Whether the layered format is for this layer.
-fn is_layered(layer: &Layer, window: Option<usize>) -> bool {
-    matches!(layer, Layer::Exact(heads) if window.is_none() && heads.first().is_some_and(layered::is_worth_it))
+/// The `chosen` ones of the exact layers that the layered format is for: not those with a window, nor short ones.
+fn compress_layered(
+    pool: &Pool,
+    shape: KvShape,
+    (calibration, samples): (&Arc<Calibration>, &[Samples]),
+    (layers, ratio): (&mut [Layer], f32),
+    chosen: impl Fn(usize) -> bool,
+) {
+    let mut prompts = vec![];
+    for (layer, of) in layers.iter_mut().enumerate() {
+        if let Layer::Exact(heads) = of
+            && chosen(layer)
+            && shape.window_of(layer).is_none()
+            && heads.first().is_some_and(layered::is_worth_it)
+        {
+            prompts.push(Prompt { layer, heads: std::mem::take(heads), samples: &samples[layer] });
+        }
+    }
+    let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
+    let made = layered::compress(pool, shape, calibration, prompts, ratio);
+    meant.into_iter().zip(made).for_each(|(layer, heads)| layers[layer] = Layer::Layered(heads));
 }
 
 /// A layer of the format from its exact heads and its newest queries `[W, H, D]`, which are not scaled.

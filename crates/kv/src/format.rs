@@ -11,7 +11,8 @@ const QUANTIZED_STEP: usize = 32;
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1` (the first
 /// three are `auto`, chosen segment by segment, unless given; also `segment`, `loss`, `grouping`, `spread`, `close`),
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`, `layered:8` (the ratio). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the model's own channels.
+/// `snapkv:kept=0.25`, `layered:8` (the ratio). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
+/// model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
     /// f16, all of it.

@@ -21,7 +21,7 @@ use mosaickv_kernels::exact::ExactPage;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile};
 use std::sync::Arc;
 
-pub(crate) use attend::{Lane, Work, decode};
+pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;

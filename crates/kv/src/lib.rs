@@ -31,7 +31,7 @@ use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
@@ -380,50 +380,27 @@ impl KvCache {
             return Err(KvError::NotFinite { layer });
         }
         let d = self.shape.head_dim;
+        let is_exact = matches!(self.layers[layer], Layer::Exact(_));
+        assert!(is_exact || tokens == 1, "a compressed layer takes one token at a time, got {tokens}");
         match &mut self.layers[layer] {
             Layer::Exact(heads) if tokens == 1 => {
                 heads.iter_mut().enumerate().for_each(|(g, head)| head.append(keys, values, (g * d, row)));
             }
             Layer::Exact(heads) => pool.for_each(heads, |g, head| head.append(keys, values, (g * d, row))),
             Layer::Packed(heads) => {
-                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
-                let due = heads[0].is_full();
-                let append = |g: usize, head: &mut PackedHead| {
-                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
-                };
-                if due {
-                    let start = Instant::now();
-                    pool.for_each(heads, append);
-                    self.phases.flush += start.elapsed();
-                } else {
-                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
-                }
+                let is_due = heads[0].is_full();
+                let append = |head: &mut PackedHead, key: &[f32], value: &[f32]| head.append(key, value);
+                self.phases.flush += append_one(pool, (heads, is_due), (keys, values), append);
             }
             Layer::Layered(heads) => {
-                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
-                let due = heads[0].is_full();
-                let append = |g: usize, head: &mut LayeredHead| {
-                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
-                };
-                if due {
-                    let start = Instant::now();
-                    pool.for_each(heads, append);
-                    self.phases.flush += start.elapsed();
-                } else {
-                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
-                }
+                let is_due = heads[0].is_full();
+                let append = |head: &mut LayeredHead, key: &[f32], value: &[f32]| head.append(key, value);
+                self.phases.flush += append_one(pool, (heads, is_due), (keys, values), append);
             }
             Layer::Baseline(heads) => {
-                assert_eq!(tokens, 1, "a compressed layer takes one token at a time");
-                let due = heads[0].is_due();
-                let append = |g: usize, head: &mut Box<dyn Head>| {
-                    head.append(&keys[g * d..][..d], &values[g * d..][..d]);
-                };
-                if due {
-                    pool.for_each(heads, append);
-                } else {
-                    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
-                }
+                let is_due = heads[0].is_due();
+                let append = |head: &mut Box<dyn Head>, key: &[f32], value: &[f32]| head.append(key, value);
+                append_one(pool, (heads, is_due), (keys, values), append);
             }
         }
         Ok(())
@@ -473,8 +450,8 @@ impl KvCache {
         Step { shape: self.shape, isa: self.isa, pool, scale }
     }
 
-    /// Time spent in the phases of attention over packed segments, and on update buffers, since it was made; a step that several caches take
-    /// together counts in each of them.
+    /// Time spent in the phases of attention over packed segments, and on update buffers, since it was made; a step that
+    /// several caches take together counts in each of them.
     pub fn phases(&self) -> Phases {
         self.phases
     }
@@ -558,6 +535,48 @@ impl Layer {
     }
 }
 
+/// Adds one token, `keys` and `values` `[G, D]`, to the heads of a compressed layer; over the pool if more than storing is
+/// due, and then says how long that took.
+fn append_one<T: Send>(
+    pool: &Pool,
+    (heads, is_due): (&mut [T], bool),
+    (keys, values): (&[f32], &[f32]),
+    append: impl Fn(&mut T, &[f32], &[f32]) + Sync,
+) -> Duration {
+    let d = keys.len() / heads.len();
+    let append = |g: usize, head: &mut T| append(head, &keys[g * d..][..d], &values[g * d..][..d]);
+    if is_due {
+        let start = Instant::now();
+        pool.for_each(heads, append);
+        return start.elapsed();
+    }
+    heads.iter_mut().enumerate().for_each(|(g, head)| append(g, head));
+    Duration::ZERO
+}
+
+/// One head of one cache in a decode step.
+struct Lane<'a, H, W> {
+    head: &'a H,
+    /// `[R, D]`
+    queries: &'a [f32],
+    /// Likewise.
+    out: &'a mut [f32],
+    /// Kept between steps for its allocations.
+    work: &'a mut W,
+}
+
+/// The lanes of a cache: of its heads, and of the rows of `of_head` numbers that are theirs.
+fn lanes<'a, H, W: Default>(
+    (heads, work): (&'a [H], &'a mut Vec<W>),
+    (queries, out): (&'a [f32], &'a mut [f32]),
+    of_head: usize,
+) -> impl Iterator<Item = Lane<'a, H, W>> {
+    work.resize_with(heads.len(), Default::default);
+    let rows = queries.chunks_exact(of_head).zip(out.chunks_exact_mut(of_head));
+    let lanes = heads.iter().zip(work).zip(rows);
+    lanes.map(|((head, work), (queries, out))| Lane { head, queries, out, work })
+}
+
 /// Attention for one new token in each of several caches of one shape, together: `queries` `[B, H, D]`, of which row
 /// `i` belongs to the newest token of `caches[i]`; `out` likewise. To the bit what [`KvCache::attend`] gives for each
 /// alone, but a pool's threads share out the work of all caches, which may be in different formats.
@@ -585,26 +604,10 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
                 });
             }
             Layer::Packed(heads) => {
-                working.packed.resize_with(heads.len(), Default::default);
-                let rows = queries.chunks_exact(of_head).zip(out.chunks_exact_mut(of_head));
-                let lanes = heads.iter().zip(&mut working.packed).zip(rows);
-                packed.extend(lanes.map(|((head, work), (queries, out))| packed::Lane {
-                    head,
-                    queries,
-                    out,
-                    work,
-                }));
+                packed.extend(lanes((heads, &mut working.packed), (queries, out), of_head));
             }
             Layer::Layered(heads) => {
-                working.layered.resize_with(heads.len(), Default::default);
-                let rows = queries.chunks_exact(of_head).zip(out.chunks_exact_mut(of_head));
-                let lanes = heads.iter().zip(&mut working.layered).zip(rows);
-                layered.extend(lanes.map(|((head, work), (queries, out))| layered::Lane {
-                    head,
-                    queries,
-                    out,
-                    work,
-                }));
+                layered.extend(lanes((heads, &mut working.layered), (queries, out), of_head));
             }
             Layer::Baseline(heads) => {
                 *bytes_read += baselines::decode(step, &mut working.states, heads, queries, out);

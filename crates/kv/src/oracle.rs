@@ -19,8 +19,8 @@ impl KvCache {
 
     /// The same with the token blocks that the step just taken selected, which must have been in this layer and with these
     /// queries; and by how much the log-probability of the best block that it left out exceeds that of the worst it
-    /// selected; infinite if it selected fewer or more than it should. Among many blocks near ties are certain, and f32 and f64 order them differently: that much is rounding,
-    /// while an output over other tokens is another output.
+    /// selected; infinite if it selected fewer or more than it should. Among many blocks near ties are certain, and f32 and
+    /// f64 order them differently: that much is rounding, while an output over other tokens is another output.
     pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
         let selected = self.working.packed.get(g).map(|work| &*work.selected);
         self.oracle_of(layer, queries, g, selected)

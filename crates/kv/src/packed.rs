@@ -24,7 +24,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 pub use attend::Phases;
-pub(crate) use attend::{Lane, Work, decode};
+pub(crate) use attend::{Work, decode};
 pub(crate) use segment::Segment;
 pub(crate) use strategy::Sums;
 

@@ -72,9 +72,20 @@ pub fn command(args: &CalibrateArgs) -> Result<()> {
     Ok(())
 }
 
-/// Gives the model a calibration if one of the formats needs it: the file's, or that of the cache folder, or one that is learnt
-/// now and put there. `path` is the model's.
-pub fn attach(
+/// The model at `path`, ready for these formats.
+pub fn load_for(
+    (path, file): (&Path, Option<&Path>),
+    pool: &Pool,
+    formats: &[KvFormat],
+) -> Result<(Model, Text)> {
+    let (mut model, text) = answer::load_from(path)?;
+    attach((&mut model, &text), pool, (path, file), formats)?;
+    Ok((model, text))
+}
+
+/// Gives the model a calibration if one of the formats needs it: the file's, or that of the cache folder, or one that
+/// is learnt now and put there. `path` is the model's.
+fn attach(
     (model, text): (&mut Model, &Text),
     pool: &Pool,
     (path, file): (&Path, Option<&Path>),

@@ -1,9 +1,9 @@
 //! The README's one command: a real model, a long real document, two questions, both caches.
 
 use crate::ThreadArgs;
-use crate::answer::{Answer, Asked, answer, load_from};
+use crate::answer::{Answer, Asked, answer};
 use crate::bill::Bill;
-use crate::calibrate::attach;
+use crate::calibrate::load_for;
 use crate::fetch::{self, ALIAS};
 use anyhow::{Result, bail};
 use clap::Args;
@@ -36,9 +36,7 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
         bail!("--kv exact would compare the exact cache with itself; leave it out, or give packed:...");
     }
     let pool = args.threads.pool();
-    let path = fetch::resolve(&args.model)?;
-    let (mut model, text) = load_from(&path)?;
-    attach((&mut model, &text), &pool, (&path, None), &[args.kv])?;
+    let (model, text) = load_for((&fetch::resolve(&args.model)?, None), &pool, &[args.kv])?;
     let mut out = io::stdout().lock();
     writeln!(out, "document: {} words. Every answer reads it anew.", DOCUMENT.split_whitespace().count())?;
     for question in QUESTIONS {

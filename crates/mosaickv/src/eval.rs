@@ -6,8 +6,8 @@ mod observe;
 mod report;
 mod ruler;
 
-use crate::calibrate::{attach, files_digest, hex};
-use crate::{ModelArgs, answer, fetch};
+use crate::calibrate::{files_digest, hex, load_for};
+use crate::{ModelArgs, fetch};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -79,8 +79,7 @@ impl RunArgs {
     fn load(&self) -> Result<Loaded> {
         let pool = self.model.threads.pool();
         let path = fetch::resolve(&self.model.model)?;
-        let (mut model, text) = answer::load_from(&path)?;
-        attach((&mut model, &text), &pool, (&path, self.model.calibration.as_deref()), &self.kv.0)?;
+        let (model, text) = load_for((&path, self.model.calibration.as_deref()), &pool, &self.kv.0)?;
         let name = Path::new(&self.model.model);
         let gguf = name.extension().is_some_and(|extension| extension == "gguf");
         let name = if gguf { name.file_stem() } else { name.file_name() }.unwrap_or(name.as_os_str());

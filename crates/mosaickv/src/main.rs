@@ -92,10 +92,7 @@ struct ModelArgs {
 impl ModelArgs {
     /// The model, ready for these formats.
     fn load(&self, pool: &Pool, formats: &[KvFormat]) -> Result<(Model, Text)> {
-        let path = fetch::resolve(&self.model)?;
-        let (mut model, text) = answer::load_from(&path)?;
-        calibrate::attach((&mut model, &text), pool, (&path, self.calibration.as_deref()), formats)?;
-        Ok((model, text))
+        calibrate::load_for((&fetch::resolve(&self.model)?, self.calibration.as_deref()), pool, formats)
     }
 }
 

@@ -17,10 +17,10 @@ use std::sync::Arc;
 const FLOOR: f32 = 0.3;
 
 /// A layer that is to be compressed.
-pub(crate) struct Prompt {
+pub(crate) struct Prompt<'a> {
     pub(crate) layer: usize,
     pub(crate) heads: Vec<ExactHead>,
-    pub(crate) samples: Samples,
+    pub(crate) samples: &'a Samples,
 }
 
 /// The layers' heads, which together take a `ratio`th of their f16 bytes. Layers of fewer than 260 tokens are
@@ -38,7 +38,7 @@ pub(crate) fn compress(
     for prompt in &prompts {
         for (g, exact) in prompt.heads.iter().enumerate() {
             let index = prompt.layer * shape.kv_heads + g;
-            jobs.push((Job { exact, calibration, index, samples: &prompt.samples, shape }, None));
+            jobs.push((Job { exact, calibration, index, samples: prompt.samples, shape }, None));
         }
     }
     pool.for_each(&mut jobs, |_, (job, out)| *out = Some(job.observe()));
@@ -152,18 +152,18 @@ impl Job<'_> {
             buffer: None,
         };
         let middle = self.middle();
+        let (keys, values) = head.coordinates(&keys[middle.start * d..], &values[middle.start * d..]);
         let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
-            tokens.iter().flat_map(|&t| &x[(middle.start + t as usize) * d..][..d]).copied().collect()
+            tokens.iter().flat_map(|&t| &x[t as usize * d..][..d]).copied().collect()
         };
         let mut pages = Pages::new(d);
         for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
-            let (k, v) = head.coordinates(&gather(&keys, tokens), &gather(&values, tokens));
-            pages.push((&k, &v), *profiles);
+            pages.push((&gather(&keys, tokens), &gather(&values, tokens)), *profiles);
         }
         pages.shrink();
         let mut newest = Pages::new(d);
-        let (k, v) = head.coordinates(&keys[middle.end * d..], &values[middle.end * d..]);
-        newest.push((&k, &v), (fine(d), fine(d)));
+        let after = middle.len() * d;
+        newest.push((&keys[after..], &values[after..]), (fine(d), fine(d)));
         newest.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
         head.tail = Arc::new(Segment { pages: newest, dropped: 0 });

@@ -60,26 +60,25 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     let mut drafts: Vec<(Draft, HeadPlan)> =
         heads.iter().map(|_| (Draft::default(), HeadPlan::default())).collect();
     pool.for_each(&mut drafts, |i, (draft, _)| *draft = Draft::new(&heads[i]));
-    let mut all = |lambda: f32| {
+    let mut bytes_at = |lambda: f32| {
         pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
-        (drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>(), drafts.iter().map(|d| d.1.clone()).collect())
+        drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
     };
     let (mut low, mut high) = (1e-30f32.ln(), 1e10f32.ln());
-    let mut best = None;
     for _ in 0..STEPS {
         let middle = 0.5 * (low + high);
-        let (bytes, plans) = all(middle.exp());
+        let bytes = bytes_at(middle.exp());
         if bytes > budget {
             low = middle;
-        } else {
-            high = middle;
-            best = Some(plans);
-            if bytes > 0.999 * budget {
-                break;
-            }
+            continue;
+        }
+        high = middle;
+        if bytes > 0.999 * budget {
+            break;
         }
     }
-    best.unwrap_or_else(|| all(high.exp()).1)
+    bytes_at(high.exp());
+    drafts.into_iter().map(|(_, plan)| plan).collect()
 }
 
 /// A way to store a page's keys or values.
@@ -105,9 +104,9 @@ impl Family {
     fn new(channels: &Channels, loss_of: impl Fn(f32) -> f32) -> Family {
         let mut sums: Vec<f32> = channels.variances.chunks(GROUP).map(|group| group.iter().sum()).collect();
         let total: f32 = sums.iter().sum();
-        // Widths must not rise from group to group: a channel that this prompt uses more than its successors did
-        // in calibration lifts those before it.
-        let levels = sums.clone();
+        let own = sums.clone();
+        // Widths must not rise from group to group: a channel that this prompt uses more than calibration did lifts
+        // those before it.
         for i in (1..sums.len()).rev() {
             sums[i - 1] = sums[i - 1].max(sums[i]);
         }
@@ -130,7 +129,7 @@ impl Family {
                     Width::Eight => (&mut profile.eight, 2),
                 };
                 *count += 1;
-                error -= levels[g] * (1.0 - best.loss());
+                error -= own[g] * (1.0 - best.loss());
                 escapes += channels.escapes[g][index];
             }
             let bytes = (profile.bits() * PAGE_TOKENS) as f32 / 8.0

@@ -78,14 +78,7 @@ pub(crate) struct Work {
 }
 
 /// One head of one cache in a step.
-pub(crate) struct Lane<'a> {
-    pub(crate) head: &'a PackedHead,
-    /// `[R, D]`
-    pub(crate) queries: &'a [f32],
-    /// Likewise.
-    pub(crate) out: &'a mut [f32],
-    pub(crate) work: &'a mut Work,
-}
+type Lane<'a> = crate::Lane<'a, PackedHead, Work>;
 
 /// One token in each of some caches: `lanes` are all of their heads.
 pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
