@@ -18,12 +18,16 @@
 use half::f16;
 
 mod attend;
+mod choose;
+mod credit;
 mod queries;
 mod score;
 
-pub use attend::{attend, attend_tiles};
+pub use attend::{ALL_TILES, attend, attend_tiles};
+pub use choose::{Needed, cut, wanted};
+pub use credit::{credit, soften};
 pub use queries::Queries;
-pub use score::{TILE_TOKENS, sketch};
+pub use score::{TILE_TOKENS, TILES, sketch};
 
 /// Tokens of a page.
 pub const PAGE_TOKENS: usize = 64;

@@ -137,6 +137,13 @@ pub fn multiply(a: &[f32], b: &[f32], d: usize) -> Vec<f32> {
     product(Strided::rows(a, d), Strided::rows(b, b.len() / d))
 }
 
+/// `a` `[M, D]` times the transpose of `b` `[N, D]`: all products of their rows, `[M, N]`.
+pub fn products(a: &[f32], b: &[f32], d: usize) -> Vec<f32> {
+    assert!(a.len().is_multiple_of(d) && b.len().is_multiple_of(d), "not rows of {d}");
+    let transposed = Strided { data: b, rows: d, cols: b.len() / d, row: 1, col: d };
+    product(Strided::rows(a, d), transposed)
+}
+
 #[derive(Clone, Copy)]
 struct Strided<'a> {
     data: &'a [f32],

@@ -30,6 +30,8 @@ pub(crate) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The lanes of `x` where `a < b`, else 0.
+    fn if_below(self, a: Self::V, b: Self::V, x: Self::V) -> Self::V;
     /// `a * b + c`
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Round to the nearest integer, ties to even.
@@ -38,6 +40,11 @@ pub(crate) trait Simd: Copy {
     fn exp2i(self, n: Self::V) -> Self::V;
     fn sum_lanes(self, a: Self::V) -> f32;
     fn max_lanes(self, a: Self::V) -> f32;
+    /// `max_lanes` of each, cheaper together.
+    #[inline(always)]
+    fn max_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {
+        [self.max_lanes(a[0]), self.max_lanes(a[1]), self.max_lanes(a[2]), self.max_lanes(a[3])]
+    }
     /// `sum_lanes` of each, cheaper together.
     #[inline(always)]
     fn sum_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {

@@ -9,7 +9,7 @@ use crate::baselines::{
 use crate::exact::ExactHead;
 use crate::layered::{self, Prompt, Samples};
 use crate::packed::PackedHead;
-use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
+use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer, Layered, Phases, Working};
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -88,13 +88,7 @@ impl KvCache {
         let KvFormat::Layered(settings) = self.format else { return };
         let Some(samples) = self.samples.take() else { return };
         let calibration = self.calibration.as_ref().expect("a layered cache has a calibration");
-        compress_layered(
-            pool,
-            self.shape,
-            (calibration, &samples),
-            (&mut self.layers, settings.ratio),
-            |_| true,
-        );
+        compress_layered(pool, self.shape, (calibration, &samples), (&mut self.layers, settings), |_| true);
     }
 
     fn join(&mut self) {
@@ -163,7 +157,7 @@ impl KvCache {
             let (Some(calibration), Some(samples)) = (&self.calibration, &self.samples) else {
                 return Err(KvError::NoCalibration { format: format.to_string() });
             };
-            compress_layered(pool, self.shape, (calibration, samples), (&mut layers, settings.ratio), chosen);
+            compress_layered(pool, self.shape, (calibration, samples), (&mut layers, settings), chosen);
         }
         Ok(self.with_layers(format, layers))
     }
@@ -198,7 +192,7 @@ fn compress_layered(
     pool: &Pool,
     shape: KvShape,
     (calibration, samples): (&Arc<Calibration>, &[Samples]),
-    (layers, ratio): (&mut [Layer], f32),
+    (layers, settings): (&mut [Layer], Layered),
     chosen: impl Fn(usize) -> bool,
 ) {
     let mut prompts = vec![];
@@ -212,7 +206,7 @@ fn compress_layered(
         }
     }
     let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
-    let made = layered::compress(pool, shape, calibration, prompts, ratio);
+    let made = layered::compress(pool, shape, calibration, prompts, settings);
     meant.into_iter().zip(made).for_each(|(layer, heads)| layers[layer] = Layer::Layered(heads));
 }
 

@@ -1,6 +1,8 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
-use crate::{Basis, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, SnapKv, Strawman, Turn};
+use crate::{
+    Basis, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, Select, SnapKv, Strawman, Turn,
+};
 use std::fmt;
 use std::str::FromStr;
 
@@ -11,7 +13,7 @@ const QUANTIZED_STEP: usize = 32;
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1` (the first
 /// three are `auto`, chosen segment by segment, unless given; also `segment`, `loss`, `grouping`, `spread`, `close`),
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`, `layered:8` (the ratio). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
+/// `snapkv:kept=0.25`, `layered:8` (the ratio; after an `@` what a step reads: `layered:8@mass=0.99`, `@relative=0.001`, `@all`). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
 /// model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
@@ -210,7 +212,12 @@ impl fmt::Display for KvFormat {
                 separator = ',';
             }
         }
-        Ok(())
+        match self {
+            KvFormat::Layered(Layered { select, .. }) if *select != Select::default() => {
+                write!(f, "@{select}")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -233,6 +240,7 @@ impl FromStr for KvFormat {
     type Err = String;
 
     fn from_str(text: &str) -> Result<KvFormat, String> {
+        let (text, select) = text.split_once('@').map_or((text, None), |(text, select)| (text, Some(select)));
         let (name, parameters) = text.split_once(':').unwrap_or((text, ""));
         let Some(mut format) = KvFormat::all().into_iter().find(|format| format.name() == name) else {
             let names = KvFormat::all().map(KvFormat::name);
@@ -269,6 +277,11 @@ impl FromStr for KvFormat {
                 None => return Err(format!("unknown parameter {key}; {name} has {}", names.join(", "))),
             }
         }
+        match (&mut format, select) {
+            (_, None) => {}
+            (KvFormat::Layered(layered), Some(select)) => layered.select = select.parse()?,
+            (_, Some(select)) => return Err(format!("@{select}: {name} has nothing to select, layered has")),
+        }
         format.check()?;
         Ok(format)
     }
@@ -292,7 +305,9 @@ impl FromStr for KvFormats {
         let mut formats: Vec<String> = vec![];
         for piece in text.split(',') {
             match formats.last_mut() {
-                Some(last) if piece.contains('=') && !piece.contains(':') => *last += &format!(",{piece}"),
+                Some(last) if piece.contains('=') && !piece.contains([':', '@']) => {
+                    *last += &format!(",{piece}")
+                }
                 _ => formats.push(piece.to_owned()),
             }
         }
@@ -324,6 +339,8 @@ mod tests {
             "strawman:kept=1,block=32,selected=0.05,rotation=none",
             "snapkv:kept=0.5",
             "layered:4",
+            "layered:4@all",
+            "layered@relative=0.001",
             "q8_0:rotation=none",
             "q4_0:rotation=none",
         ] {
@@ -340,10 +357,10 @@ mod tests {
 
     #[test]
     fn a_list_keeps_each_format_whole() {
-        let text = "exact,packed:kept=0.375,group=2,packed";
+        let text = "exact,packed:kept=0.375,group=2,packed,layered@mass=0.5,layered:4@all";
         assert!("exact,packed,exact".parse::<KvFormats>().unwrap_err().contains("exact is there twice"));
         let list: KvFormats = text.parse().unwrap();
-        assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
+        assert_eq!((list.0.len(), list.to_string().as_str()), (5, text));
         assert!("exact,,packed".parse::<KvFormats>().is_err());
     }
 
@@ -369,6 +386,9 @@ mod tests {
             "q8_0:rotation=svd",
             "packed:rotation=hadamard",
             "kivi3",
+            "layered:8@mass=1",
+            "layered@most",
+            "exact@all",
             "snapkv:kept=0",
         ] {
             assert!(text.parse::<KvFormat>().is_err(), "{text} was taken");

@@ -13,6 +13,7 @@ mod calibration;
 mod encode;
 mod importance;
 mod plan;
+mod select;
 
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
@@ -25,6 +26,7 @@ pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
+pub use select::Select;
 
 /// First tokens of a sequence, always exact and always attended to.
 const SINKS: usize = 4;
@@ -37,11 +39,13 @@ const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
 pub struct Layered {
     /// f16 bytes of a prompt over those it is to take, all of them counted, at least 1.
     pub ratio: f32,
+    /// What a decode step reads.
+    pub select: Select,
 }
 
 impl Default for Layered {
     fn default() -> Layered {
-        Layered { ratio: 8.0 }
+        Layered { ratio: 8.0, select: Select::default() }
     }
 }
 
@@ -100,6 +104,8 @@ pub(crate) struct LayeredHead {
     pub(crate) tail: Arc<Segment>,
     /// Profiles of the tail's other pages.
     running: (Profile, Profile),
+    /// What a step reads.
+    select: Select,
     /// Allocated as far as it is needed.
     pub(crate) buffer: Option<ExactPage>,
 }

@@ -20,6 +20,7 @@ mod learner;
 mod observe;
 mod oracle;
 mod packed;
+mod phases;
 mod rotation;
 
 use baselines::{Head, RecentQueries};
@@ -36,10 +37,11 @@ use std::time::{Duration, Instant};
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
 pub use inspect::SegmentInfo;
-pub use layered::{Calibration, HeadCalibration, Layered, Moments};
+pub use layered::{Calibration, HeadCalibration, Layered, Moments, Select};
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
-pub use packed::{Packed, Phases, SINKS};
+pub use packed::{Packed, SINKS};
+pub use phases::Phases;
 pub use rotation::Basis;
 
 /// Query heads that may share a KV head.
@@ -615,15 +617,16 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
         }
     }
     exact::decode(step, &mut exact);
-    let phases = packed::decode(step, &mut packed);
-    layered::decode(step, &mut layered);
+    let of_packed = packed::decode(step, &mut packed);
+    let of_layered = layered::decode(step, &mut layered);
     for cache in caches {
         if let Layer::Packed(_) = cache.layers[layer] {
             cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
-            cache.phases.add(phases);
+            cache.phases.add(of_packed);
         }
         if let Layer::Layered(_) = cache.layers[layer] {
             cache.bytes_read += cache.working.layered.iter().map(|work| work.read).sum::<u64>();
+            cache.phases.add(of_layered);
         }
         cache.forget(layer);
     }

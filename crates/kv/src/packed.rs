@@ -23,7 +23,6 @@ use mosaickv_kernels::packed::{BLOCKS, PackedError, PackedShape};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-pub use attend::Phases;
 pub(crate) use attend::{Work, decode};
 pub(crate) use segment::Segment;
 pub(crate) use strategy::Sums;

@@ -90,7 +90,8 @@ fn attention_is_the_oracles_over_the_cache_s_whole_life() {
     for &isa in Isa::available() {
         for threads in [1, 2] {
             let pool = Pool::new(threads);
-            let mut cache = cache(KvFormat::Layered(Layered { ratio: 5.0 })).with_isa(isa);
+            let mut cache =
+                cache(KvFormat::Layered(Layered { ratio: 5.0, ..Layered::default() })).with_isa(isa);
             read(&mut cache, &pool, 900, 900);
             end(&mut cache, &pool);
             for more in [0, 1, 20, 43, 1, 150] {
@@ -116,7 +117,8 @@ fn more_bytes_come_nearer_to_the_exact_cache() {
     let want: Vec<f64> = attend(&mut exact, &pool, 1).into_iter().map(f64::from).collect();
     let mut last = f64::INFINITY;
     for ratio in [12.0, 6.0, 3.0] {
-        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let mut copy =
+            exact.compressed(&pool, KvFormat::Layered(Layered { ratio, ..Layered::default() })).unwrap();
         let got = attend(&mut copy, &pool, 1);
         let error: f64 = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
         assert!(error < 0.9 * last, "ratio {ratio}: {error}, with fewer bytes {last}");
@@ -132,7 +134,8 @@ fn the_ratio_is_reached_within_two_percent_of_all_bytes() {
     let mut exact = cache(KvFormat::Exact).remember_queries();
     read(&mut exact, &pool, 3072, 3072);
     for ratio in [4.0, 6.0, 8.0, 12.0] {
-        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let mut copy =
+            exact.compressed(&pool, KvFormat::Layered(Layered { ratio, ..Layered::default() })).unwrap();
         let reached = |copy: &KvCache| SHAPE.exact_bytes(copy.tokens()) as f64 / copy.bytes().total() as f64;
         let prompt = reached(&copy);
         assert!((prompt / f64::from(ratio) - 1.0).abs() < 0.02, "asked {ratio}, reached {prompt}");

@@ -14,7 +14,7 @@
 )]
 
 use super::queries::Queries;
-use super::score::{At, Levels, Scorer, TILE_TOKENS, count_of, levels, unpack, width_of};
+use super::score::{At, Levels, Scorer, TILE_TOKENS, TILES, count_of, levels, unpack, width_of};
 use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
@@ -24,8 +24,8 @@ use std::f32::consts::LOG2_E;
 use std::hint::black_box;
 use std::ops::Range;
 
-/// All tiles of a page.
-const ALL_TILES: u8 = (1 << (PAGE_TOKENS / TILE_TOKENS)) - 1;
+/// The bits of all tiles of a page.
+pub const ALL_TILES: u8 = (1 << (PAGE_TOKENS / TILE_TOKENS)) - 1;
 
 /// Pages after which sums go to the state: few enough to be in the second cache for the next four rows.
 const RUN: usize = 64;
@@ -64,14 +64,21 @@ pub fn attend(isa: Isa, queries: &Queries, pages: &Pages, range: Range<usize>, s
 
 /// [`attend`] to some tiles of 16 tokens only: for each page its index and a bit for each of its four tiles, the
 /// lowest for the first. Of other tiles nothing is read but escapes, and the lines of 2-bit codes, which two share.
+/// Returns the bytes read, such lines by halves.
 ///
 /// # Panics
 /// As [`attend`].
-pub fn attend_tiles(isa: Isa, queries: &Queries, pages: &Pages, chosen: &[(u32, u8)], state: &mut AttnState) {
+pub fn attend_tiles(
+    isa: Isa,
+    queries: &Queries,
+    pages: &Pages,
+    chosen: &[(u32, u8)],
+    state: &mut AttnState,
+) -> usize {
     let (rows, d) = (queries.rows(), queries.head_dim());
     assert_eq!(d, pages.head_dim(), "queries and pages of other widths");
     assert_eq!((state.rows(), state.channels()), (rows, d), "state of another shape");
-    dispatch(isa, Attend { queries, pages, visits: chosen, state });
+    dispatch(isa, Attend { queries, pages, visits: chosen, state, read: 0 })
 }
 
 /// What attention needs of a page.
@@ -101,6 +108,16 @@ impl<'a> View<'a> {
             tiles: tiles & ((1 << page.tokens().div_ceil(TILE_TOKENS)) - 1),
             ahead: 0,
         }
+    }
+
+    /// Bytes that the tiles take, and all escapes.
+    #[inline(always)]
+    fn bytes(&self) -> usize {
+        let lines = self.page.keys.lines() + self.page.values.lines();
+        let escapes = self.escapes[0].len() + self.escapes[1].len();
+        lines * LINE * self.tiles.count_ones() as usize / TILES
+            + escapes * size_of::<Escape>()
+            + size_of::<Page>()
     }
 
     /// Asks for the lines of the tiles.
@@ -138,13 +155,15 @@ struct Attend<'a> {
     /// Pages, and which of their tiles.
     visits: &'a [(u32, u8)],
     state: &'a mut AttnState,
+    /// Bytes.
+    read: usize,
 }
 
 impl Kernel for Attend<'_> {
-    type Output = ();
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(mut self, s: S) -> usize {
         let (rows, visits) = (self.queries.rows(), self.visits.len());
         for from in (0..visits).step_by(RUN) {
             let run = from..visits.min(from + RUN);
@@ -158,6 +177,7 @@ impl Kernel for Attend<'_> {
                 };
             }
         }
+        self.read / rows.div_ceil(4)
     }
 }
 
@@ -172,6 +192,7 @@ fn attend_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, run: Range<usize>,
     for at in run {
         let visit = a.visits[at];
         let mut view = View::new(a.pages, visit);
+        a.read += view.bytes();
         if let Some(&(next, ALL_TILES)) = a.visits.get(at + 1) {
             let next = View::new(a.pages, (next, ALL_TILES));
             view.ahead = (next.keys as usize).wrapping_sub(view.keys as usize);

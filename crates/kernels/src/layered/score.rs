@@ -9,7 +9,7 @@
 )]
 
 use super::queries::Queries;
-use super::{GROUP, LINE, PAGE_TOKENS, Pages, Profile, Width};
+use super::{GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, Width};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use std::ops::Range;
@@ -20,8 +20,12 @@ pub const TILE_TOKENS: usize = 16;
 /// Pages that [`sketch`] asks for ahead.
 const AHEAD: usize = 6;
 
-/// Scores `[R, 64 * pages]` of the tokens of `range` from the first `groups` groups of the keys' channels alone, fewer
-/// if a page's keys have fewer: offsets included, escapes not; `-inf` where a page has no token.
+/// Tiles of a page.
+pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
+
+/// The largest score of each tile, `[R, 4 * pages]`, as far as the first `groups` groups of the keys' channels tell (fewer
+/// if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. What fills up a page's last
+/// tile counts as keys near the mean. Returns the bytes read.
 ///
 /// # Panics
 /// If a shape does not fit, or a page does not exist.
@@ -31,16 +35,15 @@ pub fn sketch(
     (pages, range): (&Pages, Range<usize>),
     groups: usize,
     out: &mut [f32],
-) {
+) -> usize {
     assert_eq!(queries.head_dim(), pages.head_dim(), "queries and pages of other widths");
     assert!(
         range.start <= range.end && range.end <= pages.pages.len(),
         "pages {range:?} of {}",
         pages.pages.len()
     );
-    let wanted = queries.rows() * range.len() * PAGE_TOKENS;
-    assert_eq!(out.len(), wanted, "scores of the wrong length");
-    dispatch(isa, Sketch { queries, pages, range, groups, out });
+    assert_eq!(out.len(), queries.rows() * range.len() * TILES, "scores of the wrong length");
+    dispatch(isa, Sketch { queries, pages, range, groups, out, read: 0 })
 }
 
 struct Sketch<'a> {
@@ -49,13 +52,15 @@ struct Sketch<'a> {
     range: Range<usize>,
     groups: usize,
     out: &'a mut [f32],
+    /// Bytes.
+    read: usize,
 }
 
 impl Kernel for Sketch<'_> {
-    type Output = ();
+    type Output = usize;
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(mut self, s: S) -> usize {
         let rows = self.queries.rows();
         let mut first = 0;
         while first < rows {
@@ -66,6 +71,7 @@ impl Kernel for Sketch<'_> {
                 _ => sketch_rows::<S, 4>(s, &mut self, first),
             };
         }
+        self.read / rows.div_ceil(4)
     }
 }
 
@@ -73,62 +79,40 @@ impl Kernel for Sketch<'_> {
 #[inline(always)]
 fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> usize {
     let mut scorer = Scorer::<S, R>::new(s, a.queries, first);
-    let stride = a.range.len() * PAGE_TOKENS;
+    let stride = a.range.len() * TILES;
     for (i, index) in a.range.clone().enumerate() {
         let page = &a.pages.pages[index];
         let profile = page.keys.first(a.groups);
         let lines = a.pages.lines[page.first as usize..][..profile.lines()].as_ptr().cast::<u8>();
         let later = a.pages.pages.get(index + AHEAD).map_or(page.first, |later| later.first);
         let ahead = (later.wrapping_sub(page.first) as usize).wrapping_mul(LINE);
+        a.read += profile.lines() * LINE + size_of::<Page>();
         scorer.set_profile(profile);
-        let out = &mut a.out[first * stride..(first + R) * stride];
-        let mut strip = 0;
-        while strip < PAGE_TOKENS / S::LANES {
-            let at = i * PAGE_TOKENS + strip * S::LANES;
-            if S::TILE >= 4 {
-                sketch_strips(
-                    s,
-                    &scorer,
-                    (lines, ahead),
-                    [strip, strip + 1, strip + 2, strip + 3],
-                    (out, at),
-                );
-                strip += 4;
-            } else {
-                sketch_strips(s, &scorer, (lines, ahead), [strip, strip + 1], (out, at));
-                strip += 2;
+        let mut best = [[0.0; TILES]; R];
+        if S::LANES == TILE_TOKENS {
+            // SAFETY: the profile's lines were sliced; strips are below 64 / LANES.
+            let scores = unsafe { scorer.scores::<4>(s, (lines, ahead), [0, 1, 2, 3]) };
+            for r in 0..R {
+                best[r] = s.max_lanes4([0, 1, 2, 3].map(|t: usize| s.to_f32(scores[t][r])));
+            }
+        } else {
+            for tile in 0..TILES {
+                // SAFETY: as above.
+                let scores = unsafe { scorer.scores::<2>(s, (lines, ahead), [2 * tile, 2 * tile + 1]) };
+                for r in 0..R {
+                    best[r][tile] = s.max_lanes(s.max(s.to_f32(scores[0][r]), s.to_f32(scores[1][r])));
+                }
             }
         }
-        if page.tokens() < PAGE_TOKENS {
-            for row in out.chunks_exact_mut(stride) {
-                row[i * PAGE_TOKENS + page.tokens()..(i + 1) * PAGE_TOKENS].fill(f32::NEG_INFINITY);
-            }
+        let held = page.tokens().div_ceil(TILE_TOKENS);
+        for r in 0..R {
+            let (scale, offset) = a.queries.scale_and_offset(first + r);
+            let to = &mut a.out[(first + r) * stride + i * TILES..][..TILES];
+            to.iter_mut().zip(best[r]).for_each(|(to, best)| *to = best * scale + offset);
+            to[held..].fill(f32::NEG_INFINITY);
         }
     }
     R
-}
-
-/// Scores of strips that follow each other, written from `at` of each row of `out` on.
-#[inline(always)]
-fn sketch_strips<S: Simd, const R: usize, const T: usize>(
-    s: S,
-    scorer: &Scorer<S, R>,
-    lines: (*const u8, usize),
-    strips: [usize; T],
-    (out, at): (&mut [f32], usize),
-) {
-    // SAFETY: the caller sliced the profile's lines; strips are below 64 / LANES.
-    let scores = unsafe { scorer.scores::<T>(s, lines, strips) };
-    let stride = out.len() / R;
-    for r in 0..R {
-        let (scale, offset) = scorer.queries.scale_and_offset(scorer.first + r);
-        let row = &mut out[r * stride + at..][..T * S::LANES];
-        for t in 0..T {
-            let score = s.fma(s.to_f32(scores[t][r]), s.splat(scale), s.splat(offset));
-            // SAFETY: the row was sliced to T vectors.
-            unsafe { s.store(row.as_mut_ptr().add(t * S::LANES), score) };
-        }
-    }
 }
 
 /// What codes stand for, as tables.

@@ -86,6 +86,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_min_ps(a, b) }
     }
     #[inline(always)]
+    fn if_below(self, a: __m256, b: __m256, x: __m256) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b), x) }
+    }
+    #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         // SAFETY: see the head of this impl.
         unsafe { _mm256_fmadd_ps(a, b, c) }

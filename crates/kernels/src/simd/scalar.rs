@@ -56,6 +56,10 @@ impl Simd for Scalar {
     fn min(self, a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
         map2(a, b, f32::min)
     }
+    #[inline(always)]
+    fn if_below(self, a: [f32; 8], b: [f32; 8], x: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { 0.0 })
+    }
     // Not `mul_add`: without a fused instruction that is a slow library call.
     #[inline(always)]
     fn fma(self, a: [f32; 8], b: [f32; 8], c: [f32; 8]) -> [f32; 8] {

@@ -1,22 +1,30 @@
-//! One decode step over layered pages.
+//! One decode step over layered pages: sketch the scores of tiles, select, attend.
 //!
-//! Three jobs of the pool over all heads of all caches that take the step together: turn the queries (and attend to
-//! the exact tokens), attend to runs of pages, merge. Partial states are merged in order in the calibration's channels, then
-//! leave them and meet the exact tokens. Runs are cut by pages alone, so that results depend neither on
-//! threads nor on the other caches.
+//! Five jobs of the pool, each over all heads of all caches that take the step together: turn the queries (and attend to
+//! the exact tokens), sketch, select, attend to what was selected, merge. Tiles of a head's prompt and tail compete with each
+//! other; its newest page is always read. Where all is read, nothing is sketched. Partial states are merged in order in the
+//! calibration's channels, then leave them and meet the exact tokens. Runs are cut by pages and tiles alone, so that
+//! results depend neither on threads nor on the other caches.
 
-use super::{LayeredHead, SINKS};
-use crate::{Step, cleared};
+use super::{LayeredHead, SINKS, select};
+use crate::{Phases, Step, cleared};
 use half::f16;
-use mosaickv_kernels::AttnState;
 use mosaickv_kernels::exact::{self, Visible};
-use mosaickv_kernels::layered::{Pages, Queries, attend};
+use mosaickv_kernels::layered::{Pages, Queries, TILES, attend_tiles, sketch};
 use mosaickv_kernels::rotate::rotate;
 use mosaickv_kernels::rows::Rows;
+use mosaickv_kernels::{AttnState, Isa};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
-/// Pages that one task attends to.
-const PAGES_PER_TASK: usize = 16;
+/// Tiles that one task attends to: as many tokens as 16 pages have.
+const ATTENDED_PER_TASK: u32 = 64;
+
+/// Pages that one task sketches.
+const SKETCHED_PER_TASK: usize = 256;
+
+/// Groups of 8 channels that a sketch looks at.
+const SKETCH: usize = 2;
 
 /// What a step works with in one head, kept between steps for its allocations.
 #[derive(Debug, Default)]
@@ -29,10 +37,16 @@ pub(crate) struct Work {
     offsets: Vec<f32>,
     /// Both, as the kernel wants them.
     queries: Queries,
+    /// Of each sketched run of pages, `[R, tiles]`: the largest sketched scores.
+    sketched: Vec<f32>,
+    /// What is to be read.
+    chosen: select::Chosen,
     /// One state: the exact tokens, in the end all.
     whole: Vec<AttnState>,
-    /// Of each run of pages, in the calibration's channels over spreads.
+    /// Of each run of tiles, in the calibration's channels over spreads.
     parts: Vec<AttnState>,
+    /// Bytes that each task read.
+    reads: Vec<usize>,
     /// Bytes that the step reads.
     pub(crate) read: u64,
 }
@@ -41,13 +55,23 @@ pub(crate) struct Work {
 type Lane<'a> = crate::Lane<'a, LayeredHead, Work>;
 
 /// One token in each of some caches: `lanes` are all of their heads.
-pub(crate) fn decode(step: Step, lanes: &mut [Lane]) {
+pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
+    let mut clock = Instant::now();
+    let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed();
     step.pool.for_each(lanes, |_, lane| lane.turn(step));
+    let turn = lap();
+    let mut tasks: Vec<Sketching> = lanes.iter_mut().flat_map(Lane::sketching).collect();
+    if !tasks.is_empty() {
+        step.pool.for_each(&mut tasks, |_, task| task.run(step.isa));
+    }
+    let score = lap();
+    step.pool.for_each(lanes, |_, lane| lane.select(step.isa));
+    let select = lap();
     let mut tasks: Vec<Attending> = lanes.iter_mut().flat_map(|lane| lane.attending(step)).collect();
-    step.pool.for_each(&mut tasks, |_, Attending { queries, pages, range, state }| {
-        attend(step.isa, queries, pages, range.clone(), state);
-    });
+    step.pool.for_each(&mut tasks, |_, task| task.run(step.isa));
+    let attend = lap();
     step.pool.for_each(lanes, |_, lane| lane.merge(step));
+    Phases { turn, score, select, attend, merge: lap(), flush: Duration::ZERO }
 }
 
 impl Lane<'_> {
@@ -76,19 +100,66 @@ impl Lane<'_> {
         if let Some(buffer) = &head.buffer {
             exact::attend(step.isa, &work.scaled, buffer, Visible::All, state);
         }
-        work.read = head.bytes_read() as u64;
+        work.read = head.bytes_of_turn() as u64;
+    }
+
+    /// The work of sketching, if this head selects.
+    fn sketching(&mut self) -> Vec<Sketching<'_>> {
+        let (head, Work { queries, sketched, reads, .. }) = (self.head, &mut *self.work);
+        reads.clear();
+        if head.select.needed(head.in_pages()).is_none() {
+            return vec![];
+        }
+        let runs = head.sketched_runs();
+        let tiles: usize = runs.iter().map(|(_, range)| range.len() * TILES).sum();
+        sketched.resize(tiles * queries.rows(), 0.0);
+        reads.resize(runs.len(), 0);
+        let mut rest = &mut sketched[..];
+        let mut tasks = Vec::with_capacity(runs.len());
+        for ((pages, range), read) in runs.into_iter().zip(reads) {
+            let (out, after) = rest.split_at_mut(range.len() * TILES * queries.rows());
+            rest = after;
+            tasks.push(Sketching { queries, pages, range, out, read });
+        }
+        tasks
+    }
+
+    fn select(&mut self, isa: Isa) {
+        let (head, Work { sketched, chosen, whole, reads, read, .. }) = (self.head, &mut *self.work);
+        *read += reads.iter().sum::<usize>() as u64;
+        let pages = [&head.prompt, &head.tail].map(|segment| segment.pages.pages().len());
+        match head.select.needed(head.in_pages()) {
+            None => chosen.all(pages),
+            Some(needed) => {
+                let rows = whole[0].rows();
+                let starts = head.sketched_runs().into_iter().scan(0, |end, (_, range)| {
+                    let start = *end;
+                    *end += range.len() * TILES * rows;
+                    Some(start..*end)
+                });
+                let runs: Vec<&[f32]> = starts.map(|run| &sketched[run]).collect();
+                chosen.some(isa, runs.iter().copied(), (&whole[0], needed), pages);
+            }
+        }
     }
 
     fn attending(&mut self, step: Step) -> Vec<Attending<'_>> {
-        let (head, work) = (self.head, &mut *self.work);
-        let runs = head.runs();
-        let states = cleared(&mut work.parts, runs.len(), step.shape.group(), step.shape.head_dim);
-        let (with_states, queries) = (runs.into_iter().zip(states), &work.queries);
-        with_states.map(|((pages, range), state)| Attending { queries, pages, range, state }).collect()
+        let (head, Work { queries, chosen, parts, reads, .. }) = (self.head, &mut *self.work);
+        let of_prompt = runs_of(&chosen.prompt).map(|visits| (&head.prompt.pages, visits));
+        let of_tail = runs_of(&chosen.tail).map(|visits| (&head.tail.pages, visits));
+        let runs: Vec<(&Pages, &[(u32, u8)])> = of_prompt.chain(of_tail).collect();
+        reads.clear();
+        reads.resize(runs.len(), 0);
+        let states = cleared(parts, runs.len(), step.shape.group(), step.shape.head_dim);
+        let with_states = runs.into_iter().zip(states).zip(reads);
+        with_states
+            .map(|(((pages, visits), state), read)| Attending { queries, pages, visits, state, read })
+            .collect()
     }
 
     fn merge(&mut self, step: Step) {
         let (head, work) = (self.head, &mut *self.work);
+        work.read += work.reads.iter().sum::<usize>() as u64;
         let d = step.shape.head_dim;
         if let Some((first, others)) = work.parts.split_first_mut() {
             others.iter().for_each(|part| first.merge(part));
@@ -105,31 +176,77 @@ impl Lane<'_> {
     }
 }
 
-/// Some pages, to be attended to.
-struct Attending<'a> {
+/// Some pages whose tiles' best scores are to be sketched.
+struct Sketching<'a> {
     queries: &'a Queries,
     pages: &'a Pages,
     range: Range<usize>,
+    /// `[R, tiles]`
+    out: &'a mut [f32],
+    read: &'a mut usize,
+}
+
+impl Sketching<'_> {
+    fn run(&mut self, isa: Isa) {
+        *self.read = sketch(isa, self.queries, (self.pages, self.range.clone()), SKETCH, self.out);
+    }
+}
+
+/// Some tiles, to be attended to.
+struct Attending<'a> {
+    queries: &'a Queries,
+    pages: &'a Pages,
+    visits: &'a [(u32, u8)],
     state: &'a mut AttnState,
+    read: &'a mut usize,
+}
+
+impl Attending<'_> {
+    fn run(&mut self, isa: Isa) {
+        *self.read = attend_tiles(isa, self.queries, self.pages, self.visits, self.state);
+    }
+}
+
+/// Visits of pages, cut where a task has enough tiles.
+fn runs_of(visits: &[(u32, u8)]) -> impl Iterator<Item = &[(u32, u8)]> {
+    let mut rest = visits;
+    std::iter::from_fn(move || {
+        let mut tiles = 0;
+        let enough = |&(_, of_page): &(u32, u8)| {
+            tiles += of_page.count_ones();
+            tiles >= ATTENDED_PER_TASK
+        };
+        let count = rest.iter().position(enough).map_or(rest.len(), |last| last + 1);
+        let (run, after) = rest.split_at(count);
+        rest = after;
+        (!run.is_empty()).then_some(run)
+    })
 }
 
 impl LayeredHead {
-    /// Runs of pages, in order.
-    fn runs(&self) -> Vec<(&Pages, Range<usize>)> {
+    /// Tokens of pages, sealed ones and the newest.
+    fn in_pages(&self) -> usize {
+        self.prompt.pages.tokens() + self.tail.pages.tokens()
+    }
+
+    /// Runs of the pages that may be left out, in order.
+    fn sketched_runs(&self) -> Vec<(&Pages, Range<usize>)> {
         let mut runs = vec![];
-        for pages in [&self.prompt.pages, &self.tail.pages] {
-            let count = pages.pages().len();
-            let starts = (0..count).step_by(PAGES_PER_TASK);
-            runs.extend(starts.map(|first| (pages, first..(first + PAGES_PER_TASK).min(count))));
+        // The tail's last page is always read.
+        for (pages, last) in [(&self.prompt.pages, 0), (&self.tail.pages, 1)] {
+            let count = pages.pages().len() - last;
+            let starts = (0..count).step_by(SKETCHED_PER_TASK);
+            runs.extend(starts.map(|first| (pages, first..(first + SKETCHED_PER_TASK).min(count))));
         }
         runs
     }
 
-    fn bytes_read(&self) -> usize {
+    /// Of what every step reads.
+    fn bytes_of_turn(&self) -> usize {
         let calibration = &self.calibration.heads[self.index];
         let matrices = size_of_val(&*calibration.queries) + size_of_val(&*calibration.outputs);
         let exact = size_of_val(&*self.sinks) + self.buffer.as_ref().map_or(0, |buffer| buffer.bytes_read());
-        exact + matrices + self.scales.bytes() + self.prompt.pages.bytes() + self.tail.pages.bytes()
+        exact + matrices + self.scales.bytes()
     }
 }
 

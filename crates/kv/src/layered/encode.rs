@@ -2,7 +2,9 @@
 
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, plan};
-use super::{Calibration, HeadCalibration, LEAST_TOKENS, LayeredHead, SINKS, Scales, Segment, fine};
+use super::{
+    Calibration, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, Select, fine,
+};
 use crate::KvShape;
 use crate::exact::ExactHead;
 use crate::packed::rows;
@@ -23,14 +25,14 @@ pub(crate) struct Prompt<'a> {
     pub(crate) samples: &'a Samples,
 }
 
-/// The layers' heads, which together take a `ratio`th of their f16 bytes. Layers of fewer than 260 tokens are
+/// The layers' heads, which together take the ratio's part of their f16 bytes. Layers of fewer than 260 tokens are
 /// not for this.
 pub(crate) fn compress(
     pool: &Pool,
     shape: KvShape,
     calibration: &Arc<Calibration>,
     prompts: Vec<Prompt>,
-    ratio: f32,
+    settings: Layered,
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
     assert!(tokens >= LEAST_TOKENS, "a prompt of {tokens} tokens, wanted at least {LEAST_TOKENS}");
@@ -50,7 +52,7 @@ pub(crate) fn compress(
         guard(heads);
     }
     let exact = (jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>()) as f32;
-    let plans = plan(pool, &heads, exact / ratio - fixed_bytes(jobs.len(), shape.head_dim) as f32);
+    let plans = plan(pool, &heads, exact / settings.ratio - fixed_bytes(jobs.len(), shape.head_dim) as f32);
     let mut made: Vec<_> = jobs
         .iter()
         .zip(scales)
@@ -58,7 +60,7 @@ pub(crate) fn compress(
         .map(|((job, scales), plan)| (job, Some(scales), plan, None))
         .collect();
     pool.for_each(&mut made, |_, (job, scales, plan, out)| {
-        *out = scales.take().map(|scales| job.encode(scales, plan));
+        *out = scales.take().map(|scales| job.encode(scales, plan, settings.select));
     });
     let mut made = made.into_iter().filter_map(|(.., out)| out);
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
@@ -137,7 +139,7 @@ impl Job<'_> {
         (Scales { numbers: numbers.into_boxed_slice() }, head)
     }
 
-    fn encode(&self, scales: Scales, plan: &HeadPlan) -> LayeredHead {
+    fn encode(&self, scales: Scales, plan: &HeadPlan, select: Select) -> LayeredHead {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
@@ -149,6 +151,7 @@ impl Job<'_> {
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             running: plan.running,
+            select,
             buffer: None,
         };
         let middle = self.middle();

@@ -4,7 +4,10 @@
 //! an error of its score by `a |W_o (v_j - o)|` times that. So values weigh E[a^2], keys E[a^2 |W_o (v_j - o)|^2]. Only queries
 //! at a distance count: the newest tokens are attended to by their neighbours, which says nothing of later.
 
-use mosaickv_kernels::rotate::multiply;
+use mosaickv_kernels::Isa;
+use mosaickv_kernels::layered::{credit, soften};
+use mosaickv_kernels::rotate::{multiply, products};
+use std::ops::Range;
 
 /// Queries this near to a token say nothing about it.
 const NEAR: usize = 64;
@@ -12,24 +15,24 @@ const NEAR: usize = 64;
 /// Query rows that are worked on together.
 const ROWS: usize = 48;
 
-/// Sampled positions of a layer at most.
-const MOST: usize = 256;
+/// Evenly spaced positions of a layer, at most.
+const EVEN: usize = 256;
 
-/// Queries of a layer at evenly spaced positions, which depend on the number of tokens alone: every 8th, or with more
-/// than 256 of them every 16th, and so on.
-#[derive(Clone, Debug)]
+/// Further positions, among the newest tokens: what comes next asks most like them.
+const RECENT: usize = 256;
+
+/// Distance of the recent positions.
+const STEP: usize = 2;
+
+/// Queries of a layer at positions that depend on the number of tokens alone: evenly spaced ones, every 8th or
+/// with more than [`EVEN`] of them every 16th and so on, and of the newest tokens more.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Samples {
-    stride: usize,
     /// Tokens seen.
     tokens: usize,
+    positions: Vec<usize>,
     /// `[N, H, D]`
     rows: Vec<f32>,
-}
-
-impl Default for Samples {
-    fn default() -> Samples {
-        Samples { stride: 8, tokens: 0, rows: Vec::new() }
-    }
 }
 
 impl Samples {
@@ -37,37 +40,43 @@ impl Samples {
     pub(crate) fn push(&mut self, queries: &[f32], row: usize) {
         for query in queries.chunks_exact(row) {
             self.tokens += 1;
-            if !self.tokens.is_multiple_of(self.stride) {
-                continue;
-            }
-            if self.rows.len() == MOST * row {
-                // Those at odd multiples of the stride go.
-                let stay: Vec<f32> =
-                    self.rows.chunks_exact(row).skip(1).step_by(2).flatten().copied().collect();
-                self.rows = stay;
-                self.stride *= 2;
-            }
-            if self.tokens.is_multiple_of(self.stride) {
+            if self.is_wanted(self.tokens - 1) {
+                self.positions.push(self.tokens - 1);
                 self.rows.extend_from_slice(query);
+            }
+            if self.positions.len() > 2 * (EVEN + RECENT) {
+                self.thin(row);
             }
         }
     }
 
+    /// Whether a position is among the samples of the tokens seen so far.
+    fn is_wanted(&self, position: usize) -> bool {
+        let stride = self.tokens.div_ceil(EVEN).next_power_of_two().max(8);
+        let is_recent = self.tokens - position <= RECENT * STEP && (position + 1).is_multiple_of(STEP);
+        (position + 1).is_multiple_of(stride) || is_recent
+    }
+
+    /// Forgets the positions that are too many by now.
+    fn thin(&mut self, row: usize) {
+        let stay: Vec<bool> = self.positions.iter().map(|&p| self.is_wanted(p)).collect();
+        let rows = self.rows.chunks_exact(row).zip(&stay).filter(|(_, stay)| **stay);
+        self.rows = rows.flat_map(|(query, _)| query).copied().collect();
+        let mut stay = stay.into_iter();
+        self.positions.retain(|_| stay.next() == Some(true));
+    }
+
     /// Positions of the samples, and those of one KV head's group, `[N, R * D]` of each row's `span`, times `scale`.
-    pub(crate) fn of_group(
-        &self,
-        row: usize,
-        span: std::ops::Range<usize>,
-        scale: f32,
-    ) -> (Vec<usize>, Vec<f32>) {
-        let positions = (1..=self.rows.len() / row).map(|i| i * self.stride - 1).collect();
-        let rows = self.rows.chunks_exact(row).flat_map(|query| &query[span.clone()]);
-        (positions, rows.map(|x| x * scale).collect())
+    pub(crate) fn of_group(&self, row: usize, span: Range<usize>, scale: f32) -> (Vec<usize>, Vec<f32>) {
+        let wanted =
+            || self.positions.iter().zip(self.rows.chunks_exact(row)).filter(|(p, _)| self.is_wanted(**p));
+        let rows = wanted().flat_map(|(_, query)| &query[span.clone()]);
+        (wanted().map(|(p, _)| *p).collect(), rows.map(|x| x * scale).collect())
     }
 
     /// Bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
-        self.rows.capacity() * size_of::<f32>()
+        self.rows.capacity() * size_of::<f32>() + self.positions.capacity() * size_of::<usize>()
     }
 }
 
@@ -93,31 +102,30 @@ pub(crate) fn weigh(
     if positions.is_empty() {
         return weights;
     }
+    let isa = Isa::current();
     let group = queries.len() / d / positions.len();
-    let transposed: Vec<f32> = (0..keys.len()).map(|i| keys[i % tokens * d + i / tokens]).collect();
-    let norms: Vec<f32> = values.chunks_exact(d).map(|v| v.iter().map(|x| x * x).sum()).collect();
-    for (block, rows) in queries.chunks(ROWS / group.min(ROWS) * group * d).enumerate() {
-        let first = block * (ROWS / group.min(ROWS));
-        let count = rows.len() / d;
-        let mut a = multiply(rows, &transposed, d);
-        for (r, row) in a.chunks_exact_mut(tokens).enumerate() {
-            softmax(row, positions[first + r / group] + 1);
+    let squares: Vec<f32> = values.chunks_exact(d).map(square).collect();
+    let block = (ROWS / group).max(1);
+    for (positions, rows) in positions.chunks(block).zip(queries.chunks(block * group * d)) {
+        // Nothing of this block sees more.
+        let seen = positions[positions.len() - 1] + 1;
+        let mut weights_of = products(rows, &keys[..seen * d], d);
+        for (r, row) in weights_of.chunks_exact_mut(seen).enumerate() {
+            let (visible, hidden) = row.split_at_mut(positions[r / group] + 1);
+            soften(isa, visible);
+            hidden.fill(0.0);
         }
-        let outputs = multiply(&a, values, tokens);
-        let squares: Vec<f32> = outputs.chunks_exact(d).map(|o| o.iter().map(|x| x * x).sum()).collect();
-        // [T, rows], of the weights that count.
-        let mut squared = vec![0.0; tokens * count];
-        for (r, row) in a.chunks_exact(tokens).enumerate() {
-            let judged = (positions[first + r / group] + 1).saturating_sub(NEAR);
-            row[..judged].iter().enumerate().for_each(|(t, a)| squared[t * count + r] = a * a);
-        }
-        let mixed = multiply(&squared, &outputs, count);
-        for (t, squared) in squared.chunks_exact(count).enumerate() {
-            let (sum, far) =
-                squared.iter().zip(&squares).fold((0.0, 0.0), |(sum, far), (a, o)| (sum + a, far + a * o));
-            let cross: f32 = mixed[t * d..][..d].iter().zip(&values[t * d..][..d]).map(|(m, v)| m * v).sum();
-            weights.values[t] += sum;
-            weights.keys[t] += (sum * norms[t] - 2.0 * cross + far).max(0.0);
+        let outputs = multiply(&weights_of, &values[..seen * d], seen);
+        let crossed = products(&outputs, &values[..seen * d], d);
+        for (r, output) in outputs.chunks_exact(d).enumerate() {
+            let judged = (positions[r / group] + 1).saturating_sub(NEAR);
+            let row = r * seen..r * seen + judged;
+            credit(
+                isa,
+                (&weights_of[row.clone()], &crossed[row]),
+                (&squares[..judged], square(output)),
+                (&mut weights.keys[..judged], &mut weights.values[..judged]),
+            );
         }
     }
     // Each token's mean over the queries that judge it.
@@ -130,15 +138,6 @@ pub(crate) fn weigh(
     weights
 }
 
-/// Of the first `seen` scores; the others become 0.
-fn softmax(row: &mut [f32], seen: usize) {
-    let (seen, unseen) = row.split_at_mut(seen.min(row.len()));
-    unseen.fill(0.0);
-    let max = seen.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-    let mut sum = 0.0;
-    for x in seen.iter_mut() {
-        *x = (*x - max).exp();
-        sum += *x;
-    }
-    seen.iter_mut().for_each(|x| *x /= sum);
+fn square(x: &[f32]) -> f32 {
+    x.iter().map(|x| x * x).sum()
 }

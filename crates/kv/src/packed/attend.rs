@@ -8,7 +8,7 @@
 
 use super::PackedHead;
 use super::segment::Segment;
-use crate::{Step, cleared};
+use crate::{Phases, Step, cleared};
 use mosaickv_kernels::exact::{self, Visible};
 use mosaickv_kernels::packed::{PackedPage, attend_selected, score_pages};
 use mosaickv_kernels::rotate::rotate;
@@ -22,35 +22,6 @@ const SCORED_PER_TASK: usize = 16384;
 
 /// Tokens that one task of a decode step attends to.
 const ATTENDED_PER_TASK: usize = 1024;
-
-/// Time that a cache waited for the phases of attention over packed segments, in all layers and steps, and for its update
-/// buffers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Phases {
-    /// Queries are turned into the segments' channels, and sinks and update buffer attended to.
-    pub turn: Duration,
-    /// Block keys are scored.
-    pub score: Duration,
-    /// Blocks are selected.
-    pub select: Duration,
-    /// Selected blocks are attended to.
-    pub attend: Duration,
-    /// Outputs leave the segments' channels and are merged.
-    pub merge: Duration,
-    /// The oldest tokens of full update buffers are packed.
-    pub flush: Duration,
-}
-
-impl Phases {
-    pub(crate) fn add(&mut self, more: Phases) {
-        self.turn += more.turn;
-        self.score += more.score;
-        self.select += more.select;
-        self.attend += more.attend;
-        self.merge += more.merge;
-        self.flush += more.flush;
-    }
-}
 
 /// What a step works with in one head, kept between steps for its allocations.
 #[derive(Debug, Default)]

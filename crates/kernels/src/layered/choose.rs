@@ -1,0 +1,256 @@
+//! Which tiles does a step attend to? Those without which a query would miss more than it may.
+//!
+//! What is known of a tile is the largest score of its tokens in the sketch. A tile's share of a query's attention is
+//! taken to be [`SPREAD`] times that token's weight. The tiles of all queries of a KV head are read together, so that a
+//! tile counts as much as it does for the query that wants it most.
+
+use crate::isa::Isa;
+use crate::simd::{Kernel, Simd, dispatch};
+use crate::state::AttnState;
+
+/// A tile's attention over that of its best token.
+const SPREAD: f32 = 2.0;
+
+/// Steps of a bisection over powers of 2: to a 20th of an octave.
+const STEPS: usize = 11;
+
+/// What a query needs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Needed {
+    /// This share of its attention, as far as the sketch tells.
+    Mass(f32),
+    /// Every token of at least this many times the weight of its best one.
+    Relative(f32),
+}
+
+/// How much each tile is wanted, `[N]`: 1 or more if some query needs it. `best` `[R, N]` are the tiles' largest scores,
+/// which become weights; `known` is the state `R` of what is attended to in any case.
+///
+/// # Panics
+/// If a shape does not fit.
+pub fn wanted(isa: Isa, best: &mut [f32], known: &AttnState, needed: Needed, out: &mut [f32]) {
+    let rows = known.rows();
+    assert_eq!(best.len(), rows * out.len(), "scores are not [{rows}, {}]", out.len());
+    out.fill(0.0);
+    if !out.is_empty() {
+        dispatch(isa, Wanted { best, known, needed, out });
+    }
+}
+
+struct Wanted<'a> {
+    best: &'a mut [f32],
+    known: &'a AttnState,
+    needed: Needed,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Wanted<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (r, row) in self.best.chunks_exact_mut(self.out.len()).enumerate() {
+            let (max, sum) = (self.known.max[r], self.known.sum[r]);
+            let mut top = s.splat(max.max(f32::MIN));
+            for_each(s, row, f32::NEG_INFINITY, |x| top = s.max(top, x));
+            let top = s.max_lanes(top);
+            let total = soften(s, row, top) * SPREAD + if sum > 0.0 { sum * (max - top).exp() } else { 0.0 };
+            let least = match self.needed {
+                Needed::Relative(least) => least.max(f32::MIN_POSITIVE),
+                Needed::Mass(mass) => {
+                    let missed = (1.0 - mass) * total / SPREAD;
+                    highest(-60.0, 0.0, |least| sum_below(s, row, least) <= missed)
+                }
+            };
+            let by = s.splat(1.0 / least);
+            let whole = row.len() / S::LANES * S::LANES;
+            for i in (0..whole).step_by(S::LANES) {
+                // SAFETY: i + LANES is at most the length of both.
+                unsafe {
+                    let to = self.out.as_mut_ptr().add(i);
+                    s.store(to, s.max(s.load(to), s.mul(s.load(row.as_ptr().add(i)), by)));
+                }
+            }
+            for (out, x) in self.out[whole..].iter_mut().zip(&row[whole..]) {
+                *out = out.max(x / least);
+            }
+        }
+    }
+}
+
+/// The least a tile must be wanted to be attended to: 1, or what makes them at least `least` and at most `most` (about: a
+/// twentieth of an octave of importance is not told apart).
+pub fn cut(isa: Isa, wanted: &[f32], (least, most): (usize, usize)) -> f32 {
+    dispatch(isa, Cut { wanted, least, most })
+}
+
+struct Cut<'a> {
+    wanted: &'a [f32],
+    least: usize,
+    most: usize,
+}
+
+impl Kernel for Cut<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let count = |cut: f32| self.wanted.len() - count_below(s, self.wanted, cut);
+        let needed = count(1.0);
+        if needed < self.least {
+            return highest(-120.0, 0.0, |cut| count(cut) >= self.least);
+        }
+        if needed > self.most {
+            return 1.0 / highest(-60.0, 0.0, |inverse| count(1.0 / inverse) <= self.most);
+        }
+        1.0
+    }
+}
+
+/// The highest power of 2 with an exponent from `low` to `high` for which `holds` is true, which it is up to some number;
+/// that of `low` if for none.
+#[inline(always)]
+fn highest(mut low: f32, mut high: f32, mut holds: impl FnMut(f32) -> bool) -> f32 {
+    for _ in 0..STEPS {
+        let middle = 0.5 * (low + high);
+        if holds(middle.exp2()) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    low.exp2()
+}
+
+/// Vectors of `x`, the last one filled up with `rest`.
+#[inline(always)]
+fn for_each<S: Simd>(s: S, x: &[f32], rest: f32, mut f: impl FnMut(S::V)) {
+    let chunks = x.chunks_exact(S::LANES);
+    let mut last = [rest; 16];
+    last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    for chunk in chunks {
+        // SAFETY: a chunk has LANES elements.
+        f(unsafe { s.load(chunk.as_ptr()) });
+    }
+    // SAFETY: no vector has more than 16 elements.
+    f(unsafe { s.load(last.as_ptr()) });
+}
+
+/// `e^(x - top)` in place, and the sum.
+#[inline(always)]
+fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
+    let (shift, mut sum) = (s.splat(top), s.splat(0.0));
+    let mut chunks = row.chunks_exact_mut(S::LANES);
+    for chunk in &mut chunks {
+        // SAFETY: a chunk has LANES elements.
+        unsafe {
+            let e = s.exp(s.sub(s.load(chunk.as_ptr()), shift));
+            sum = s.add(sum, e);
+            s.store(chunk.as_mut_ptr(), e);
+        }
+    }
+    let mut sum = s.sum_lanes(sum);
+    for x in chunks.into_remainder() {
+        *x = (*x - top).max(-87.0).exp();
+        sum += *x;
+    }
+    sum
+}
+
+/// Of the weights below `least`.
+#[inline(always)]
+fn sum_below<S: Simd>(s: S, row: &[f32], least: f32) -> f32 {
+    let (least, mut sum) = (s.splat(least), s.splat(0.0));
+    for_each(s, row, 0.0, |x| sum = s.add(sum, s.if_below(x, least, x)));
+    s.sum_lanes(sum)
+}
+
+#[inline(always)]
+fn count_below<S: Simd>(s: S, x: &[f32], cut: f32) -> usize {
+    let (cut, mut sum) = (s.splat(cut), s.splat(0.0));
+    let one = s.splat(1.0);
+    for_each(s, x, f32::INFINITY, |x| sum = s.add(sum, s.if_below(x, cut, one)));
+    s.sum_lanes(sum) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two rows of scores that fall like `-falls[r] ln(rank)`, in mixed order.
+    fn scores(tiles: usize, falls: [f32; 2]) -> Vec<f32> {
+        let rank = |i: usize, r: usize| 1.0 + ((i * 37 + r * 11) % tiles) as f32;
+        (0..2 * tiles).map(|at| -falls[at / tiles] * rank(at % tiles, at / tiles).ln()).collect()
+    }
+
+    fn chosen(wanted: &[f32], cut: f32) -> Vec<usize> {
+        (0..wanted.len()).filter(|&i| wanted[i] >= cut).collect()
+    }
+
+    #[test]
+    fn what_is_left_out_is_no_more_than_may_be_missed() {
+        let tiles = 1003;
+        for &isa in Isa::available() {
+            for mass in [0.8, 0.95, 0.99] {
+                let given = scores(tiles, [2.0, 1.2]);
+                let (mut best, mut out) = (given.clone(), vec![0.0; tiles]);
+                wanted(isa, &mut best, &AttnState::new(2, 8), Needed::Mass(mass), &mut out);
+                let chosen = chosen(&out, 1.0);
+                let mut one_is_tight = false;
+                for row in given.chunks_exact(tiles) {
+                    let weight = |i: usize| f64::from(row[i]).exp();
+                    let all: f64 = (0..tiles).map(weight).sum();
+                    let met = chosen.iter().map(|&i| weight(i)).sum::<f64>() / all;
+                    assert!(met >= f64::from(mass) - 1e-4, "{isa:?}: {met} of {mass}");
+                    one_is_tight |= met < f64::from(mass) + 0.02;
+                }
+                assert!(one_is_tight && chosen.len() < tiles, "{isa:?}: {} tiles", chosen.len());
+            }
+        }
+    }
+
+    #[test]
+    fn attention_to_what_is_known_needs_no_tiles() {
+        for &isa in Isa::available() {
+            let mut known = AttnState::new(2, 8);
+            (known.max, known.sum) = (vec![6.0; 2], vec![3.0; 2]);
+            let mut counts = [AttnState::new(2, 8), known].map(|known| {
+                let mut out = vec![0.0; 500];
+                wanted(isa, &mut scores(500, [1.5, 1.5]), &known, Needed::Mass(0.95), &mut out);
+                chosen(&out, 1.0).len()
+            });
+            counts.reverse();
+            assert!(counts[0] < counts[1] / 4, "{isa:?}: {counts:?}");
+        }
+    }
+
+    #[test]
+    fn relative_weights_have_no_other_rule() {
+        for &isa in Isa::available() {
+            let given = scores(100, [1.0, 2.0]);
+            let mut out = vec![0.0; 100];
+            wanted(isa, &mut given.clone(), &AttnState::new(2, 8), Needed::Relative(0.1), &mut out);
+            for i in 0..100 {
+                let weight = given[i].exp().max(given[100 + i].exp());
+                assert!((weight - 0.1).abs() < 1e-3 || (out[i] >= 1.0) == (weight > 0.1), "{isa:?} {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_cut_keeps_to_its_bounds() {
+        for &isa in Isa::available() {
+            for tiles in [5, 64, 1000] {
+                let wanted: Vec<f32> = (0..tiles).map(|i| 4.0 / (1.0 + (i * 7 % tiles) as f32)).collect();
+                for (least, most) in [(0, tiles), (tiles / 2, tiles), (0, 2), (tiles, tiles)] {
+                    let count = chosen(&wanted, cut(isa, &wanted, (least, most))).len();
+                    let needed = chosen(&wanted, 1.0).len();
+                    let meant = needed.clamp(least, most);
+                    let off = count.abs_diff(meant);
+                    assert!(off <= 1 + meant / 16, "{isa:?}: {count} of {tiles}, meant {meant}");
+                    assert!(count <= most.max(least) || needed <= most, "{isa:?}: {count} over {most}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Which pages and tiles does a step read in one head?
+
+use mosaickv_kernels::layered::{ALL_TILES, Needed, TILE_TOKENS, TILES, cut, wanted};
+use mosaickv_kernels::{AttnState, Isa};
+use std::fmt;
+use std::str::FromStr;
+
+/// Tokens of a head that are read at least, however little of them is needed: a sketch may be wrong.
+const LEAST_TOKENS: usize = 1024;
+
+/// One in so many tokens is read at most beyond those: where attention is flat, more of the same adds little.
+const MOST: usize = 16;
+
+/// What a decode step reads of the layered format.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Select {
+    /// Everything.
+    All,
+    /// The tiles that make up this share of each query's attention, as far as their sketches tell.
+    Mass(f32),
+    /// The tiles with a token of at least this many times the weight of the query's best one.
+    Relative(f32),
+}
+
+impl Default for Select {
+    fn default() -> Select {
+        Select::Mass(0.99)
+    }
+}
+
+impl fmt::Display for Select {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Select::All => write!(f, "all"),
+            Select::Mass(x) => write!(f, "mass={x}"),
+            Select::Relative(x) => write!(f, "relative={x}"),
+        }
+    }
+}
+
+impl FromStr for Select {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Select, String> {
+        let (name, number) = text.split_once('=').unwrap_or((text, ""));
+        let share = || match number.parse::<f32>() {
+            Ok(x) if x > 0.0 && x < 1.0 => Ok(x),
+            _ => Err(format!("{name}={number}; wanted a number between 0 and 1")),
+        };
+        match name {
+            "all" if number.is_empty() => Ok(Select::All),
+            "mass" => Ok(Select::Mass(share()?)),
+            "relative" => Ok(Select::Relative(share()?)),
+            _ => Err(format!("{text:?}; wanted all, mass=0.99 or relative=0.001")),
+        }
+    }
+}
+
+impl Select {
+    /// What it asks for of a head whose pages hold `tokens` tokens; `None`: all of them are read.
+    pub(super) fn needed(self, tokens: usize) -> Option<Needed> {
+        // Tiles here and there cost more a token than pages in order.
+        if tokens < 2 * LEAST_TOKENS {
+            return None;
+        }
+        match self {
+            Select::All => None,
+            Select::Mass(mass) => Some(Needed::Mass(mass)),
+            Select::Relative(least) => Some(Needed::Relative(least)),
+        }
+    }
+}
+
+/// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
+#[derive(Debug, Default)]
+pub(super) struct Chosen {
+    pub(super) prompt: Vec<(u32, u8)>,
+    pub(super) tail: Vec<(u32, u8)>,
+    /// Scores of all tiles, `[R, N]`.
+    rows: Vec<f32>,
+    /// `[N]`
+    wanted: Vec<f32>,
+}
+
+impl Chosen {
+    /// All tiles of so many pages of the prompt and the tail.
+    pub(super) fn all(&mut self, pages: [usize; 2]) {
+        for (visits, pages) in [&mut self.prompt, &mut self.tail].into_iter().zip(pages) {
+            visits.clear();
+            visits.extend((0..pages as u32).map(|page| (page, ALL_TILES)));
+        }
+    }
+
+    /// Those of the sketched tiles that are `needed`, and the tail's last page. `sketched` are the runs' largest scores,
+    /// `[R, tiles]` of each, and `known` is the state of what is attended to without pages.
+    pub(super) fn some<'a>(
+        &mut self,
+        isa: Isa,
+        sketched: impl Iterator<Item = &'a [f32]> + Clone,
+        (known, needed): (&AttnState, Needed),
+        [of_prompt, of_tail]: [usize; 2],
+    ) {
+        let tiles = (of_prompt + of_tail - 1) * TILES;
+        self.rows.clear();
+        for r in 0..known.rows() {
+            let row = |run: &'a [f32]| &run[r * (run.len() / known.rows())..][..run.len() / known.rows()];
+            sketched.clone().for_each(|run| self.rows.extend_from_slice(row(run)));
+        }
+        self.wanted.resize(tiles, 0.0);
+        wanted(isa, &mut self.rows, known, needed, &mut self.wanted);
+        let least = LEAST_TOKENS / TILE_TOKENS;
+        let cut = cut(isa, &self.wanted, (least, least + tiles / MOST));
+        self.prompt.clear();
+        self.tail.clear();
+        for (page, wanted) in self.wanted.chunks_exact(TILES).enumerate() {
+            let mask = wanted.iter().rev().fold(0, |mask, w| mask << 1 | u8::from(*w >= cut));
+            match page.checked_sub(of_prompt) {
+                _ if mask == 0 => {}
+                None => self.prompt.push((page as u32, mask)),
+                Some(page) => self.tail.push((page as u32, mask)),
+            }
+        }
+        self.tail.push((of_tail as u32 - 1, ALL_TILES));
+    }
+}
