@@ -18,6 +18,7 @@
 use half::f16;
 
 mod attend;
+pub mod oracle;
 mod queries;
 mod score;
 
