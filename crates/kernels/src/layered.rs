@@ -20,6 +20,7 @@ use half::f16;
 mod attend;
 mod choose;
 mod credit;
+pub mod oracle;
 mod queries;
 mod score;
 

@@ -1,6 +1,7 @@
 //! What should attention over this cache give? Every format's definition in f64, slowly, for tests and benchmarks.
 //!
-//! It reads what the cache stores (rounded, packed), so a difference from [`KvCache::attend`] is the kernels'.
+//! It reads what the cache stores (rounded, packed), so a difference from [`KvCache::attend`] is the kernels'. Layered attention
+//! rounds queries too: [`KvCache::oracle`] takes them as they are given, [`KvCache::oracle_of_step`] as they are rounded.
 //! Nobody optimizes this file.
 
 use crate::exact::ExactHead;
@@ -8,7 +9,9 @@ use crate::layered::LayeredHead;
 use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
 use half::f16;
-use mosaickv_kernels::oracle;
+use mosaickv_kernels::layered::{self, Pages, Queries};
+use mosaickv_kernels::rotate::rotate;
+use mosaickv_kernels::{Isa, oracle};
 
 impl KvCache {
     /// What [`attend`](KvCache::attend) should give for the newest token: `queries` `[H, D]`, output `[H, D]`, of
@@ -21,7 +24,17 @@ impl KvCache {
     /// queries; and by how much the log-probability of the best block that it left out exceeds that of the worst it
     /// selected; infinite if it selected fewer or more than it should. Among many blocks near ties are certain, and f32 and
     /// f64 order them differently: that much is rounding, while an output over other tokens is another output.
+    ///
+    /// In the format `layered` with the queries as the step rounds them to bytes: most of its difference from
+    /// [`oracle`](KvCache::oracle) is that rounding, which would hide what else is wrong.
     pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
+        if let Layer::Layered(heads) = &self.layers[layer] {
+            let of_group = self.shape.group() * self.shape.head_dim;
+            let span = g * of_group..(g + 1) * of_group;
+            let mut out = vec![0.0; queries.len()];
+            out[span.clone()].copy_from_slice(&heads[g].oracle_of_rounded(self.isa, &queries[span]));
+            return (out, 0.0);
+        }
         let selected = self.working.packed.get(g).map(|work| &*work.selected);
         self.oracle_of(layer, queries, g, selected)
     }
@@ -120,41 +133,100 @@ impl LayeredHead {
     /// All keys and values `[T, D]`, back in the model's channels.
     fn oracle_rows(&self) -> (Vec<f64>, Vec<f64>) {
         let d = self.head_dim();
+        let (mut keys, values) = self.exact_rows();
+        // Into the model's channels: the matrix of queries is that of their rows' channels, transposed.
+        let queries = widened(&self.calibration.heads[self.index].queries);
+        let back: Vec<f64> = (0..d * d).map(|i| queries[i % d * d + i / d]).collect();
+        for (pages, page) in self.pages() {
+            let (k, _) = pages.decode(page);
+            keys.extend(restored(&k, (self.scales.key_mean(), self.scales.key_spread()), &back));
+        }
+        (keys, self.with_values_of_pages(values))
+    }
+
+    /// Attention `[R, D]` of queries `[R, D]` that meet pages as they are rounded.
+    fn oracle_of_rounded(&self, isa: Isa, queries: &[f32]) -> Vec<f64> {
+        let d = self.head_dim();
+        let scale = (d as f32).sqrt().recip();
+        let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
+        let rounded = self.rounded(isa, &scaled);
+        let (keys, values) = self.exact_rows();
+        let values = self.with_values_of_pages(values);
+        let attended = scaled.chunks_exact(d).enumerate().flat_map(|(r, query)| {
+            let dot = |key: &[f64]| query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
+            let mut scores: Vec<f64> = keys.chunks_exact(d).map(dot).collect();
+            for (pages, page) in self.pages() {
+                scores.extend(layered::oracle::scores(&rounded, r, pages, page));
+            }
+            // One channel whose keys are the scores.
+            oracle::attend(&[1.0], &scores, &values, 1.0)
+        });
+        attended.collect()
+    }
+
+    /// Scaled queries `[R, D]` as a step rounds them. In its f32 with its kernels, since a number that is the least bit off may
+    /// be rounded to another byte, and that is no error.
+    fn rounded(&self, isa: Isa, scaled: &[f32]) -> Queries {
+        let d = self.head_dim();
+        let mut turned = vec![0.0; scaled.len()];
+        rotate(isa, scaled, &self.calibration.heads[self.index].queries, &mut turned, d);
+        let mut offsets = vec![];
+        for query in turned.chunks_exact_mut(d) {
+            offsets.push(query.iter().zip(self.scales.key_mean()).map(|(q, m)| q * m.to_f32()).sum());
+            query.iter_mut().zip(self.scales.key_spread()).for_each(|(q, s)| *q *= s.to_f32());
+        }
+        Queries::new(isa, &turned, &offsets)
+    }
+
+    /// Keys and values `[T, D]` of the tokens that are in no page.
+    fn exact_rows(&self) -> (Vec<f64>, Vec<f64>) {
+        let d = self.head_dim();
         let (mut keys, mut values) = (vec![], vec![]);
         for token in self.sinks.chunks_exact(2 * d) {
-            keys.extend(token[..d].iter().map(|x| x.to_f64()));
-            values.extend(token[d..].iter().map(|x| x.to_f64()));
+            keys.extend(widened(&token[..d]));
+            values.extend(widened(&token[d..]));
         }
         if let Some(buffer) = &self.buffer {
             let (k, v) = crate::packed::rows(&[buffer]);
             keys.extend(k.into_iter().map(f64::from));
             values.extend(v.into_iter().map(f64::from));
         }
-        let matrices = &self.calibration.heads[self.index];
-        // Into the model's channels: the matrix of queries is that of their rows' channels, transposed.
-        let restored =
-            |x: &[f32], (mean, spread): (&[f16], &[f16]), element: &dyn Fn(usize, usize) -> f16| {
-                let x = x.iter().enumerate();
-                let x: Vec<f64> =
-                    x.map(|(i, x)| f64::from(*x) * spread[i % d].to_f64() + mean[i % d].to_f64()).collect();
-                let restore = |row: &[f64], i: usize| {
-                    row.iter().enumerate().map(|(c, x)| x * element(c, i).to_f64()).sum::<f64>()
-                };
-                x.chunks_exact(d)
-                    .flat_map(|row| (0..d).map(|i| restore(row, i)).collect::<Vec<_>>())
-                    .collect::<Vec<_>>()
-            };
-        for pages in [&self.prompt.pages, &self.tail.pages] {
-            for page in 0..pages.pages().len() {
-                let (k, v) = pages.decode(page);
-                let scales = (self.scales.key_mean(), self.scales.key_spread());
-                keys.extend(restored(&k, scales, &|c, i| matrices.queries[i * d + c]));
-                let scales = (self.scales.value_mean(), self.scales.value_spread());
-                values.extend(restored(&v, scales, &|c, i| matrices.outputs[c * d + i]));
-            }
-        }
         (keys, values)
     }
+
+    /// `values`, and after them those of all pages.
+    fn with_values_of_pages(&self, mut values: Vec<f64>) -> Vec<f64> {
+        let back = widened(&self.calibration.heads[self.index].outputs);
+        for (pages, page) in self.pages() {
+            let (_, v) = pages.decode(page);
+            values.extend(restored(&v, (self.scales.value_mean(), self.scales.value_spread()), &back));
+        }
+        values
+    }
+
+    /// All pages: whose they are, and which.
+    fn pages(&self) -> impl Iterator<Item = (&Pages, usize)> {
+        let segments = [&self.prompt.pages, &self.tail.pages];
+        segments.into_iter().flat_map(|pages| (0..pages.pages().len()).map(move |page| (pages, page)))
+    }
+}
+
+/// What a page holds `[n, D]`, times spreads and plus means, times the matrix `back` `[D, D]`.
+fn restored(x: &[f32], (mean, spread): (&[f16], &[f16]), back: &[f64]) -> Vec<f64> {
+    let d = mean.len();
+    let (mean, spread) = (widened(mean), widened(spread));
+    let mut out = vec![0.0; x.len()];
+    for (row, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+        for (c, x) in row.iter().enumerate() {
+            let x = f64::from(*x) * spread[c] + mean[c];
+            out.iter_mut().zip(&back[c * d..]).for_each(|(out, b)| *out += x * b);
+        }
+    }
+    out
+}
+
+fn widened(x: &[f16]) -> Vec<f64> {
+    x.iter().map(|x| x.to_f64()).collect()
 }
 
 #[derive(Clone, Copy)]

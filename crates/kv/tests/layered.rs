@@ -109,6 +109,29 @@ fn attention_is_the_oracles_over_the_cache_s_whole_life() {
     }
 }
 
+/// What is left of the difference when the oracle's queries are the kernel's bytes.
+#[test]
+fn a_step_is_that_of_its_rounded_queries() {
+    let queries = asking(7, 1);
+    for &isa in Isa::available() {
+        let pool = Pool::new(2);
+        let mut cache = cache(KvFormat::Layered(Layered { ratio: 5.0 })).with_isa(isa);
+        read(&mut cache, &pool, 900, 900);
+        end(&mut cache, &pool);
+        // A page at 8 bits and no buffer, then a buffer too, then several pages of the tail.
+        for more in [0, 40, 170] {
+            grow(&mut cache, &pool, more);
+            for layer in 0..SHAPE.layers {
+                let got = attend(&mut cache, &pool, layer);
+                let heads = [0, 1].map(|g| cache.oracle_of_step(layer, &queries, g));
+                assert_eq!([heads[0].1, heads[1].1], [0.0; 2], "nothing is left out");
+                let want: Vec<f64> = heads[0].0.iter().zip(&heads[1].0).map(|(a, b)| a + b).collect();
+                close(&got, &want, 1e-3, &format!("{isa:?}, layer {layer}, {} tokens", cache.tokens()));
+            }
+        }
+    }
+}
+
 #[test]
 fn more_bytes_come_nearer_to_the_exact_cache() {
     let pool = Pool::new(2);

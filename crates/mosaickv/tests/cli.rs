@@ -111,6 +111,8 @@ fn a_benchmark_prints_rows_with_what_was_measured() {
         "32",
         "--context",
         "300",
+        "--kv",
+        "exact,packed,layered",
         "--rounds",
         "1",
         "--json",
@@ -119,10 +121,12 @@ fn a_benchmark_prints_rows_with_what_was_measured() {
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert!(report["machine"]["stream_gb_s"].as_f64().unwrap() > 0.0);
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 2);
-    for row in rows {
-        assert!(row["time_us"].as_f64().unwrap() > 0.0 && row["max_error"].as_f64().unwrap() < 1e-4);
+    assert_eq!(rows.len(), 3);
+    for (row, bound) in rows.iter().zip([1e-4, 1e-4, 1e-3]) {
+        assert!(row["time_us"].as_f64().unwrap() > 0.0 && row["max_error"].as_f64().unwrap() < bound);
     }
+    let stored = |i: usize| rows[i]["bytes_stored"].as_f64().unwrap();
+    assert!(stored(2) < stored(0) / 4.0, "all layers are compressed: {} of {}", stored(2), stored(0));
     // 300 tokens, 2 KV heads, 32 channels, keys and values, 2 bytes each.
     assert_eq!(rows[0]["bytes_read"], 300 * 2 * 32 * 2 * 2);
 }

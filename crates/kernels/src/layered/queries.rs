@@ -3,7 +3,7 @@
 //! Every query as bytes, once for each width: an element times the width's unit, in steps of one scale for the whole
 //! row, so that products with levels of any width add up as integers. The numbers themselves stay for escapes.
 
-use super::{GROUP, Width};
+use super::{GROUP, Profile, Width};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 
@@ -84,6 +84,18 @@ impl Queries {
     /// `D`
     pub fn head_dim(&self) -> usize {
         self.head_dim
+    }
+
+    /// Row `r` `[D]` as it meets keys of `profile`: what the bytes for each group's width stand for, and where a group has no
+    /// bits the numbers as they were given. For oracles; escapes meet the numbers as they were given in all groups.
+    pub fn rounded(&self, r: usize, profile: Profile) -> Vec<f64> {
+        let mut out: Vec<f64> = self.exact(r)[..self.head_dim].iter().map(|&x| f64::from(x)).collect();
+        for (group, (width, out)) in profile.widths().zip(out.chunks_exact_mut(GROUP)).enumerate() {
+            let step = f64::from(self.scales[r]) / f64::from(width.unit());
+            let bytes = &self.bytes(r, width)[group * GROUP..];
+            out.iter_mut().zip(bytes).for_each(|(x, &byte)| *x = f64::from(byte) * step);
+        }
+        out
     }
 
     /// The bytes of row `r` for `width`: as many as `D`, padded.

@@ -1,5 +1,6 @@
 //! Attention over layered pages against f64 over what the pages decode to.
 
+use super::super::oracle;
 use super::super::score::{TILES, sketch};
 use super::super::tests::normal;
 use super::*;
@@ -35,39 +36,19 @@ fn queries(d: usize, rows: usize, spread: f32) -> (Vec<f32>, Vec<f32>) {
     (q, normal(8, rows))
 }
 
-/// Row `r` of the queries as it meets keys of `profile`: what the bytes stand for.
-fn rounded(queries: &Queries, r: usize, profile: Profile) -> Vec<f64> {
-    let mut out: Vec<f64> = queries.exact(r).iter().map(|&x| f64::from(x)).collect();
-    let scale = f64::from(queries.scale_and_offset(r).0);
-    for (group, width) in profile.widths().enumerate() {
-        for c in group * GROUP..(group + 1) * GROUP {
-            out[c] = f64::from(queries.bytes(r, width)[c]) * scale / f64::from(width.unit());
-        }
-    }
-    out
-}
-
 /// Scores of row `r` over a page: with the query as it is, and rounded where it meets codes.
 fn scores(queries: &Queries, r: usize, pages: &Pages, index: usize) -> [Vec<f64>; 2] {
-    let d = pages.head_dim();
     let (keys, _) = pages.decode(index);
-    let exact = queries.exact(r);
-    let rounded = rounded(queries, r, pages.pages[index].keys);
-    let dot = |q: &dyn Fn(usize) -> f64, key: &[f32]| -> f64 {
-        let offset = f64::from(queries.scale_and_offset(r).1);
-        key.iter().enumerate().map(|(c, &k)| q(c) * f64::from(k)).sum::<f64>() + offset
+    let offset = f64::from(queries.scale_and_offset(r).1);
+    let dot = |key: &[f32]| -> f64 {
+        key.iter().zip(queries.exact(r)).map(|(&k, &q)| f64::from(q) * f64::from(k)).sum::<f64>() + offset
     };
-    let mut of_rounded: Vec<f64> = keys.chunks_exact(d).map(|key| dot(&|c| rounded[c], key)).collect();
-    for escape in pages.escapes_of(index)[0] {
-        let c = usize::from(escape.channel);
-        of_rounded[usize::from(escape.token)] +=
-            (f64::from(exact[c]) - rounded[c]) * f64::from(escape.rest.to_f32());
-    }
-    [keys.chunks_exact(d).map(|key| dot(&|c| f64::from(exact[c]), key)).collect(), of_rounded]
+    let of_given = keys.chunks_exact(pages.head_dim()).map(dot).collect();
+    [of_given, oracle::scores(queries, r, pages, index)]
 }
 
 /// What row `r` should get from the tokens of the visited tiles: with the query as it is, and rounded.
-fn oracle(queries: &Queries, r: usize, pages: &Pages, visits: &[(u32, u8)]) -> [Vec<f64>; 2] {
+fn attended(queries: &Queries, r: usize, pages: &Pages, visits: &[(u32, u8)]) -> [Vec<f64>; 2] {
     let d = pages.head_dim();
     let (mut all, mut values) = ([vec![], vec![]], vec![]);
     for &(index, tiles) in visits {
@@ -112,7 +93,7 @@ fn errors(isa: Isa, (d, rows): (usize, usize), spread: f32, visits: &[(u32, u8)]
         .fold(0.0, |a: f64, x| a.max(f64::from(x).abs()));
     let mut errors = [0.0f64; 2];
     for r in 0..rows {
-        let [exact, rounded] = oracle(&queries, r, &pages, visits);
+        let [exact, rounded] = attended(&queries, r, &pages, visits);
         let got = &out[r * d..][..d];
         errors[0] = errors[0].max(farthest(got, &rounded) / largest);
         errors[1] = errors[1].max(farthest(got, &exact) / largest);
@@ -210,7 +191,7 @@ fn runs_longer_than_what_is_summed_up_at_once() {
         let mut state = AttnState::new(6, d);
         attend(isa, &queries, &pages, 0..visits.len(), &mut state);
         for (r, got) in finish(&state).chunks_exact(d).enumerate() {
-            let [_, rounded] = oracle(&queries, r, &pages, &visits);
+            let [_, rounded] = attended(&queries, r, &pages, &visits);
             assert!(farthest(got, &rounded) < 1e-3);
         }
     }
@@ -254,7 +235,7 @@ fn sketched(queries: &Queries, r: usize, (pages, index): (&Pages, usize), groups
     for escape in pages.escapes_of(index)[0] {
         keys[usize::from(escape.token) * d + usize::from(escape.channel)] -= escape.rest.to_f32();
     }
-    let q = rounded(queries, r, pages.pages[index].keys);
+    let q = queries.rounded(r, pages.pages[index].keys);
     let offset = f64::from(queries.scale_and_offset(r).1);
     let score = |key: &[f32]| -> f64 {
         q.iter().zip(key).take(groups * GROUP).map(|(q, &k)| q * f64::from(k)).sum::<f64>() + offset
@@ -271,7 +252,7 @@ fn queries_of_zeros_weigh_all_tokens_alike() {
         queries.set(isa, &vec![0.0; rows * d], &[-3.0; 3]);
         let mut state = AttnState::new(rows, d);
         attend(isa, &queries, &pages, 0..2, &mut state);
-        let [want, _] = oracle(&queries, 0, &pages, &[(0, ALL_TILES), (1, ALL_TILES)]);
+        let [want, _] = attended(&queries, 0, &pages, &[(0, ALL_TILES), (1, ALL_TILES)]);
         for got in finish(&state).chunks_exact(d) {
             assert!(farthest(got, &want) < 1e-5);
         }
