@@ -13,6 +13,7 @@ mod calibration;
 mod encode;
 mod importance;
 mod plan;
+mod target;
 
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
@@ -25,6 +26,7 @@ pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
+pub use target::{ByteCount, Target};
 
 /// First tokens of a sequence, always exact and always attended to.
 const SINKS: usize = 4;
@@ -35,13 +37,13 @@ const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
 /// Our own format.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Layered {
-    /// f16 bytes of a prompt over those it is to take, all of them counted, at least 1.
-    pub ratio: f32,
+    /// The bytes that a prompt is to take.
+    pub target: Target,
 }
 
 impl Default for Layered {
     fn default() -> Layered {
-        Layered { ratio: 8.0 }
+        Layered { target: Target::Ratio(8.0) }
     }
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{Calibration, KvCache, KvError, KvFormat, KvShape, Layered, Moments};
+use mosaickv_kv::{Calibration, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target};
 use std::sync::Arc;
 
 const D: usize = 64;
@@ -34,6 +34,14 @@ fn calibration() -> Arc<Calibration> {
         moments.learn(&identity)
     };
     Arc::new(Calibration { heads: (0..4).map(head).collect(), layer_weights: vec![0.5, 1.5] })
+}
+
+fn of_ratio(ratio: f32) -> KvFormat {
+    KvFormat::Layered(Layered { target: Target::Ratio(ratio) })
+}
+
+fn of_bytes(bytes: usize) -> KvFormat {
+    KvFormat::Layered(Layered { target: Target::Bytes(bytes) })
 }
 
 fn cache(format: KvFormat) -> KvCache {
@@ -90,7 +98,7 @@ fn attention_is_the_oracles_over_the_cache_s_whole_life() {
     for &isa in Isa::available() {
         for threads in [1, 2] {
             let pool = Pool::new(threads);
-            let mut cache = cache(KvFormat::Layered(Layered { ratio: 5.0 })).with_isa(isa);
+            let mut cache = cache(of_ratio(5.0)).with_isa(isa);
             read(&mut cache, &pool, 900, 900);
             end(&mut cache, &pool);
             for more in [0, 1, 20, 43, 1, 150] {
@@ -116,7 +124,7 @@ fn more_bytes_come_nearer_to_the_exact_cache() {
     let want: Vec<f64> = attend(&mut exact, &pool, 1).into_iter().map(f64::from).collect();
     let mut last = f64::INFINITY;
     for ratio in [12.0, 6.0, 3.0] {
-        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let mut copy = exact.compressed(&pool, of_ratio(ratio)).unwrap();
         let got = attend(&mut copy, &pool, 1);
         let error: f64 = got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum();
         assert!(error < 0.9 * last, "ratio {ratio}: {error}, with fewer bytes {last}");
@@ -132,7 +140,7 @@ fn the_ratio_is_reached_within_two_percent_of_all_bytes() {
     let mut exact = cache(KvFormat::Exact).remember_queries();
     read(&mut exact, &pool, 3072, 3072);
     for ratio in [4.0, 6.0, 8.0, 12.0] {
-        let mut copy = exact.compressed(&pool, KvFormat::Layered(Layered { ratio })).unwrap();
+        let mut copy = exact.compressed(&pool, of_ratio(ratio)).unwrap();
         let reached = |copy: &KvCache| SHAPE.exact_bytes(copy.tokens()) as f64 / copy.bytes().total() as f64;
         let prompt = reached(&copy);
         assert!((prompt / f64::from(ratio) - 1.0).abs() < 0.02, "asked {ratio}, reached {prompt}");
@@ -140,6 +148,38 @@ fn the_ratio_is_reached_within_two_percent_of_all_bytes() {
         let grown = reached(&copy);
         assert!(grown > 0.8 * f64::from(ratio), "asked {ratio}, after 1,024 more tokens {grown}");
     }
+}
+
+#[test]
+fn bytes_asked_for_are_reached_within_two_percent_or_as_nearly_as_can_be() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 3072, 3072);
+    let reached = |bytes: usize| exact.compressed(&pool, of_bytes(bytes)).unwrap().bytes().total();
+    for bytes in [250_000, 400_000, 700_000, 1_100_000] {
+        let got = reached(bytes);
+        assert!((got as f64 / bytes as f64 - 1.0).abs() < 0.02, "asked {bytes}, reached {got}");
+    }
+    // What is less than the fixed parts and the guarded tokens take gets no more than those, and all at 8 bits is all.
+    let (least, most) = (reached(1), reached(SHAPE.exact_bytes(3072)));
+    assert!(least < 120_000 && reached(20_000) == least, "{least}");
+    assert!(most > SHAPE.exact_bytes(3072) * 2 / 5 && reached(1_000_000_000) == most, "{most}");
+    // In place as in a copy.
+    let mut cache = cache(of_bytes(400_000));
+    read(&mut cache, &pool, 3072, 3072);
+    end(&mut cache, &pool);
+    let got = cache.bytes().total();
+    assert!(got.abs_diff(reached(400_000)) < 1000, "in place {got}, as a copy {}", reached(400_000));
+}
+
+#[test]
+fn one_layer_alone_gets_its_share_of_the_bytes() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 1500, 1500);
+    let took = |format| exact.compressed_layer(&pool, 1, format).unwrap().bytes();
+    let ratio = SHAPE.exact_bytes(1500) as f32 / 200_000.0;
+    assert_eq!(took(of_bytes(200_000)), took(of_ratio(ratio)));
 }
 
 /// The boundary rule: a prompt is planned whole, and neither threads nor the chunks it came in matter to the bit.

@@ -72,6 +72,26 @@ fn bad_flags() {
 }
 
 #[test]
+fn budgets_that_cannot_be() {
+    let model = tiny("llama.gguf");
+    let run = |rest: &[&str], says: &[&str]| {
+        refused(&[&["run", "--model", &model], rest, &["hello"]].concat(), says);
+    };
+    run(&["--kv", "layered:0"], &["budget=0", "ratio of 1 to 64"]);
+    run(&["--kv", "layered:-3MB"], &["-3MB", "1B to 1000000GB"]);
+    run(&["--kv", "layered:1e30GB"], &["1e30GB", "1B to 1000000GB"]);
+    run(&["--kv", "layered:abc"], &["budget=abc", "24MB"]);
+    run(&["--kv-budget", "24Mb/s"], &["24Mb/s", "24MB"]);
+    run(&["--kv-budget", "24XB"], &["24XB", "kB, MB, GB, KiB, MiB or GiB"]);
+    run(&["--kv", "packed", "--kv-budget", "24MB"], &["packed", "leave that out, or make it layered"]);
+    run(&["--kv", "layered:4", "--kv-budget", "24MB"], &["two budgets"]);
+    refused(
+        &["bench", "decode", "--model", &model, "--kv", "exact,packed", "--kv-budget", "24MB"],
+        &["exact,packed has none; add layered"],
+    );
+}
+
+#[test]
 fn a_prompt_over_the_context_is_refused_with_both_counts() {
     let (_folder, long) = file("long.txt", "many words ".repeat(3000).as_bytes());
     refused(
