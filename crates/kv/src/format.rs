@@ -1,7 +1,8 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
 use crate::{
-    Basis, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, SnapKv, Strawman, Target, Turn,
+    Basis, Dropping, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, SnapKv, Strawman, Target,
+    Turn,
 };
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +14,7 @@ const QUANTIZED_STEP: usize = 32;
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1` (the first
 /// three are `auto`, chosen segment by segment, unless given; also `segment`, `loss`, `grouping`, `spread`, `close`),
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`, `layered:8` (the ratio) or `layered:24MB` (bytes for the prompt). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
+/// `snapkv:kept=0.25`, `layered:8` (the ratio) or `layered:24MB` (bytes for the prompt), and `drop=any`. `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
 /// model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
@@ -52,6 +53,8 @@ enum Parameter<'a> {
     Turn(&'a mut Turn),
     /// A ratio or bytes.
     Target(&'a mut Target),
+    /// `guarded` or `any`.
+    Dropping(&'a mut Dropping),
 }
 
 /// The parameter whose name need not be written.
@@ -108,7 +111,9 @@ impl KvFormat {
                 ("spread", Share(&mut p.spread)),
                 ("close", Positive(&mut p.close)),
             ],
-            KvFormat::Layered(p) => vec![(BUDGET, Parameter::Target(&mut p.target))],
+            KvFormat::Layered(p) => {
+                vec![(BUDGET, Parameter::Target(&mut p.target)), ("drop", Parameter::Dropping(&mut p.drop))]
+            }
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
@@ -229,6 +234,8 @@ impl fmt::Display for Parameter<'_> {
             Parameter::AutoShare(Some(x)) => x.fmt(f),
             Parameter::AutoCount(Some(x)) => x.fmt(f),
             Parameter::Target(x) => x.fmt(f),
+            Parameter::Dropping(Dropping::Guarded) => f.write_str("guarded"),
+            Parameter::Dropping(Dropping::Any) => f.write_str("any"),
             Parameter::AutoShare(None) | Parameter::AutoCount(None) => f.write_str("auto"),
             Parameter::Rotation(Basis::Svd) => f.write_str("svd"),
             Parameter::Turn(Turn::Hadamard) => f.write_str("hadamard"),
@@ -259,6 +266,13 @@ impl FromStr for KvFormat {
                 Some((_, Parameter::Count(x))) => **x = number(key, value)?,
                 Some((_, Parameter::Target(x))) => {
                     **x = value.parse().map_err(|why| format!("{key}={why}"))?;
+                }
+                Some((_, Parameter::Dropping(x))) => {
+                    **x = match value {
+                        "guarded" => Dropping::Guarded,
+                        "any" => Dropping::Any,
+                        _ => return Err(format!("{key}={value}; wanted guarded or any")),
+                    }
                 }
                 Some((_, Parameter::Rotation(x))) => {
                     **x = match value {
@@ -336,6 +350,8 @@ mod tests {
             "snapkv:kept=0.5",
             "layered:4",
             "layered:24MB",
+            "layered:drop=any",
+            "layered:12,drop=any",
             "layered:1.5GB",
             "q8_0:rotation=none",
             "q4_0:rotation=none",
@@ -358,6 +374,9 @@ mod tests {
         let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
         assert!("exact,,packed".parse::<KvFormats>().is_err());
+        let text = "layered,layered:24MB,drop=any,layered:drop=any";
+        let list: KvFormats = text.parse().unwrap();
+        assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
     }
 
     #[test]
@@ -388,6 +407,7 @@ mod tests {
             "layered:1e30GB",
             "layered:abc",
             "layered:8,abc=1",
+            "layered:8,drop=all",
         ] {
             assert!(text.parse::<KvFormat>().is_err(), "{text} was taken");
         }

@@ -29,7 +29,7 @@ pub(crate) use importance::Samples;
 pub use target::{ByteCount, Target};
 
 /// First tokens of a sequence, always exact and always attended to.
-const SINKS: usize = 4;
+pub(crate) const SINKS: usize = 4;
 
 /// Tokens of a prompt below which it stays exact: there is too little to plan for.
 const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
@@ -39,11 +39,23 @@ const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
 pub struct Layered {
     /// The bytes that a prompt is to take.
     pub target: Target,
+    /// Which tokens may be dropped.
+    pub drop: Dropping,
+}
+
+/// Which tokens of a prompt may have no bits in which heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dropping {
+    /// Each token stays in the head of each layer that would lose most by it.
+    #[default]
+    Guarded,
+    /// A token may be dropped from all heads of a layer: what is asked of it later can't be answered.
+    Any,
 }
 
 impl Default for Layered {
     fn default() -> Layered {
-        Layered { target: Target::Ratio(8.0) }
+        Layered { target: Target::Ratio(8.0), drop: Dropping::Guarded }
     }
 }
 
@@ -51,7 +63,7 @@ impl Default for Layered {
 pub(crate) struct Segment {
     pub(crate) pages: Pages,
     /// Tokens that are in no page.
-    dropped: usize,
+    pub(crate) dropped: usize,
 }
 
 /// Means and spreads of the channels of keys and values, `[D]` each.

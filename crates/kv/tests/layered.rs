@@ -37,11 +37,11 @@ fn calibration() -> Arc<Calibration> {
 }
 
 fn of_ratio(ratio: f32) -> KvFormat {
-    KvFormat::Layered(Layered { target: Target::Ratio(ratio) })
+    KvFormat::Layered(Layered { target: Target::Ratio(ratio), ..Layered::default() })
 }
 
 fn of_bytes(bytes: usize) -> KvFormat {
-    KvFormat::Layered(Layered { target: Target::Bytes(bytes) })
+    KvFormat::Layered(Layered { target: Target::Bytes(bytes), ..Layered::default() })
 }
 
 fn cache(format: KvFormat) -> KvCache {

@@ -1,8 +1,9 @@
-//! How many bytes may a prompt's keys and values take? `--kv-budget` beside `--kv`, and what is said where it was missed.
+//! How many bytes may a prompt's keys and values take, and at what risk? `--kv-budget` and `--allow-drop` beside `--kv`, and
+//! what is said where a budget was missed.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
-use mosaickv_kv::{ByteCount, KvCache, KvFormat, KvFormats, Layered, Target};
+use mosaickv_kv::{ByteCount, Dropping, KvCache, KvFormat, KvFormats, Layered, Target};
 
 /// A prompt that takes so much more or less than was asked for has missed its budget.
 const OFF: f64 = 0.02;
@@ -13,6 +14,10 @@ pub struct BudgetArgs {
     /// layered:24MB
     #[arg(long, value_name = "BYTES")]
     kv_budget: Option<ByteCount>,
+    /// Let the layered format drop a token from all heads of a layer. The bytes go to other tokens, but a later question about
+    /// what was dropped can't be answered. This is --kv layered:drop=any
+    #[arg(long)]
+    allow_drop: bool,
 }
 
 impl BudgetArgs {
@@ -20,34 +25,47 @@ impl BudgetArgs {
     pub fn format(self, asked: Option<KvFormat>, default: KvFormat) -> Result<KvFormat> {
         let layered = KvFormat::Layered(Layered::default());
         let format = asked.unwrap_or(if self.kv_budget.is_some() { layered } else { default });
-        ensure!(
-            self.kv_budget.is_none() || matches!(format, KvFormat::Layered(_)),
-            "--kv-budget is for the layered format, and --kv (or MOSAICKV_KV) says {format}; leave that out, or \
-             make it layered"
-        );
-        self.within(format)
+        if let (Some(flag), false) = (self.flag(), is_layered(&format)) {
+            bail!(
+                "{flag} is for the layered format, and --kv (or MOSAICKV_KV, or the default) is {format}; make it \
+                 layered"
+            );
+        }
+        self.applied_to(format)
     }
 
     /// The same of several formats, by default `exact` and another: every layered one gets the budget, and there must be one.
     pub fn formats(self, asked: Option<&KvFormats>, default: KvFormat) -> Result<Vec<KvFormat>> {
         let Some(asked) = asked else { return Ok(vec![KvFormat::Exact, self.format(None, default)?]) };
-        ensure!(
-            self.kv_budget.is_none() || asked.0.iter().any(|format| matches!(format, KvFormat::Layered(_))),
-            "--kv-budget is for the layered format, and --kv {asked} has none; add layered"
-        );
-        asked.0.iter().map(|format| self.within(*format)).collect()
+        if let (Some(flag), false) = (self.flag(), asked.0.iter().any(is_layered)) {
+            bail!("{flag} is for the layered format, and --kv {asked} has none; add layered");
+        }
+        asked.0.iter().map(|format| self.applied_to(*format)).collect()
     }
 
-    fn within(self, format: KvFormat) -> Result<KvFormat> {
-        let (KvFormat::Layered(of), Some(ByteCount(bytes))) = (format, self.kv_budget) else {
-            return Ok(format);
-        };
-        ensure!(
-            of.target == Layered::default().target,
-            "--kv {format} and --kv-budget are two budgets; leave one of them out"
-        );
-        Ok(KvFormat::Layered(Layered { target: Target::Bytes(bytes), ..of }))
+    /// A flag that was given, by name.
+    fn flag(self) -> Option<&'static str> {
+        self.kv_budget.map(|_| "--kv-budget").or(self.allow_drop.then_some("--allow-drop"))
     }
+
+    fn applied_to(self, format: KvFormat) -> Result<KvFormat> {
+        let KvFormat::Layered(mut of) = format else { return Ok(format) };
+        if let Some(ByteCount(bytes)) = self.kv_budget {
+            ensure!(
+                of.target == Layered::default().target,
+                "--kv {format} and --kv-budget are two budgets; leave one of them out"
+            );
+            of.target = Target::Bytes(bytes);
+        }
+        if self.allow_drop {
+            of.drop = Dropping::Any;
+        }
+        Ok(KvFormat::Layered(of))
+    }
+}
+
+fn is_layered(format: &KvFormat) -> bool {
+    matches!(format, KvFormat::Layered(_))
 }
 
 /// What to say of a cache at the end of a prompt whose bytes are not about those that were asked for.

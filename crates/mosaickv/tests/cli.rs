@@ -83,8 +83,10 @@ fn budgets_that_cannot_be() {
     run(&["--kv", "layered:abc"], &["budget=abc", "24MB"]);
     run(&["--kv-budget", "24Mb/s"], &["24Mb/s", "24MB"]);
     run(&["--kv-budget", "24XB"], &["24XB", "kB, MB, GB, KiB, MiB or GiB"]);
-    run(&["--kv", "packed", "--kv-budget", "24MB"], &["packed", "leave that out, or make it layered"]);
+    run(&["--kv", "packed", "--kv-budget", "24MB"], &["packed", "make it layered"]);
     run(&["--kv", "layered:4", "--kv-budget", "24MB"], &["two budgets"]);
+    run(&["--allow-drop"], &["--allow-drop is for the layered format", "exact"]);
+    run(&["--kv", "layered:drop=all"], &["drop=all", "guarded or any"]);
     refused(
         &["bench", "decode", "--model", &model, "--kv", "exact,packed", "--kv-budget", "24MB"],
         &["exact,packed has none; add layered"],

@@ -2,7 +2,9 @@
 
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, plan};
-use super::{Calibration, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, fine};
+use super::{
+    Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, fine,
+};
 use crate::KvShape;
 use crate::exact::ExactHead;
 use crate::packed::rows;
@@ -47,7 +49,9 @@ pub(crate) fn compress(
     for (prompt, heads) in prompts.iter().zip(heads.chunks_mut(shape.kv_heads)) {
         let weight = calibration.layer_weights[prompt.layer];
         heads.iter_mut().for_each(|head| lift(&mut head.weights, weight));
-        guard(heads);
+        if settings.drop == Dropping::Guarded {
+            guard(heads);
+        }
     }
     let exact = jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
     let budget = settings.target.budget(exact, others);
