@@ -339,6 +339,11 @@ impl Pages {
         [&self.escapes[keys..values], &self.escapes[values..end]]
     }
 
+    /// Escapes among the keys and among the values of page `index`.
+    pub fn escapes(&self, index: usize) -> [usize; 2] {
+        self.escapes_of(index).map(<[Escape]>::len)
+    }
+
     /// Takes the last page away: what it held, as [`decode`](Pages::decode) gives it.
     pub fn pop(&mut self) -> Option<(Vec<f32>, Vec<f32>)> {
         let last = self.pages.len().checked_sub(1)?;

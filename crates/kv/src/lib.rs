@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
-pub use inspect::SegmentInfo;
+pub use inspect::{HalfInfo, HeadInfo, PageInfo, SegmentInfo};
 pub use layered::{ByteCount, Calibration, Dropping, HeadCalibration, Layered, Moments, Target};
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;

@@ -3,7 +3,7 @@
 mod common;
 
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{Calibration, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target};
+use mosaickv_kv::{Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target};
 use std::sync::Arc;
 
 const D: usize = 64;
@@ -180,6 +180,65 @@ fn one_layer_alone_gets_its_share_of_the_bytes() {
     let took = |format| exact.compressed_layer(&pool, 1, format).unwrap().bytes();
     let ratio = SHAPE.exact_bytes(1500) as f32 / 200_000.0;
     assert_eq!(took(of_bytes(200_000)), took(of_ratio(ratio)));
+}
+
+#[test]
+fn inspection_counts_every_token_and_every_byte_of_the_pages() {
+    let pool = Pool::new(2);
+    let mut cache = cache(of_ratio(8.0));
+    read(&mut cache, &pool, 1500, 1500);
+    end(&mut cache, &pool);
+    for more in [0, 30, 150] {
+        grow(&mut cache, &pool, more);
+        let heads = cache.layered_heads();
+        let places: Vec<_> = heads.iter().map(|head| (head.layer, head.head)).collect();
+        assert_eq!(places, [(0, 0), (0, 1), (1, 0), (1, 1)]);
+        let (mut packed, mut all) = (0, 0);
+        for head in &heads {
+            let pages = || head.prompt.iter().chain(&head.tail);
+            let tokens: usize = pages().map(|page| page.tokens).sum();
+            assert_eq!(head.sinks + tokens + head.dropped + head.buffer, cache.tokens(), "{head:?}");
+            assert!(
+                head.prompt.windows(2).all(|pair| pair[0].tokens == 64),
+                "only the last page is not full"
+            );
+            assert!(head.tail.last().is_some_and(|page| page.keys.channels == [D, 0, 0]), "{:?}", head.tail);
+            for half in pages().flat_map(|page| [page.keys, page.values]) {
+                assert!(half.bits() <= 8 * D && half.channels.iter().sum::<usize>() <= D, "{half:?}");
+            }
+            let in_pages: usize = pages().map(|page| page.bytes).sum();
+            (packed, all) = (packed + in_pages, all + in_pages + head.other_bytes);
+        }
+        // Beside the pages there are means and spreads; a growing tail has room for pages to come.
+        let bytes = cache.bytes();
+        let scales = bytes.packed - packed;
+        let most = if cache.tokens() == 1500 { 4 * (4 * D * 2 + 64) } else { bytes.packed / 4 };
+        assert!((4 * 4 * D * 2..=most).contains(&scales), "{scales}");
+        assert!(all <= bytes.total() && bytes.total() - all < 2000, "{all} of {bytes:?}");
+    }
+}
+
+/// Where tokens may go from all heads, fewer than all stay in a layer, and what stays is still attended to.
+#[test]
+fn only_where_it_is_allowed_is_a_token_dropped_from_all_heads() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 1500, 1500);
+    let kept = |drop: Dropping| {
+        let least = Layered { target: Target::Bytes(1), ..Layered::default() };
+        let format = KvFormat::Layered(Layered { drop, ..least });
+        let mut copy = exact.compressed(&pool, format).unwrap();
+        copy.check().unwrap();
+        assert!(attend(&mut copy, &pool, 1).iter().all(|x| x.is_finite()));
+        let heads = copy.layered_heads();
+        [0, 1].map(|layer| {
+            let of_layer = heads.iter().filter(|head| head.layer == layer).flat_map(|head| &head.prompt);
+            of_layer.map(|page| page.tokens).sum::<usize>()
+        })
+    };
+    let planned = 1500 - 4 - 64;
+    assert!(kept(Dropping::Guarded).iter().all(|&tokens| tokens >= planned));
+    assert!(kept(Dropping::Any).iter().all(|&tokens| tokens < planned), "{:?}", kept(Dropping::Any));
 }
 
 /// The boundary rule: a prompt is planned whole, and neither threads nor the chunks it came in matter to the bit.

@@ -48,7 +48,7 @@ enum Command {
     Eval(eval::EvalCommand),
     /// Learn what the layered format must know of a model, and write it to a file
     Calibrate(calibrate::CalibrateArgs),
-    /// Show which compression strategy each segment of a document got
+    /// Show which strategy each segment of a document got, or which bits each page
     Inspect(inspect::InspectArgs),
 }
 

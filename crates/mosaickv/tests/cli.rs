@@ -72,6 +72,17 @@ fn bad_flags() {
 }
 
 #[test]
+fn inspection_of_formats_that_choose_nothing_or_of_too_little() {
+    let (_folder, text) = file("text.txt", b"a few words");
+    let model = tiny("llama.gguf");
+    let inspect = |rest: &[&str], says: &[&str]| {
+        refused(&[&["inspect", "--model", &model, "--file", &text], rest].concat(), says);
+    };
+    inspect(&["--kv", "q8_0"], &["q8_0", "only packed and layered"]);
+    inspect(&["--kv", "packed"], &["too few"]);
+}
+
+#[test]
 fn budgets_that_cannot_be() {
     let model = tiny("llama.gguf");
     let run = |rest: &[&str], says: &[&str]| {
