@@ -11,6 +11,7 @@ pub mod mosaic;
 mod number;
 mod page;
 mod plot;
+pub mod profiles;
 
 use crate::results::{AnswerRow, KlRow, Row, Settings};
 use answers::Answers;

@@ -25,7 +25,7 @@ mod queries;
 mod score;
 
 pub use attend::{ALL_TILES, attend, attend_tiles};
-pub use choose::{Needed, cut, wanted};
+pub use choose::{Needed, SPREAD, cut, wanted};
 pub use credit::{credit, soften};
 pub use queries::Queries;
 pub use score::{TILE_TOKENS, TILES, sketch};
@@ -199,6 +199,12 @@ impl Page {
     pub fn tokens(&self) -> usize {
         usize::from(self.tokens)
     }
+
+    /// The tile that is not full, and the tokens in it.
+    fn last_part(&self) -> Option<(usize, usize)> {
+        let (tile, tokens) = (self.tokens() / TILE_TOKENS, self.tokens() % TILE_TOKENS);
+        (tokens > 0).then_some((tile, tokens))
+    }
 }
 
 /// An element that is beyond its width's range: what must be added to the code's level.
@@ -342,6 +348,11 @@ impl Pages {
         let end = self.pages.get(index + 1).map_or(self.escapes.len(), |next| next.key_escapes as usize);
         let (keys, values) = (page.key_escapes as usize, page.value_escapes as usize);
         [&self.escapes[keys..values], &self.escapes[values..end]]
+    }
+
+    /// Escapes among the keys and among the values of page `index`.
+    pub fn escapes(&self, index: usize) -> [usize; 2] {
+        self.escapes_of(index).map(<[Escape]>::len)
     }
 
     /// Takes the last page away: what it held, as [`decode`](Pages::decode) gives it.

@@ -7,12 +7,11 @@ use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
 use crate::exact::ExactHead;
-use crate::layered::{self, Prompt, Samples};
+use crate::layered::{self, Layered, Prompt, Samples};
 use crate::packed::PackedHead;
-use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer, Layered, Phases, Working};
+use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
-use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 /// A layer that a thread of its own compresses while the next one reads the prompt; at most one at a time.
@@ -87,8 +86,33 @@ impl KvCache {
     fn end_layered(&mut self, pool: &Pool) {
         let KvFormat::Layered(settings) = self.format else { return };
         let Some(samples) = self.samples.take() else { return };
-        let calibration = self.calibration.as_ref().expect("a layered cache has a calibration");
-        compress_layered(pool, self.shape, (calibration, &samples), (&mut self.layers, settings), |_| true);
+        self.compress_layered(pool, settings, &samples, |_| true);
+    }
+
+    /// The `chosen` ones of the exact layers that the layered format is for: not those with a window, nor short ones.
+    fn compress_layered(
+        &mut self,
+        pool: &Pool,
+        settings: Layered,
+        samples: &[Samples],
+        chosen: impl Fn(usize) -> bool,
+    ) {
+        let calibration = self.calibration.clone().expect("a layered cache has a calibration");
+        let mut prompts = vec![];
+        for (layer, of) in self.layers.iter_mut().enumerate() {
+            if let Layer::Exact(heads) = of
+                && chosen(layer)
+                && self.shape.window_of(layer).is_none()
+                && heads.first().is_some_and(layered::is_worth_it)
+            {
+                prompts.push(Prompt { layer, heads: std::mem::take(heads), samples: &samples[layer] });
+            }
+        }
+        let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
+        // Without the heads that were just taken out.
+        let others = self.bytes().total();
+        let made = layered::compress(pool, self.shape, &calibration, prompts, (settings, others));
+        meant.into_iter().zip(made).for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
     }
 
     fn join(&mut self) {
@@ -122,6 +146,13 @@ impl KvCache {
     /// exact; [`format`](KvCache::format) of the copy is `exact`.
     pub fn compressed_layer(&self, pool: &Pool, layer: usize, format: KvFormat) -> Result<KvCache, KvError> {
         assert!(layer < self.shape.layers, "layer {layer} of {}", self.shape.layers);
+        let format = match format {
+            KvFormat::Layered(of) => {
+                let target = of.target.of_one_layer(self.shape.exact_bytes(self.tokens()));
+                KvFormat::Layered(Layered { target, ..of })
+            }
+            other => other,
+        };
         let copy = self.fork(pool, format, |l| l == layer)?;
         Ok(KvCache { format: KvFormat::Exact, ..copy })
     }
@@ -153,13 +184,14 @@ impl KvCache {
                 Layer::Exact(heads.clone())
             });
         }
+        let mut copy = self.with_layers(format, layers);
         if let Some(settings) = settings {
-            let (Some(calibration), Some(samples)) = (&self.calibration, &self.samples) else {
+            let (Some(_), Some(samples)) = (&self.calibration, &self.samples) else {
                 return Err(KvError::NoCalibration { format: format.to_string() });
             };
-            compress_layered(pool, self.shape, (calibration, samples), (&mut layers, settings), chosen);
+            copy.compress_layered(pool, settings, samples, chosen);
         }
-        Ok(self.with_layers(format, layers))
+        Ok(copy)
     }
 
     /// A copy with other layers, nothing read yet.
@@ -185,29 +217,6 @@ impl KvCache {
         let row = self.shape.heads * self.shape.head_dim;
         (tokens.min(WINDOW), queries.rows().len() / row)
     }
-}
-
-/// The `chosen` ones of the exact layers that the layered format is for: not those with a window, nor short ones.
-fn compress_layered(
-    pool: &Pool,
-    shape: KvShape,
-    (calibration, samples): (&Arc<Calibration>, &[Samples]),
-    (layers, settings): (&mut [Layer], Layered),
-    chosen: impl Fn(usize) -> bool,
-) {
-    let mut prompts = vec![];
-    for (layer, of) in layers.iter_mut().enumerate() {
-        if let Layer::Exact(heads) = of
-            && chosen(layer)
-            && shape.window_of(layer).is_none()
-            && heads.first().is_some_and(layered::is_worth_it)
-        {
-            prompts.push(Prompt { layer, heads: std::mem::take(heads), samples: &samples[layer] });
-        }
-    }
-    let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
-    let made = layered::compress(pool, shape, calibration, prompts, settings);
-    meant.into_iter().zip(made).for_each(|(layer, heads)| layers[layer] = Layer::Layered(heads));
 }
 
 /// A layer of the format from its exact heads and its newest queries `[W, H, D]`, which are not scaled.

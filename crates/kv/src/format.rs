@@ -1,7 +1,8 @@
 //! How are keys and values stored, and how is that written after `--kv`?
 
 use crate::{
-    Basis, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, Select, SnapKv, Strawman, Turn,
+    Basis, Dropping, GgmlType, Kivi, KvError, Layered, Packed, Quantized, Quest, Select, SnapKv, Strawman,
+    Target, Turn,
 };
 use std::fmt;
 use std::str::FromStr;
@@ -13,7 +14,8 @@ const QUANTIZED_STEP: usize = 32;
 /// the parameters that are not to have their defaults: `exact`, `packed:kept=0.25,group=1,block=8,selected=0.1` (the first
 /// three are `auto`, chosen segment by segment, unless given; also `segment`, `loss`, `grouping`, `spread`, `close`),
 /// `quest:block=16,selected=0.1,dense=2`, `strawman:kept=0.25,block=8,selected=0.1`, `q8_0`, `q4_0`, `kivi4`, `kivi2`,
-/// `snapkv:kept=0.25`, `layered:8` (the ratio; after an `@` what a step reads: `layered:8@mass=0.99`, `@relative=0.001`, `@all`). `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
+/// `snapkv:kept=0.25`, `layered:8` (the ratio) or `layered:24MB` (bytes for the prompt), and `drop=any`, and after an `@` what a step reads:
+/// `layered:8@mass=0.99`, `@relative=0.001`, `@all`. `packed`, `strawman`, `q8_0` and `q4_0` also take `rotation=none`, for the
 /// model's own channels.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvFormat {
@@ -50,13 +52,14 @@ enum Parameter<'a> {
     Rotation(&'a mut Basis),
     /// `hadamard` or `none`.
     Turn(&'a mut Turn),
+    /// A ratio or bytes.
+    Target(&'a mut Target),
+    /// `guarded` or `any`.
+    Dropping(&'a mut Dropping),
 }
 
 /// The parameter whose name need not be written.
-const RATIO: &str = "ratio";
-
-/// The largest ratio that can be asked for.
-const RATIOS: f32 = 64.0;
+const BUDGET: &str = "budget";
 
 impl KvFormat {
     /// Every format, with its default parameters.
@@ -109,7 +112,9 @@ impl KvFormat {
                 ("spread", Share(&mut p.spread)),
                 ("close", Positive(&mut p.close)),
             ],
-            KvFormat::Layered(p) => vec![(RATIO, Parameter::Positive(&mut p.ratio))],
+            KvFormat::Layered(p) => {
+                vec![(BUDGET, Parameter::Target(&mut p.target)), ("drop", Parameter::Dropping(&mut p.drop))]
+            }
             KvFormat::Quest(p) => vec![
                 ("block", Count(&mut p.block)),
                 ("selected", Share(&mut p.selected)),
@@ -147,9 +152,7 @@ impl KvFormat {
             let fits = match parameter {
                 Parameter::Share(x) => share(key, *x),
                 Parameter::AutoShare(x) => x.map_or(Ok(()), |x| share(key, x)),
-                Parameter::Positive(x) if key == RATIO && !(1.0..=RATIOS).contains(x) => {
-                    Err(format!("{x}; wanted 1 to {RATIOS}"))
-                }
+                Parameter::Target(x) => x.check(),
                 Parameter::Positive(x) if x.is_nan() || *x <= 0.0 => Err(format!("{x}; wanted more than 0")),
                 Parameter::AutoCount(Some(x)) if key == "block" => listed(*x, blocks, "tokens"),
                 Parameter::AutoCount(Some(x)) => listed(*x, &[1, 2, 4], "channels"),
@@ -183,6 +186,14 @@ impl KvFormat {
         }
     }
 
+    /// Bytes that the cache is to take at the end of a prompt, where the format was given a number of them.
+    pub fn budget(self) -> Option<usize> {
+        match self {
+            KvFormat::Layered(Layered { target: Target::Bytes(bytes), .. }) => Some(bytes),
+            _ => None,
+        }
+    }
+
     /// Whether the prompt of this layer is compressed at its end.
     pub(crate) fn compresses(self, layer: usize) -> bool {
         match self {
@@ -207,7 +218,7 @@ impl fmt::Display for KvFormat {
         let mut separator = ':';
         for ((key, here), (_, default)) in copy.parameters().into_iter().zip(default.parameters()) {
             if here != default {
-                let key = if key == RATIO { String::new() } else { format!("{key}=") };
+                let key = if key == BUDGET { String::new() } else { format!("{key}=") };
                 write!(f, "{separator}{key}{here}")?;
                 separator = ',';
             }
@@ -228,6 +239,9 @@ impl fmt::Display for Parameter<'_> {
             Parameter::Count(x) => x.fmt(f),
             Parameter::AutoShare(Some(x)) => x.fmt(f),
             Parameter::AutoCount(Some(x)) => x.fmt(f),
+            Parameter::Target(x) => x.fmt(f),
+            Parameter::Dropping(Dropping::Guarded) => f.write_str("guarded"),
+            Parameter::Dropping(Dropping::Any) => f.write_str("any"),
             Parameter::AutoShare(None) | Parameter::AutoCount(None) => f.write_str("auto"),
             Parameter::Rotation(Basis::Svd) => f.write_str("svd"),
             Parameter::Turn(Turn::Hadamard) => f.write_str("hadamard"),
@@ -247,8 +261,8 @@ impl FromStr for KvFormat {
             return Err(format!("unknown KV format {name}; wanted one of {}", names.join(", ")));
         };
         for parameter in parameters.split(',').filter(|p| !p.is_empty()) {
-            let is_ratio = matches!(format, KvFormat::Layered(_)) && !parameter.contains('=');
-            let bare = if is_ratio { (RATIO, parameter) } else { (parameter, "") };
+            let is_budget = matches!(format, KvFormat::Layered(_)) && !parameter.contains('=');
+            let bare = if is_budget { (BUDGET, parameter) } else { (parameter, "") };
             let (key, value) = parameter.split_once('=').unwrap_or(bare);
             let mut known = format.parameters();
             let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
@@ -257,6 +271,16 @@ impl FromStr for KvFormat {
                 Some((_, Parameter::AutoShare(x))) => **x = auto(key, value)?,
                 Some((_, Parameter::AutoCount(x))) => **x = auto(key, value)?,
                 Some((_, Parameter::Count(x))) => **x = number(key, value)?,
+                Some((_, Parameter::Target(x))) => {
+                    **x = value.parse().map_err(|why| format!("{key}={why}"))?;
+                }
+                Some((_, Parameter::Dropping(x))) => {
+                    **x = match value {
+                        "guarded" => Dropping::Guarded,
+                        "any" => Dropping::Any,
+                        _ => return Err(format!("{key}={value}; wanted guarded or any")),
+                    }
+                }
                 Some((_, Parameter::Rotation(x))) => {
                     **x = match value {
                         "svd" => Basis::Svd,
@@ -341,6 +365,10 @@ mod tests {
             "layered:4",
             "layered:4@all",
             "layered@relative=0.001",
+            "layered:24MB",
+            "layered:drop=any",
+            "layered:12,drop=any",
+            "layered:1.5GB",
             "q8_0:rotation=none",
             "q4_0:rotation=none",
         ] {
@@ -362,6 +390,9 @@ mod tests {
         let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (5, text));
         assert!("exact,,packed".parse::<KvFormats>().is_err());
+        let text = "layered,layered:24MB,drop=any,layered:drop=any";
+        let list: KvFormats = text.parse().unwrap();
+        assert_eq!((list.0.len(), list.to_string().as_str()), (3, text));
     }
 
     #[test]
@@ -390,6 +421,12 @@ mod tests {
             "layered@most",
             "exact@all",
             "snapkv:kept=0",
+            "layered:0",
+            "layered:-3MB",
+            "layered:1e30GB",
+            "layered:abc",
+            "layered:8,abc=1",
+            "layered:8,drop=all",
         ] {
             assert!(text.parse::<KvFormat>().is_err(), "{text} was taken");
         }

@@ -1,6 +1,8 @@
-//! What was chosen where? The segments of a packed cache, as figures.
+//! What was chosen where? The segments of a packed cache and the pages of a layered one, as figures.
 
-use crate::{KvCache, Layer};
+use crate::layered::{LayeredHead, SINKS};
+use crate::{KvBytes, KvCache, Layer};
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Page, Pages, Profile};
 
 /// A segment of one layer and KV head.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,4 +63,103 @@ impl KvCache {
         }
         out
     }
+}
+
+/// A KV head of one layer in the layered format. Its tokens are the sinks, those of the pages, the dropped ones and the
+/// buffer's; its bytes those of the pages and the others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeadInfo {
+    /// Which layer.
+    pub layer: usize,
+    /// Which KV head.
+    pub head: usize,
+    /// First tokens, exact.
+    pub sinks: usize,
+    /// The prompt's pages in the order of the plan, from important tokens to others.
+    pub prompt: Vec<PageInfo>,
+    /// Tokens of the prompt that this head has dropped.
+    pub dropped: usize,
+    /// Pages of what came after, oldest first; the last one, at 8 bits, begins as the prompt's newest tokens.
+    pub tail: Vec<PageInfo>,
+    /// Newest tokens, exact.
+    pub buffer: usize,
+    /// Bytes allocated that are in no page: sinks, means and spreads, buffer, lists.
+    pub other_bytes: usize,
+}
+
+/// A page of the layered format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageInfo {
+    /// Tokens.
+    pub tokens: usize,
+    /// Its keys.
+    pub keys: HalfInfo,
+    /// Its values.
+    pub values: HalfInfo,
+    /// Bytes allocated: keys, values and the header.
+    pub bytes: usize,
+}
+
+/// The keys or the values of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HalfInfo {
+    /// Channels of 8, of 4 and of 2 bits; those that are left of `head_dim` have none.
+    pub channels: [usize; 3],
+    /// Elements beyond their width's range, stored apart.
+    pub escapes: usize,
+    /// Bytes of codes and escapes.
+    pub bytes: usize,
+}
+
+impl HalfInfo {
+    /// Bits of a vector's codes.
+    pub fn bits(self) -> usize {
+        let [eight, four, two] = self.channels;
+        8 * eight + 4 * four + 2 * two
+    }
+
+    fn new(profile: Profile, escapes: usize) -> HalfInfo {
+        let channels = [profile.eight, profile.four, profile.two].map(|groups| usize::from(groups) * GROUP);
+        let codes = profile.bits() * PAGE_TOKENS / 8;
+        HalfInfo { channels, escapes, bytes: codes + escapes * Pages::BYTES_OF_ESCAPE }
+    }
+}
+
+impl KvCache {
+    /// The heads of the layers in the layered format, by layer and head.
+    pub fn layered_heads(&self) -> Vec<HeadInfo> {
+        let mut out = Vec::new();
+        for (layer, heads) in self.layers.iter().enumerate() {
+            let Layer::Layered(heads) = heads else { continue };
+            out.extend(heads.iter().enumerate().map(|(head, of)| head_info((layer, head), of)));
+        }
+        out
+    }
+}
+
+fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
+    let mut bytes = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
+    of.count(&mut bytes);
+    let (prompt, tail) = (pages(&of.prompt.pages), pages(&of.tail.pages));
+    let in_pages: usize = prompt.iter().chain(&tail).map(|page| page.bytes).sum();
+    HeadInfo {
+        layer,
+        head,
+        sinks: SINKS,
+        dropped: of.prompt.dropped,
+        buffer: of.buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
+        other_bytes: bytes.total() - in_pages,
+        prompt,
+        tail,
+    }
+}
+
+fn pages(pages: &Pages) -> Vec<PageInfo> {
+    let page = |(i, page): (usize, &Page)| {
+        let [keys, values] = pages.escapes(i);
+        let (keys, values) = (HalfInfo::new(page.keys, keys), HalfInfo::new(page.values, values));
+        let header = Pages::bytes_of_page(Profile::default(), Profile::default());
+        PageInfo { tokens: page.tokens(), keys, values, bytes: header + keys.bytes + values.bytes }
+    };
+    pages.pages().iter().enumerate().map(page).collect()
 }

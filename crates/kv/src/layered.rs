@@ -13,7 +13,8 @@ mod calibration;
 mod encode;
 mod importance;
 mod plan;
-mod select;
+pub(crate) mod select;
+mod target;
 
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
@@ -22,14 +23,15 @@ use mosaickv_kernels::exact::ExactPage;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile};
 use std::sync::Arc;
 
-pub(crate) use attend::{Work, decode};
+pub(crate) use attend::{SKETCH, Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
 pub use select::Select;
+pub use target::{ByteCount, Target};
 
 /// First tokens of a sequence, always exact and always attended to.
-const SINKS: usize = 4;
+pub(crate) const SINKS: usize = 4;
 
 /// Tokens of a prompt below which it stays exact: there is too little to plan for.
 const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
@@ -37,15 +39,27 @@ const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
 /// Our own format.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Layered {
-    /// f16 bytes of a prompt over those it is to take, all of them counted, at least 1.
-    pub ratio: f32,
+    /// The bytes that a prompt is to take.
+    pub target: Target,
+    /// Which tokens may be dropped.
+    pub drop: Dropping,
     /// What a decode step reads.
     pub select: Select,
 }
 
+/// Which tokens of a prompt may have no bits in which heads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Dropping {
+    /// Each token stays in the head of each layer that would lose most by it.
+    #[default]
+    Guarded,
+    /// A token may be dropped from all heads of a layer: what is asked of it later can't be answered.
+    Any,
+}
+
 impl Default for Layered {
     fn default() -> Layered {
-        Layered { ratio: 8.0, select: Select::default() }
+        Layered { target: Target::Ratio(8.0), drop: Dropping::Guarded, select: Select::default() }
     }
 }
 
@@ -53,7 +67,7 @@ impl Default for Layered {
 pub(crate) struct Segment {
     pub(crate) pages: Pages,
     /// Tokens that are in no page.
-    dropped: usize,
+    pub(crate) dropped: usize,
 }
 
 /// Means and spreads of the channels of keys and values, `[D]` each.
@@ -105,7 +119,7 @@ pub(crate) struct LayeredHead {
     /// Profiles of the tail's other pages.
     running: (Profile, Profile),
     /// What a step reads.
-    select: Select,
+    pub(crate) select: Select,
     /// Allocated as far as it is needed.
     pub(crate) buffer: Option<ExactPage>,
 }

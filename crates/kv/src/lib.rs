@@ -36,8 +36,8 @@ use std::time::{Duration, Instant};
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
 pub use format::{KvFormat, KvFormats};
-pub use inspect::SegmentInfo;
-pub use layered::{Calibration, HeadCalibration, Layered, Moments, Select};
+pub use inspect::{HalfInfo, HeadInfo, PageInfo, SegmentInfo};
+pub use layered::{ByteCount, Calibration, Dropping, HeadCalibration, Layered, Moments, Select, Target};
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
 pub use packed::{Packed, SINKS};

@@ -5,13 +5,12 @@
 //! Nobody optimizes this file.
 
 use crate::exact::ExactHead;
-use crate::layered::LayeredHead;
+use crate::layered::{LayeredHead, SKETCH, Work, select};
 use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
 use half::f16;
-use mosaickv_kernels::layered::{self, Pages, Queries};
-use mosaickv_kernels::rotate::rotate;
-use mosaickv_kernels::{Isa, oracle};
+use mosaickv_kernels::layered::{self, Needed, Pages, SPREAD, TILE_TOKENS, TILES};
+use mosaickv_kernels::oracle;
 
 impl KvCache {
     /// What [`attend`](KvCache::attend) should give for the newest token: `queries` `[H, D]`, output `[H, D]`, of
@@ -26,14 +25,16 @@ impl KvCache {
     /// f64 order them differently: that much is rounding, while an output over other tokens is another output.
     ///
     /// In the format `layered` with the queries as the step rounds them to bytes: most of its difference from
-    /// [`oracle`](KvCache::oracle) is that rounding, which would hide what else is wrong.
+    /// [`oracle`](KvCache::oracle) is that rounding, which would hide what else is wrong. What is missed is there the share of
+    /// a query's sketched attention that was left out beyond what may be.
     pub fn oracle_of_step(&self, layer: usize, queries: &[f32], g: usize) -> (Vec<f64>, f64) {
         if let Layer::Layered(heads) = &self.layers[layer] {
             let of_group = self.shape.group() * self.shape.head_dim;
             let span = g * of_group..(g + 1) * of_group;
             let mut out = vec![0.0; queries.len()];
-            out[span.clone()].copy_from_slice(&heads[g].oracle_of_rounded(self.isa, &queries[span]));
-            return (out, 0.0);
+            let work = &self.working.layered[g];
+            out[span].copy_from_slice(&heads[g].oracle_of_step(work));
+            return (out, heads[g].missed(work));
         }
         let selected = self.working.packed.get(g).map(|work| &*work.selected);
         self.oracle_of(layer, queries, g, selected)
@@ -144,19 +145,25 @@ impl LayeredHead {
         (keys, self.with_values_of_pages(values))
     }
 
-    /// Attention `[R, D]` of queries `[R, D]` that meet pages as they are rounded.
-    fn oracle_of_rounded(&self, isa: Isa, queries: &[f32]) -> Vec<f64> {
+    /// Attention `[R, D]` of a step's queries, as it rounded them, over what it chose.
+    fn oracle_of_step(&self, work: &Work) -> Vec<f64> {
         let d = self.head_dim();
-        let scale = (d as f32).sqrt().recip();
-        let scaled: Vec<f32> = queries.iter().map(|q| q * scale).collect();
-        let rounded = self.rounded(isa, &scaled);
-        let (keys, values) = self.exact_rows();
-        let values = self.with_values_of_pages(values);
-        let attended = scaled.chunks_exact(d).enumerate().flat_map(|(r, query)| {
+        let (keys, exact_values) = self.exact_rows();
+        let attended = work.scaled.chunks_exact(d).enumerate().flat_map(|(r, query)| {
             let dot = |key: &[f64]| query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum();
             let mut scores: Vec<f64> = keys.chunks_exact(d).map(dot).collect();
-            for (pages, page) in self.pages() {
-                scores.extend(layered::oracle::scores(&rounded, r, pages, page));
+            let mut values = exact_values.clone();
+            for (pages, visits) in work.chosen.of(self) {
+                for &(page, tiles) in visits {
+                    let of_page = layered::oracle::scores(&work.queries, r, pages, page as usize);
+                    let of_values = self.restored_values(pages, page as usize);
+                    for (t, (score, value)) in of_page.iter().zip(of_values.chunks_exact(d)).enumerate() {
+                        if tiles >> (t / TILE_TOKENS) & 1 == 1 {
+                            scores.push(*score);
+                            values.extend_from_slice(value);
+                        }
+                    }
+                }
             }
             // One channel whose keys are the scores.
             oracle::attend(&[1.0], &scores, &values, 1.0)
@@ -164,18 +171,39 @@ impl LayeredHead {
         attended.collect()
     }
 
-    /// Scaled queries `[R, D]` as a step rounds them. In its f32 with its kernels, since a number that is the least bit off may
-    /// be rounded to another byte, and that is no error.
-    fn rounded(&self, isa: Isa, scaled: &[f32]) -> Queries {
-        let d = self.head_dim();
-        let mut turned = vec![0.0; scaled.len()];
-        rotate(isa, scaled, &self.calibration.heads[self.index].queries, &mut turned, d);
-        let mut offsets = vec![];
-        for query in turned.chunks_exact_mut(d) {
-            offsets.push(query.iter().zip(self.scales.key_mean()).map(|(q, m)| q * m.to_f32()).sum());
-            query.iter_mut().zip(self.scales.key_spread()).for_each(|(q, s)| *q *= s.to_f32());
+    /// The largest share of a query's attention, as sketched, that was left out beyond what the head's selection allows;
+    /// infinite if that read too much.
+    fn missed(&self, work: &Work) -> f64 {
+        let Some(needed) = self.select.needed(self.in_pages()) else { return 0.0 };
+        let mut tiles = vec![];
+        for ((pages, range), (_, visits)) in self.selectable().into_iter().zip(work.chosen.of(self)) {
+            for page in range {
+                let read = visits.iter().find(|visit| visit.0 == page as u32).map_or(0, |visit| visit.1);
+                tiles.extend((0..TILES).map(|tile| (pages, page, tile, read >> tile & 1 == 1)));
+            }
         }
-        Queries::new(isa, &turned, &offsets)
+        let read = tiles.iter().filter(|(.., read)| *read).count();
+        let (least, most) = select::bounds(tiles.len());
+        // Near the bounds, tiles that are wanted alike are not told apart.
+        if read > most + most / 16 + 1 {
+            return f64::INFINITY;
+        }
+        if read >= least.max(most - most / 16) {
+            return 0.0;
+        }
+        let (keys, _) = self.exact_rows();
+        let d = self.head_dim();
+        let mut worst: f64 = 0.0;
+        for (r, query) in work.scaled.chunks_exact(d).enumerate() {
+            let best = |&(pages, page, tile, read): &(&Pages, usize, usize, bool)| {
+                (layered::oracle::sketch(&work.queries, r, (pages, page), SKETCH)[tile], read)
+            };
+            let best: Vec<(f64, bool)> = tiles.iter().map(best).collect();
+            let dot = |key: &[f64]| query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum::<f64>();
+            let known: Vec<f64> = keys.chunks_exact(d).map(dot).collect();
+            worst = worst.max(missed_of(&best, &known, needed));
+        }
+        worst
     }
 
     /// Keys and values `[T, D]` of the tokens that are in no page.
@@ -196,18 +224,39 @@ impl LayeredHead {
 
     /// `values`, and after them those of all pages.
     fn with_values_of_pages(&self, mut values: Vec<f64>) -> Vec<f64> {
-        let back = widened(&self.calibration.heads[self.index].outputs);
         for (pages, page) in self.pages() {
-            let (_, v) = pages.decode(page);
-            values.extend(restored(&v, (self.scales.value_mean(), self.scales.value_spread()), &back));
+            values.extend(self.restored_values(pages, page));
         }
         values
+    }
+
+    /// `[n, D]`, back in the model's channels.
+    fn restored_values(&self, pages: &Pages, page: usize) -> Vec<f64> {
+        let back = widened(&self.calibration.heads[self.index].outputs);
+        restored(&pages.decode(page).1, (self.scales.value_mean(), self.scales.value_spread()), &back)
     }
 
     /// All pages: whose they are, and which.
     fn pages(&self) -> impl Iterator<Item = (&Pages, usize)> {
         let segments = [&self.prompt.pages, &self.tail.pages];
         segments.into_iter().flat_map(|pages| (0..pages.pages().len()).map(move |page| (pages, page)))
+    }
+}
+
+/// What a query misses beyond what it may: of tiles with these largest scores, read or not, and tokens of these scores that
+/// are read in any case.
+fn missed_of(tiles: &[(f64, bool)], known: &[f64], needed: Needed) -> f64 {
+    let top = tiles.iter().map(|tile| tile.0).chain(known.iter().copied()).fold(f64::MIN, f64::max);
+    let weight = |score: f64| (score - top).exp();
+    let left_out = || tiles.iter().filter(|(_, read)| !read).map(|(score, _)| weight(*score));
+    match needed {
+        Needed::Relative(least) => left_out().fold(0.0, f64::max) - f64::from(least),
+        Needed::Mass(mass) => {
+            let spread = f64::from(SPREAD);
+            let all = tiles.iter().map(|(score, _)| spread * weight(*score)).sum::<f64>()
+                + known.iter().map(|score| weight(*score)).sum::<f64>();
+            left_out().sum::<f64>() * spread / all - (1.0 - f64::from(mass))
+        }
     }
 }
 

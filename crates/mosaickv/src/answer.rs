@@ -1,7 +1,7 @@
 //! One question, one answer: chat template, prefill, greedy decode, bill.
 
 use crate::bill::{Bill, DecodeTotals};
-use crate::fetch;
+use crate::{budget, fetch};
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use mosaickv_kernels::Pool;
@@ -70,7 +70,7 @@ pub fn answer(
     });
     bar.finish_and_clear();
     let mut next = greedy(&logits?);
-    let ttft = start.elapsed();
+    let (ttft, missed) = (start.elapsed(), budget::missed(sequence.cache()));
 
     let (attention, read, decode) =
         (sequence.attention_time(), sequence.cache().bytes_read(), Instant::now());
@@ -102,6 +102,7 @@ pub fn answer(
     let kv = asked.format.to_string();
     let mut bill = Bill::new(kv, (model.kv_shape(), held), sequence.cache().bytes());
     (bill.prompt_tokens, bill.output_tokens, bill.ttft_s) = (prompt.len(), tokens, ttft.as_secs_f64());
+    bill.budget_missed = missed;
     bill.add_decode(&totals);
     Ok(Answer { answer, finish_reason, bill })
 }

@@ -23,6 +23,8 @@ pub struct Bill {
     /// Exact f16 bytes to stored bytes.
     pub ratio: f64,
     pub bits_per_scalar: f64,
+    /// What is to be said if bytes were asked for and the prompt took others.
+    pub budget_missed: Option<String>,
     /// Mean over the answer's decode steps.
     pub kv_bytes_read_per_step: Option<f64>,
     /// Share of the decode steps' time spent storing and attending to keys and values.
@@ -53,6 +55,7 @@ impl Bill {
             kv_bytes_exact_f16: exact,
             ratio: exact as f64 / stored as f64,
             bits_per_scalar: stored as f64 * 8.0 / shape.scalars(tokens) as f64,
+            budget_missed: None,
             kv_bytes_read_per_step: None,
             attention_share: None,
             peak_rss_bytes: peak_rss(),
@@ -89,6 +92,9 @@ impl fmt::Display for Bill {
             self.ratio,
             self.bits_per_scalar
         )?;
+        if let Some(missed) = &self.budget_missed {
+            writeln!(f, "  budget    {missed}")?;
+        }
         if let (Some(read), Some(share)) = (self.kv_bytes_read_per_step, self.attention_share) {
             writeln!(
                 f,

@@ -3,11 +3,12 @@
 use crate::ThreadArgs;
 use crate::answer::{Answer, Asked, answer};
 use crate::bill::Bill;
+use crate::budget::BudgetArgs;
 use crate::calibrate::load_for;
 use crate::fetch::{self, ALIAS};
 use anyhow::{Result, bail};
 use clap::Args;
-use mosaickv_kv::KvFormat;
+use mosaickv_kv::{KvFormat, Packed};
 use std::io::{self, Write};
 
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
@@ -19,30 +20,33 @@ const QUESTIONS: [&str; 2] = [
 ];
 
 #[derive(Args)]
-#[command(after_help = "Example:\n  mosaickv demo --threads 4")]
+#[command(after_help = "Examples:\n  mosaickv demo --threads 4\n  mosaickv demo --kv-budget 16MB")]
 pub struct DemoArgs {
     /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
     model: String,
     #[command(flatten)]
     threads: ThreadArgs,
-    /// The compressed cache to show beside the exact one
-    #[arg(long, default_value = "packed")]
-    kv: KvFormat,
+    /// The compressed cache to show beside the exact one [default: packed]
+    #[arg(long)]
+    kv: Option<KvFormat>,
+    #[command(flatten)]
+    budget: BudgetArgs,
 }
 
 pub fn demo(args: &DemoArgs) -> Result<()> {
-    if args.kv == KvFormat::Exact {
+    let compressed = args.budget.format(args.kv, KvFormat::Packed(Packed::default()))?;
+    if compressed == KvFormat::Exact {
         bail!("--kv exact would compare the exact cache with itself; leave it out, or give packed:...");
     }
     let pool = args.threads.pool();
-    let (model, text) = load_for((&fetch::resolve(&args.model)?, None), &pool, &[args.kv])?;
+    let (model, text) = load_for((&fetch::resolve(&args.model)?, None), &pool, &[compressed])?;
     let mut out = io::stdout().lock();
     writeln!(out, "document: {} words. Every answer reads it anew.", DOCUMENT.split_whitespace().count())?;
     for question in QUESTIONS {
         writeln!(out, "\nQ: {question}")?;
         let mut bills = vec![];
-        for kv in [KvFormat::Exact, args.kv] {
+        for kv in [KvFormat::Exact, compressed] {
             // Written with the first piece: a progress bar would wipe it from the line.
             let mut label = format!("  {:<8}", kv.name());
             let asked = Asked { document: Some(DOCUMENT), question, format: kv, max_tokens: 48 };
@@ -54,6 +58,9 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
             bills.push(bill);
         }
         write!(out, "\n{}", side_by_side(&bills[0], &bills[1]))?;
+        if let Some(missed) = &bills[1].budget_missed {
+            writeln!(out, "  {missed}")?;
+        }
     }
     Ok(())
 }

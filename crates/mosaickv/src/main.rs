@@ -5,6 +5,7 @@
 mod answer;
 mod bench;
 mod bill;
+mod budget;
 mod calibrate;
 mod demo;
 mod eval;
@@ -47,7 +48,7 @@ enum Command {
     Eval(eval::EvalCommand),
     /// Learn what the layered format must know of a model, and write it to a file
     Calibrate(calibrate::CalibrateArgs),
-    /// Show which compression strategy each segment of a document got
+    /// Show which strategy each segment of a document got, or which bits each page
     Inspect(inspect::InspectArgs),
 }
 
@@ -55,6 +56,7 @@ enum Command {
 #[command(after_help = "Examples:\n  \
     mosaickv run --model smollm2-135m \"Name three rivers.\"\n  \
     mosaickv run --model ./model.gguf --file book.txt --kv packed \"Who is the captain?\"\n  \
+    mosaickv run --model ./model.gguf --file book.txt --kv-budget 24MB \"Who is the captain?\"\n  \
     mosaickv run --model ./Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
 struct RunArgs {
     #[command(flatten)]
@@ -62,11 +64,13 @@ struct RunArgs {
     /// A text to ask about; it is put before the question
     #[arg(long, value_name = "DOC")]
     file: Option<PathBuf>,
-    /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
+    /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes, or layered:24MB), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
     /// (kept, group and block are chosen segment by segment unless given), segment=65536, loss=0.25, grouping=0.01,
-    /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2
-    #[arg(long, default_value = "exact", env = "MOSAICKV_KV")]
-    kv: KvFormat,
+    /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2 [default: exact]
+    #[arg(long, env = "MOSAICKV_KV")]
+    kv: Option<KvFormat>,
+    #[command(flatten)]
+    budget: budget::BudgetArgs,
     /// Longest answer, in tokens
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
@@ -157,13 +161,14 @@ fn run(args: &RunArgs) -> Result<()> {
     if args.question.trim().is_empty() {
         bail!("the question is empty; write it as the last argument, in quotes");
     }
+    let format = args.budget.format(args.kv, KvFormat::Exact)?;
     let document = args.file.as_deref().map(read_document).transpose()?;
     let pool = args.model.threads.pool();
-    let (model, text) = args.model.load(&pool, &[args.kv])?;
+    let (model, text) = args.model.load(&pool, &[format])?;
     let asked = answer::Asked {
         document: document.as_deref(),
         question: &args.question,
-        format: args.kv,
+        format,
         max_tokens: args.max_tokens as usize,
     };
     let json = args.json;

@@ -72,6 +72,39 @@ fn bad_flags() {
 }
 
 #[test]
+fn inspection_of_formats_that_choose_nothing_or_of_too_little() {
+    let (_folder, text) = file("text.txt", b"a few words");
+    let model = tiny("llama.gguf");
+    let inspect = |rest: &[&str], says: &[&str]| {
+        refused(&[&["inspect", "--model", &model, "--file", &text], rest].concat(), says);
+    };
+    inspect(&["--kv", "q8_0"], &["q8_0", "only packed and layered"]);
+    inspect(&["--kv", "packed"], &["too few"]);
+}
+
+#[test]
+fn budgets_that_cannot_be() {
+    let model = tiny("llama.gguf");
+    let run = |rest: &[&str], says: &[&str]| {
+        refused(&[&["run", "--model", &model], rest, &["hello"]].concat(), says);
+    };
+    run(&["--kv", "layered:0"], &["budget=0", "ratio of 1 to 64"]);
+    run(&["--kv", "layered:-3MB"], &["-3MB", "1B to 1000000GB"]);
+    run(&["--kv", "layered:1e30GB"], &["1e30GB", "1B to 1000000GB"]);
+    run(&["--kv", "layered:abc"], &["budget=abc", "24MB"]);
+    run(&["--kv-budget", "24Mb/s"], &["24Mb/s", "24MB"]);
+    run(&["--kv-budget", "24XB"], &["24XB", "kB, MB, GB, KiB, MiB or GiB"]);
+    run(&["--kv", "packed", "--kv-budget", "24MB"], &["packed", "make it layered"]);
+    run(&["--kv", "layered:4", "--kv-budget", "24MB"], &["two budgets"]);
+    run(&["--allow-drop"], &["--allow-drop is for the layered format", "exact"]);
+    run(&["--kv", "layered:drop=all"], &["drop=all", "guarded or any"]);
+    refused(
+        &["bench", "decode", "--model", &model, "--kv", "exact,packed", "--kv-budget", "24MB"],
+        &["exact,packed has none; add layered"],
+    );
+}
+
+#[test]
 fn a_prompt_over_the_context_is_refused_with_both_counts() {
     let (_folder, long) = file("long.txt", "many words ".repeat(3000).as_bytes());
     refused(

@@ -8,8 +8,8 @@ use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::AttnState;
 
-/// A tile's attention over that of its best token.
-const SPREAD: f32 = 2.0;
+/// A tile's attention over that of its best token, as it is taken to be.
+pub const SPREAD: f32 = 2.0;
 
 /// Steps of a bisection over powers of 2: to a 20th of an octave.
 const STEPS: usize = 11;

@@ -2,7 +2,7 @@
 //!
 //! Nobody optimizes this file.
 
-use super::{Pages, Queries};
+use super::{GROUP, Pages, Queries, TILE_TOKENS, TILES};
 
 /// Scores `[n]` of row `r` over the `n` tokens of page `index`, its offset included: the levels of codes times the query as it is
 /// [rounded](Queries::rounded), and what escapes add to levels times the query as it was given.
@@ -20,4 +20,22 @@ pub fn scores(queries: &Queries, r: usize, pages: &Pages, index: usize) -> Vec<f
         scores[usize::from(escape.token)] += (f64::from(exact[c]) - rounded[c]) * escape.rest.to_f64();
     }
     scores
+}
+
+/// What [`sketch`](super::sketch) should give for row `r` and the tiles of page `index`.
+pub fn sketch(queries: &Queries, r: usize, (pages, index): (&Pages, usize), groups: usize) -> [f64; TILES] {
+    let d = pages.head_dim();
+    let (mut keys, _) = pages.decode(index);
+    for escape in pages.escapes_of(index)[0] {
+        keys[usize::from(escape.token) * d + usize::from(escape.channel)] -= escape.rest.to_f32();
+    }
+    let rounded = queries.rounded(r, pages.pages[index].keys);
+    let offset = f64::from(queries.scale_and_offset(r).1);
+    let mut best = [f64::NEG_INFINITY; TILES];
+    for (token, key) in keys.chunks_exact(d).enumerate() {
+        let products = rounded.iter().zip(key).take(groups * GROUP).map(|(q, &k)| q * f64::from(k));
+        let tile = token / TILE_TOKENS;
+        best[tile] = best[tile].max(products.sum::<f64>() + offset);
+    }
+    best
 }

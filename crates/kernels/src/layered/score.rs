@@ -24,8 +24,7 @@ const AHEAD: usize = 6;
 pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
 
 /// The largest score of each tile, `[R, 4 * pages]`, as far as the first `groups` groups of the keys' channels tell (fewer
-/// if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. What fills up a page's last
-/// tile counts as keys near the mean. Returns the bytes read.
+/// if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. Returns the bytes read.
 ///
 /// # Panics
 /// If a shape does not fit, or a page does not exist.
@@ -93,14 +92,22 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
             // SAFETY: the profile's lines were sliced; strips are below 64 / LANES.
             let scores = unsafe { scorer.scores::<4>(s, (lines, ahead), [0, 1, 2, 3]) };
             for r in 0..R {
-                best[r] = s.max_lanes4([0, 1, 2, 3].map(|t: usize| s.to_f32(scores[t][r])));
+                let of_row = [0, 1, 2, 3].map(|t: usize| s.to_f32(scores[t][r]));
+                best[r] = s.max_lanes4(of_row);
+                if let Some((tile, tokens)) = page.last_part() {
+                    best[r][tile] = largest(s, [of_row[tile]], tokens);
+                }
             }
         } else {
             for tile in 0..TILES {
                 // SAFETY: as above.
                 let scores = unsafe { scorer.scores::<2>(s, (lines, ahead), [2 * tile, 2 * tile + 1]) };
                 for r in 0..R {
-                    best[r][tile] = s.max_lanes(s.max(s.to_f32(scores[0][r]), s.to_f32(scores[1][r])));
+                    let of_row = [s.to_f32(scores[0][r]), s.to_f32(scores[1][r])];
+                    best[r][tile] = s.max_lanes(s.max(of_row[0], of_row[1]));
+                    if let Some((_, tokens)) = page.last_part().filter(|(last, _)| *last == tile) {
+                        best[r][tile] = largest(s, of_row, tokens);
+                    }
                 }
             }
         }
@@ -113,6 +120,17 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         }
     }
     R
+}
+
+/// The largest of the first `count` elements.
+#[inline(always)]
+fn largest<S: Simd, const N: usize>(s: S, x: [S::V; N], count: usize) -> f32 {
+    let mut elements = [0.0; TILE_TOKENS];
+    for (to, x) in elements.chunks_exact_mut(S::LANES).zip(x) {
+        // SAFETY: a chunk has LANES elements.
+        unsafe { s.store(to.as_mut_ptr(), x) };
+    }
+    elements[..count].iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x))
 }
 
 /// What codes stand for, as tables.

@@ -24,23 +24,23 @@ const ATTENDED_PER_TASK: u32 = 64;
 const SKETCHED_PER_TASK: usize = 256;
 
 /// Groups of 8 channels that a sketch looks at.
-const SKETCH: usize = 2;
+pub(crate) const SKETCH: usize = 2;
 
 /// What a step works with in one head, kept between steps for its allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
     /// Queries `[R, D]`, scaled.
-    scaled: Vec<f32>,
+    pub(crate) scaled: Vec<f32>,
     /// The same in the calibration's channels, times the keys' spreads.
     turned: Vec<f32>,
     /// `[R]`: a query's product with the keys' means, which is in every score.
     offsets: Vec<f32>,
     /// Both, as the kernel wants them.
-    queries: Queries,
+    pub(crate) queries: Queries,
     /// Of each sketched run of pages, `[R, tiles]`: the largest sketched scores.
     sketched: Vec<f32>,
     /// What is to be read.
-    chosen: select::Chosen,
+    pub(crate) chosen: select::Chosen,
     /// One state: the exact tokens, in the end all.
     whole: Vec<AttnState>,
     /// Of each run of tiles, in the calibration's channels over spreads.
@@ -145,9 +145,11 @@ impl Lane<'_> {
 
     fn attending(&mut self, step: Step) -> Vec<Attending<'_>> {
         let (head, Work { queries, chosen, parts, reads, .. }) = (self.head, &mut *self.work);
-        let of_prompt = runs_of(&chosen.prompt).map(|visits| (&head.prompt.pages, visits));
-        let of_tail = runs_of(&chosen.tail).map(|visits| (&head.tail.pages, visits));
-        let runs: Vec<(&Pages, &[(u32, u8)])> = of_prompt.chain(of_tail).collect();
+        let runs = chosen
+            .of(head)
+            .into_iter()
+            .flat_map(|(pages, visits)| runs_of(visits).map(move |run| (pages, run)));
+        let runs: Vec<(&Pages, &[(u32, u8)])> = runs.collect();
         reads.clear();
         reads.resize(runs.len(), 0);
         let states = cleared(parts, runs.len(), step.shape.group(), step.shape.head_dim);
@@ -225,18 +227,22 @@ fn runs_of(visits: &[(u32, u8)]) -> impl Iterator<Item = &[(u32, u8)]> {
 
 impl LayeredHead {
     /// Tokens of pages, sealed ones and the newest.
-    fn in_pages(&self) -> usize {
+    pub(crate) fn in_pages(&self) -> usize {
         self.prompt.pages.tokens() + self.tail.pages.tokens()
     }
 
-    /// Runs of the pages that may be left out, in order.
+    /// The pages that may be left out: of the prompt all, of the tail all but the newest.
+    pub(crate) fn selectable(&self) -> [(&Pages, Range<usize>); 2] {
+        let (prompt, tail) = (&self.prompt.pages, &self.tail.pages);
+        [(prompt, 0..prompt.pages().len()), (tail, 0..tail.pages().len() - 1)]
+    }
+
+    /// Runs of them, in order.
     fn sketched_runs(&self) -> Vec<(&Pages, Range<usize>)> {
         let mut runs = vec![];
-        // The tail's last page is always read.
-        for (pages, last) in [(&self.prompt.pages, 0), (&self.tail.pages, 1)] {
-            let count = pages.pages().len() - last;
-            let starts = (0..count).step_by(SKETCHED_PER_TASK);
-            runs.extend(starts.map(|first| (pages, first..(first + SKETCHED_PER_TASK).min(count))));
+        for (pages, Range { end, .. }) in self.selectable() {
+            let starts = (0..end).step_by(SKETCHED_PER_TASK);
+            runs.extend(starts.map(|first| (pages, first..(first + SKETCHED_PER_TASK).min(end))));
         }
         runs
     }

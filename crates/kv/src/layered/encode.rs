@@ -3,7 +3,8 @@
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, plan};
 use super::{
-    Calibration, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, Select, fine,
+    Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment,
+    Select, fine,
 };
 use crate::KvShape;
 use crate::exact::ExactHead;
@@ -25,14 +26,14 @@ pub(crate) struct Prompt<'a> {
     pub(crate) samples: &'a Samples,
 }
 
-/// The layers' heads, which together take the ratio's part of their f16 bytes. Layers of fewer than 260 tokens are
-/// not for this.
+/// The layers' heads, which together take what the settings leave them beside `others` bytes of the same cache. Layers of
+/// fewer than 260 tokens are not for this.
 pub(crate) fn compress(
     pool: &Pool,
     shape: KvShape,
     calibration: &Arc<Calibration>,
     prompts: Vec<Prompt>,
-    settings: Layered,
+    (settings, others): (Layered, usize),
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
     assert!(tokens >= LEAST_TOKENS, "a prompt of {tokens} tokens, wanted at least {LEAST_TOKENS}");
@@ -49,10 +50,13 @@ pub(crate) fn compress(
     for (prompt, heads) in prompts.iter().zip(heads.chunks_mut(shape.kv_heads)) {
         let weight = calibration.layer_weights[prompt.layer];
         heads.iter_mut().for_each(|head| lift(&mut head.weights, weight));
-        guard(heads);
+        if settings.drop == Dropping::Guarded {
+            guard(heads);
+        }
     }
-    let exact = (jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>()) as f32;
-    let plans = plan(pool, &heads, exact / settings.ratio - fixed_bytes(jobs.len(), shape.head_dim) as f32);
+    let exact = jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
+    let budget = settings.target.budget(exact, others);
+    let plans = plan(pool, &heads, budget - fixed_bytes(jobs.len(), shape.head_dim) as f32);
     let mut made: Vec<_> = jobs
         .iter()
         .zip(scales)

@@ -3,7 +3,7 @@
 //! Reverse water-filling gives each head a family of profiles for keys and one for values: for falling water levels, each
 //! group of channels the width that its variance is worth. A page then takes the pair that costs least: what its
 //! tokens' errors weigh, plus lambda times its bytes. Tokens of like weights share pages, since attention asks for no order; a token
-//! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, but from one head of a layer never. Lambda
+//! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, unless it is guarded there. Lambda
 //! follows by bisection: the plan is a function of the statistics and the budget, and of nothing else.
 
 use super::importance::Weights;

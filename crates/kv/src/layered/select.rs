@@ -1,12 +1,13 @@
 //! Which pages and tiles does a step read in one head?
 
-use mosaickv_kernels::layered::{ALL_TILES, Needed, TILE_TOKENS, TILES, cut, wanted};
+use super::LayeredHead;
+use mosaickv_kernels::layered::{ALL_TILES, Needed, Pages, TILE_TOKENS, TILES, cut, wanted};
 use mosaickv_kernels::{AttnState, Isa};
 use std::fmt;
 use std::str::FromStr;
 
 /// Tokens of a head that are read at least, however little of them is needed: a sketch may be wrong.
-const LEAST_TOKENS: usize = 1024;
+const LEAST_TOKENS: usize = 2048;
 
 /// One in so many tokens is read at most beyond those: where attention is flat, more of the same adds little.
 const MOST: usize = 16;
@@ -58,7 +59,7 @@ impl FromStr for Select {
 
 impl Select {
     /// What it asks for of a head whose pages hold `tokens` tokens; `None`: all of them are read.
-    pub(super) fn needed(self, tokens: usize) -> Option<Needed> {
+    pub(crate) fn needed(self, tokens: usize) -> Option<Needed> {
         // Tiles here and there cost more a token than pages in order.
         if tokens < 2 * LEAST_TOKENS {
             return None;
@@ -71,11 +72,17 @@ impl Select {
     }
 }
 
+/// How many of `tiles` tiles are read, at least and at most.
+pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
+    let least = LEAST_TOKENS / TILE_TOKENS;
+    (least, least + tiles / MOST)
+}
+
 /// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
 #[derive(Debug, Default)]
-pub(super) struct Chosen {
-    pub(super) prompt: Vec<(u32, u8)>,
-    pub(super) tail: Vec<(u32, u8)>,
+pub(crate) struct Chosen {
+    prompt: Vec<(u32, u8)>,
+    tail: Vec<(u32, u8)>,
     /// Scores of all tiles, `[R, N]`.
     rows: Vec<f32>,
     /// `[N]`
@@ -83,6 +90,11 @@ pub(super) struct Chosen {
 }
 
 impl Chosen {
+    /// Of the head's prompt and of its tail.
+    pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 2] {
+        [(&head.prompt.pages, &self.prompt), (&head.tail.pages, &self.tail)]
+    }
+
     /// All tiles of so many pages of the prompt and the tail.
     pub(super) fn all(&mut self, pages: [usize; 2]) {
         for (visits, pages) in [&mut self.prompt, &mut self.tail].into_iter().zip(pages) {
@@ -108,8 +120,7 @@ impl Chosen {
         }
         self.wanted.resize(tiles, 0.0);
         wanted(isa, &mut self.rows, known, needed, &mut self.wanted);
-        let least = LEAST_TOKENS / TILE_TOKENS;
-        let cut = cut(isa, &self.wanted, (least, least + tiles / MOST));
+        let cut = cut(isa, &self.wanted, bounds(tiles));
         self.prompt.clear();
         self.tail.clear();
         for (page, wanted) in self.wanted.chunks_exact(TILES).enumerate() {

@@ -4,10 +4,11 @@ use super::{Machine, StreamMeter, median, show};
 use crate::ModelArgs;
 use crate::answer::{MOST_RAW_BYTES, bar};
 use crate::bill::peak_rss;
+use crate::budget::{self, BudgetArgs};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
+use mosaickv_kv::{Background, KvFormat, KvFormats, Packed, Timing};
 use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
@@ -31,9 +32,11 @@ pub struct DecodeArgs {
     /// next to nothing but the weights
     #[arg(long, value_delimiter = ',', default_values_t = [512, 2048, 8192])]
     depth: Vec<usize>,
-    /// KV formats, one or several, as for run
-    #[arg(long, default_value = "exact,packed")]
-    kv: KvFormats,
+    /// KV formats, one or several, as for run [default: exact,packed; with --kv-budget exact,layered]
+    #[arg(long)]
+    kv: Option<KvFormats>,
+    #[command(flatten)]
+    budget: BudgetArgs,
     /// Sequences that decode together, one number or several; each reads the prompt into a cache of its own
     #[arg(long, value_delimiter = ',', default_values_t = [1])]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -79,7 +82,8 @@ struct Row {
 
 pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
-    let (model, text) = args.model.load(&pool, &args.kv.0)?;
+    let formats = args.budget.formats(args.kv.as_ref(), KvFormat::Packed(Packed::default()))?;
+    let (model, text) = args.model.load(&pool, &formats)?;
     let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
     ensure!(
         deepest <= context,
@@ -93,21 +97,23 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     }
     let mut stream = StreamMeter::new(&pool);
     let progress = bar("measuring", "runs");
-    progress.set_length(
-        (args.depth.len() * args.batch.len() * args.kv.0.len() * usize::from(args.rounds)) as u64,
-    );
+    progress
+        .set_length((args.depth.len() * args.batch.len() * formats.len() * usize::from(args.rounds)) as u64);
     let mut rows = vec![];
     for (&depth, &batch) in args.depth.iter().flat_map(|depth| args.batch.iter().map(move |b| (depth, b))) {
         let (prompt, batch) = (&tokens[..depth.saturating_sub(steps).max(1)], usize::from(batch));
-        let mut runs = vec![vec![]; args.kv.0.len()];
+        let mut runs = vec![vec![]; formats.len()];
         for _ in 0..args.rounds {
             stream.read();
-            for (kv, runs) in args.kv.0.iter().zip(&mut runs) {
+            for (kv, runs) in formats.iter().zip(&mut runs) {
                 runs.push(run((&model, &pool), *kv, (steps, batch), prompt)?);
                 progress.inc(1);
             }
         }
-        let of_format = args.kv.0.iter().zip(&runs);
+        runs.iter()
+            .flat_map(|runs| &runs[0].missed)
+            .for_each(|missed| progress.suspend(|| eprintln!("{missed}")));
+        let of_format = formats.iter().zip(&runs);
         rows.extend(of_format.map(|(kv, runs)| row(*kv, (depth, prompt.len(), batch), runs)));
     }
     progress.finish_and_clear();
@@ -124,6 +130,8 @@ struct Run {
     kv_bytes: usize,
     kv_bytes_read: f64,
     flush: f64,
+    /// What is to be said if the prompt took other bytes than were asked for.
+    missed: Option<String>,
 }
 
 /// Reads the prompt in each of `batch` sequences and generates `steps` tokens after it.
@@ -145,6 +153,7 @@ fn run(
         }
         sequences.push(sequence);
     }
+    let missed = budget::missed(sequences[0].cache());
     let read = |all: &[Sequence]| all.iter().map(|sequence| sequence.cache().bytes_read()).sum::<u64>();
     let flush = |all: &[Sequence]| all[0].cache().phases().flush;
     let (attention, before, flushed) = (sequences[0].attention_time(), read(&sequences), flush(&sequences));
@@ -162,6 +171,7 @@ fn run(
         kv_bytes: sequences.iter().map(|sequence| sequence.cache().bytes().total()).sum(),
         kv_bytes_read: (read(&sequences) - before) as f64 / steps as f64,
         flush: (flush(&sequences) - flushed).as_secs_f64() / steps as f64,
+        missed,
     })
 }
 
