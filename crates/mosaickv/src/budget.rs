@@ -79,7 +79,7 @@ pub fn missed(cache: &KvCache) -> Option<String> {
         _ => return None,
     };
     Some(format!(
-        "a budget of {}, but the prompt of {} tokens takes {:.2} MB: {why}",
+        "{} were asked for, but the prompt of {} tokens takes {:.2} MB: {why}",
         ByteCount(asked),
         cache.tokens(),
         got as f64 / 1e6
