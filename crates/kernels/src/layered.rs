@@ -14,12 +14,15 @@
 //! 16 tokens of 4 channels (`[16, 4]`), two such for each 16 tokens; a block of values is 8 tokens, `[2, 8, 4]`: four tokens
 //! together, of 8 channels, twice. With 8 bits a block is 64 bytes; with 4 bits two blocks share 64 bytes, the first in the
 //! low halves; with 2 bits four do. Groups follow each other, keys first: a page has no padding but that of its last tokens.
+//! The first [`SKETCH`] groups of keys lie apart, those of all pages together: a sketch of all scores is one stream.
 
+use crate::isa::Isa;
 use half::f16;
 
 mod attend;
 mod choose;
 mod credit;
+mod encode;
 pub mod oracle;
 mod queries;
 mod score;
@@ -35,6 +38,9 @@ pub const PAGE_TOKENS: usize = 64;
 
 /// Neighbouring channels that share a width.
 pub const GROUP: usize = 8;
+
+/// Groups of keys from which a token's score is guessed.
+pub const SKETCH: usize = 2;
 
 /// Codes of a block, and bytes of the lines that pages are made of.
 const LINE: usize = 64;
@@ -173,6 +179,14 @@ impl Profile {
         Profile { eight: eight as u8, four: four as u8, two: two as u8 }
     }
 
+    /// The groups of a key that lie apart, and the others.
+    #[inline]
+    fn split(self) -> [Profile; 2] {
+        let first = self.first(SKETCH);
+        let (eight, four) = (self.eight - first.eight, self.four - first.four);
+        [first, Profile { eight, four, two: self.two - first.two }]
+    }
+
     #[inline]
     fn lines(self) -> usize {
         self.bits() * PAGE_TOKENS / 8 / LINE
@@ -182,8 +196,9 @@ impl Profile {
 /// What is the same for all tokens of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Page {
-    /// Its first line among the segment's.
+    /// Its first line among the segment's, and among those of the first groups of keys.
     first: u32,
+    leading: u32,
     /// Where its keys' escapes begin among the segment's; its values' follow, up to the next page's.
     key_escapes: u32,
     value_escapes: u32,
@@ -224,6 +239,9 @@ struct Line([u8; LINE]);
 /// Pages of one layer and KV head whose channels have the same means and spreads.
 #[derive(Clone, Debug)]
 pub struct Pages {
+    /// Of the first groups of keys.
+    leading: Vec<Line>,
+    /// All others.
     lines: Vec<Line>,
     pages: Vec<Page>,
     escapes: Vec<Escape>,
@@ -237,7 +255,7 @@ impl Pages {
             head_dim > 0 && head_dim.is_multiple_of(GROUP) && head_dim <= 256,
             "head_dim {head_dim}, wanted a multiple of {GROUP}, at most 256"
         );
-        Pages { lines: vec![], pages: vec![], escapes: vec![], head_dim }
+        Pages { leading: vec![], lines: vec![], pages: vec![], escapes: vec![], head_dim }
     }
 
     /// In the order in which they were added.
@@ -269,30 +287,49 @@ impl Pages {
             "{of_keys:?}, {of_values:?}: more than {} groups",
             d / GROUP
         );
-        let first = self.lines.len() as u32;
+        let (first, leading) = (self.lines.len() as u32, self.leading.len() as u32);
         let key_escapes = self.escapes.len() as u32;
-        self.encode(keys, of_keys, key_place);
+        self.encode(keys, (of_keys, SKETCH), key_place);
         let value_escapes = self.escapes.len() as u32;
-        self.encode(values, of_values, value_place);
+        self.encode(values, (of_values, 0), value_place);
         let tokens = tokens as u8;
-        self.pages.push(Page { first, key_escapes, value_escapes, keys: of_keys, values: of_values, tokens });
+        self.pages.push(Page {
+            first,
+            leading,
+            key_escapes,
+            value_escapes,
+            keys: of_keys,
+            values: of_values,
+            tokens,
+        });
     }
 
-    fn encode(&mut self, vectors: &[f32], profile: Profile, place: impl Fn(usize, usize) -> usize) {
-        let d = self.head_dim;
+    /// The first `leading` groups lie apart.
+    fn encode(
+        &mut self,
+        vectors: &[f32],
+        (profile, leading): (Profile, usize),
+        place: impl Fn(usize, usize) -> usize,
+    ) {
+        let (d, isa) = (self.head_dim, Isa::current());
         for (group, width) in profile.widths().enumerate() {
             // Codes in the order of the blocks; what no token fills is the level next to 0.
             let mut codes = [width.code(0.0); PAGE_TOKENS * GROUP];
-            for (token, vector) in vectors.chunks_exact(d).enumerate() {
-                let elements = &vector[group * GROUP..][..GROUP];
-                for (c, &x) in elements.iter().enumerate() {
-                    codes[place(token, c)] = width.code(x);
-                }
-                if elements.iter().any(|x| x.abs() > width.range()) {
-                    self.escape(elements, width, (token, group * GROUP));
+            let elements = vectors.chunks_exact(d).map(|vector| &vector[group * GROUP..][..GROUP]);
+            let mut of_tokens = [[0; GROUP]; PAGE_TOKENS];
+            let mut beyond = encode::codes(isa, width, elements.clone(), &mut of_tokens);
+            for (token, of_token) in of_tokens[..vectors.len() / d].iter().enumerate() {
+                for (c, code) in of_token.iter().enumerate() {
+                    codes[place(token, c)] = *code;
                 }
             }
-            self.lines.extend((0..width.lines()).map(|line| pack(&codes, width, line)));
+            while beyond != 0 {
+                let token = beyond.trailing_zeros() as usize;
+                self.escape(&vectors[token * d + group * GROUP..][..GROUP], width, (token, group * GROUP));
+                beyond &= beyond - 1;
+            }
+            let lines = if group < leading { &mut self.leading } else { &mut self.lines };
+            lines.extend((0..width.lines()).map(|line| pack(&codes, width, line)));
         }
     }
 
@@ -309,11 +346,11 @@ impl Pages {
     /// without bits are 0.
     pub fn decode(&self, index: usize) -> (Vec<f32>, Vec<f32>) {
         let page = &self.pages[index];
-        let lines = &self.lines[page.first as usize..];
-        let (keys, values) = lines.split_at(page.keys.lines());
+        let [leading, keys, values] = self.lines_of(page);
         let [of_keys, of_values] = self.escapes_of(index);
+        let keys = [leading, keys].concat();
         (
-            self.decode_half((keys, of_keys), (page.keys, page.tokens()), key_place),
+            self.decode_half((&keys, of_keys), (page.keys, page.tokens()), key_place),
             self.decode_half((values, of_values), (page.values, page.tokens()), value_place),
         )
     }
@@ -342,6 +379,15 @@ impl Pages {
         out
     }
 
+    /// The lines of a page: of its keys those apart and the others, and of its values.
+    #[inline]
+    fn lines_of(&self, page: &Page) -> [&[Line]; 3] {
+        let [leading, keys] = page.keys.split();
+        let lines = &self.lines[page.first as usize..][..keys.lines() + page.values.lines()];
+        let (keys, values) = lines.split_at(keys.lines());
+        [&self.leading[page.leading as usize..][..leading.lines()], keys, values]
+    }
+
     /// Of the keys and of the values of page `index`.
     fn escapes_of(&self, index: usize) -> [&[Escape]; 2] {
         let page = &self.pages[index];
@@ -360,6 +406,7 @@ impl Pages {
         let last = self.pages.len().checked_sub(1)?;
         let decoded = self.decode(last);
         let page = self.pages.pop()?;
+        self.leading.truncate(page.leading as usize);
         self.lines.truncate(page.first as usize);
         self.escapes.truncate(page.key_escapes as usize);
         Some(decoded)
@@ -367,6 +414,7 @@ impl Pages {
 
     /// Gives back what was allocated for further pages.
     pub fn shrink(&mut self) {
+        self.leading.shrink_to_fit();
         self.lines.shrink_to_fit();
         self.pages.shrink_to_fit();
         self.escapes.shrink_to_fit();
@@ -374,7 +422,7 @@ impl Pages {
 
     /// Bytes allocated, without this header.
     pub fn bytes(&self) -> usize {
-        self.lines.capacity() * size_of::<Line>()
+        (self.leading.capacity() + self.lines.capacity()) * size_of::<Line>()
             + self.pages.capacity() * size_of::<Page>()
             + self.escapes.capacity() * size_of::<Escape>()
     }
@@ -510,7 +558,7 @@ mod tests {
             let mut pages = Pages::new(32);
             let profile = Profile { eight: 1, four: 1, two: 2 };
             pages.push((&x, &x), (profile, profile));
-            pages.lines.iter().flat_map(|line| line.0).collect::<Vec<u8>>()
+            pages.leading.iter().chain(&pages.lines).flat_map(|line| line.0).collect::<Vec<u8>>()
         };
         assert_eq!(make(), make());
     }

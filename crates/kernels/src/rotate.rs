@@ -160,16 +160,17 @@ impl<'a> Strided<'a> {
 }
 
 fn product(a: Strided, b: Strided) -> Vec<f32> {
-    let mut out = vec![0.0; a.rows * b.cols];
-    if a.cols == 0 || out.is_empty() {
-        return out;
+    let len = a.rows * b.cols;
+    if a.cols == 0 || len == 0 {
+        return vec![0.0; len];
     }
+    let mut out: Vec<f32> = Vec::with_capacity(len);
     assert_eq!(a.cols, b.rows, "inner sizes differ");
     for m in [a, b] {
         assert!((m.rows - 1) * m.row + (m.cols - 1) * m.col < m.data.len());
     }
-    // SAFETY: the last element of each matrix is inside its slice (asserted above for the sources, by its
-    // making for `out`), and `out` overlaps neither.
+    // SAFETY: the last element of each matrix is inside its slice (asserted above for the sources) or its allocation (`out`),
+    // and `out` overlaps neither. It is written to and not read, every element once, and has all of them after that.
     unsafe {
         gemm(
             a.rows,
@@ -192,6 +193,7 @@ fn product(a: Strided, b: Strided) -> Vec<f32> {
             false,
             Parallelism::None,
         );
+        out.set_len(len);
     }
     out
 }

@@ -14,6 +14,7 @@ mod encode;
 mod importance;
 mod plan;
 pub(crate) mod select;
+mod tail;
 mod target;
 
 use crate::KvBytes;
@@ -23,10 +24,11 @@ use mosaickv_kernels::exact::ExactPage;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile};
 use std::sync::Arc;
 
-pub(crate) use attend::{SKETCH, Work, decode};
+pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
+use plan::Running;
 pub use select::Select;
 pub use target::{ByteCount, Target};
 
@@ -116,8 +118,12 @@ pub(crate) struct LayeredHead {
     pub(crate) prompt: Arc<Segment>,
     /// What came after, and at its end a page at 8 bits.
     pub(crate) tail: Arc<Segment>,
-    /// Profiles of the tail's other pages.
-    running: (Profile, Profile),
+    /// How the tail's other pages are stored.
+    running: Running,
+    /// Bytes a token of the prompt, everything counted.
+    rate: f32,
+    /// Tokens at which the buffer becomes a page.
+    limit: usize,
     /// What a step reads.
     pub(crate) select: Select,
     /// Allocated as far as it is needed.
@@ -132,43 +138,6 @@ impl LayeredHead {
     pub(crate) fn tokens(&self) -> usize {
         let sealed = |segment: &Segment| segment.pages.tokens() + segment.dropped;
         SINKS + sealed(&self.prompt) + sealed(&self.tail) + self.buffer.as_ref().map_or(0, ExactPage::tokens)
-    }
-
-    /// Whether the next token must first send the buffer to a page.
-    pub(crate) fn is_full(&self) -> bool {
-        self.buffer.as_ref().is_some_and(|buffer| buffer.tokens() == PAGE_TOKENS)
-    }
-
-    /// Adds a token, its key `[D]` and value `[D]`.
-    pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
-        if self.is_full() {
-            self.seal();
-        }
-        let d = key.len();
-        let buffer = match self.buffer.take() {
-            None => ExactPage::new(d, 16),
-            Some(full) if full.is_full() => {
-                let mut larger = ExactPage::new(d, full.capacity() + 16);
-                let (keys, values) = crate::packed::rows(&[&full]);
-                keys.chunks_exact(d).zip(values.chunks_exact(d)).for_each(|(k, v)| larger.push(k, v));
-                larger
-            }
-            Some(buffer) => buffer,
-        };
-        self.buffer.insert(buffer).push(key, value);
-    }
-
-    /// The buffer becomes the tail's last page, at 8 bits, and the one before gets the running profiles.
-    fn seal(&mut self) {
-        let buffer = self.buffer.take().expect("a full buffer");
-        let (keys, values) = crate::packed::rows(&[&buffer]);
-        let (keys, values) = self.coordinates(&keys, &values);
-        let d = self.head_dim();
-        let tail = Arc::make_mut(&mut self.tail);
-        if let Some((keys, values)) = tail.pages.pop() {
-            tail.pages.push((&keys, &values), self.running);
-        }
-        tail.pages.push((&keys, &values), (fine(d), fine(d)));
     }
 
     /// Keys and values `[T, D]` less means and over spreads.
@@ -193,6 +162,13 @@ impl LayeredHead {
             bytes.lists += ARC_BYTES + size_of::<Segment>();
         }
         bytes.packed += self.scales.bytes();
+    }
+
+    /// Everything that [`count`](LayeredHead::count) counts, and this header.
+    fn bytes(&self) -> usize {
+        let mut bytes = KvBytes::default();
+        self.count(&mut bytes);
+        bytes.total() + size_of::<LayeredHead>()
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {

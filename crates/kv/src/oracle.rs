@@ -5,7 +5,7 @@
 //! Nobody optimizes this file.
 
 use crate::exact::ExactHead;
-use crate::layered::{LayeredHead, SKETCH, Work, select};
+use crate::layered::{LayeredHead, Work, select};
 use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
 use half::f16;
@@ -196,7 +196,7 @@ impl LayeredHead {
         let mut worst: f64 = 0.0;
         for (r, query) in work.scaled.chunks_exact(d).enumerate() {
             let best = |&(pages, page, tile, read): &(&Pages, usize, usize, bool)| {
-                (layered::oracle::sketch(&work.queries, r, (pages, page), SKETCH)[tile], read)
+                (layered::oracle::sketch(&work.queries, r, pages, page)[tile], read)
             };
             let best: Vec<(f64, bool)> = tiles.iter().map(best).collect();
             let dot = |key: &[f64]| query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum::<f64>();

@@ -208,9 +208,16 @@ fn the_ratio_is_reached_within_two_percent_of_all_bytes() {
         let reached = |copy: &KvCache| SHAPE.exact_bytes(copy.tokens()) as f64 / copy.bytes().total() as f64;
         let prompt = reached(&copy);
         assert!((prompt / f64::from(ratio) - 1.0).abs() < 0.02, "asked {ratio}, reached {prompt}");
-        grow(&mut copy, &pool, 1024);
-        let grown = reached(&copy);
-        assert!(grown > 0.8 * f64::from(ratio), "asked {ratio}, after 1,024 more tokens {grown}");
+        let mut worst = f64::INFINITY;
+        for _ in 0..4 {
+            grow(&mut copy, &pool, 1000);
+            worst = worst.min(reached(&copy) / prompt);
+        }
+        assert!(
+            worst > 0.9 && reached(&copy) > 0.96 * prompt,
+            "asked {ratio}: {worst} of it at worst, then {}",
+            reached(&copy)
+        );
     }
 }
 

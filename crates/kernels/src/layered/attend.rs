@@ -84,12 +84,13 @@ pub fn attend_tiles(
 /// What attention needs of a page.
 struct View<'a> {
     page: &'a Page,
+    leading: *const u8,
     keys: *const u8,
     values: *const u8,
     escapes: [&'a [Escape]; 2],
     tiles: u8,
-    /// Bytes to the next page's lines, if all of them will be met; else 0.
-    ahead: usize,
+    /// Bytes to the next page's lines, of those of keys that lie apart and of the others, if all of them will be met; else 0.
+    ahead: [usize; 2],
 }
 
 impl<'a> View<'a> {
@@ -97,16 +98,15 @@ impl<'a> View<'a> {
     #[inline(always)]
     fn new(pages: &'a Pages, (index, tiles): (u32, u8)) -> View<'a> {
         let page = &pages.pages[index as usize];
-        let (keys, values) = (page.keys.lines(), page.values.lines());
-        let lines = &pages.lines[page.first as usize..][..keys + values];
-        let (keys, values) = lines.split_at(keys);
+        let [leading, keys, values] = pages.lines_of(page);
         View {
             page,
+            leading: leading.as_ptr().cast(),
             keys: keys.as_ptr().cast(),
             values: values.as_ptr().cast(),
             escapes: pages.escapes_of(index as usize),
             tiles: tiles & ((1 << page.tokens().div_ceil(TILE_TOKENS)) - 1),
-            ahead: 0,
+            ahead: [0; 2],
         }
     }
 
@@ -120,31 +120,37 @@ impl<'a> View<'a> {
             + size_of::<Page>()
     }
 
-    /// Asks for the lines of the tiles.
+    /// Asks for the tiles' lines of keys and for all escapes.
     #[inline(always)]
-    fn ask<S: Simd>(&self, s: S) {
+    fn ask_for_keys<S: Simd>(&self, s: S) {
+        let [leading, keys] = self.page.keys.split();
+        self.ask(s, self.leading, leading);
+        self.ask(s, self.keys, keys);
+        for escapes in self.escapes {
+            s.prefetch_near(escapes.as_ptr(), 0);
+        }
+    }
+
+    /// Asks for the tiles' lines of groups of `profile`.
+    #[inline(always)]
+    fn ask<S: Simd>(&self, s: S, lines: *const u8, profile: Profile) {
         let t = u32::from(self.tiles);
         let either = t | t >> 1;
         // Bit `i`: line `i` of a group; with 8 bits a tile has two lines, with 2 bits two tiles have one.
         let eight = [0b11, 0b1100, 0b11_0000, 0b1100_0000];
         let eight: u32 = eight.iter().enumerate().map(|(i, lines)| (t >> i & 1) * lines).sum();
         let masks = [eight, t, either & 1 | (either >> 2 & 1) << 1];
-        for (lines, profile) in [(self.keys, self.page.keys), (self.values, self.page.values)] {
-            let counts = [profile.eight, profile.four, profile.two];
-            let mut at = 0;
-            for ((count, mask), bits) in counts.into_iter().zip(masks).zip([8, 4, 2]) {
-                for _ in 0..count {
-                    let mut left = mask;
-                    while left != 0 {
-                        s.prefetch_near(lines, at + left.trailing_zeros() as usize * LINE);
-                        left &= left - 1;
-                    }
-                    at += bits * LINE;
+        let counts = [profile.eight, profile.four, profile.two];
+        let mut at = 0;
+        for ((count, mask), bits) in counts.into_iter().zip(masks).zip([8, 4, 2]) {
+            for _ in 0..count {
+                let mut left = mask;
+                while left != 0 {
+                    s.prefetch_near(lines, at + left.trailing_zeros() as usize * LINE);
+                    left &= left - 1;
                 }
+                at += bits * LINE;
             }
-        }
-        for escapes in self.escapes {
-            s.prefetch_near(escapes.as_ptr(), 0);
         }
     }
 }
@@ -195,15 +201,17 @@ fn attend_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, run: Range<usize>,
         a.read += view.bytes();
         if let Some(&(next, ALL_TILES)) = a.visits.get(at + 1) {
             let next = View::new(a.pages, (next, ALL_TILES));
-            view.ahead = (next.keys as usize).wrapping_sub(view.keys as usize);
+            view.ahead = [
+                (next.leading as usize).wrapping_sub(view.leading as usize),
+                (next.keys as usize).wrapping_sub(view.keys as usize),
+            ];
         }
-        if let Some(&later) = a.visits.get(at + TILES_AHEAD).filter(|later| later.1 != ALL_TILES) {
-            View::new(a.pages, later).ask(s);
-        }
+        let later = a.visits.get(at + TILES_AHEAD).filter(|later| later.1 != ALL_TILES);
+        let later = later.map(|later| View::new(a.pages, *later));
         match view.tiles {
             0 => {}
-            ALL_TILES => fold.page::<true>(s, &view),
-            _ => fold.page::<false>(s, &view),
+            ALL_TILES => fold.page::<true>(s, &view, later.as_ref()),
+            _ => fold.page::<false>(s, &view, later.as_ref()),
         }
     }
     let old = &mut a.state.max[rows.clone()];
@@ -261,14 +269,21 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
         }
     }
 
-    /// Folds a page's tiles in; `ALL`: these are all four.
+    /// Folds a page's tiles in (`ALL`: these are all four), and asks for a later one's: half before and half after the
+    /// scores, since a core waits where it has asked for too much.
     #[inline(always)]
-    fn page<const ALL: bool>(&mut self, s: S, view: &View) {
+    fn page<const ALL: bool>(&mut self, s: S, view: &View, later: Option<&View>) {
+        if let Some(later) = later {
+            later.ask_for_keys(s);
+        }
         if !ALL {
             self.choose(view.tiles);
         }
         self.add_to_scores(view);
         self.score::<ALL>(s, view);
+        if let Some(later) = later {
+            later.ask(s, later.values, later.page.values);
+        }
         self.soften::<ALL>(s);
         self.spread::<ALL>(s);
         self.weigh::<ALL>(s, view);
@@ -339,8 +354,9 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
 
     #[inline(always)]
     fn score_strips<const T: usize>(&mut self, s: S, view: &View, strips: [usize; T]) {
+        let lines = [(view.leading, view.ahead[0]), (view.keys, view.ahead[1])];
         // SAFETY: a view's lines are those of its page's profile; strips are below 64 / LANES.
-        let scores = unsafe { self.scorer.scores::<T>(s, (view.keys, view.ahead), strips) };
+        let scores = unsafe { self.scorer.scores::<T>(s, lines, strips) };
         for r in 0..R {
             let (scale, _) = self.scorer.queries.scale_and_offset(self.scorer.first + r);
             for t in 0..T {
@@ -449,7 +465,7 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
 
     #[inline(always)]
     fn weigh<const ALL: bool>(&mut self, s: S, view: &View) {
-        let mut at = At { lines: view.values, group: 0, ahead: view.ahead };
+        let mut at = At { lines: view.values, group: 0, ahead: view.ahead[1] };
         // A loop of known length would be unrolled, all weights loaded before the first group: they spill.
         self.weighed = black_box(self.count::<ALL>());
         // SAFETY: a view's lines are those of its page's profile: groups of more bits first.

@@ -11,9 +11,6 @@ use crate::state::AttnState;
 /// A tile's attention over that of its best token, as it is taken to be.
 pub const SPREAD: f32 = 2.0;
 
-/// Steps of a bisection over powers of 2: to a 20th of an octave.
-const STEPS: usize = 11;
-
 /// What a query needs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Needed {
@@ -51,15 +48,13 @@ impl Kernel for Wanted<'_> {
     fn run<S: Simd>(self, s: S) {
         for (r, row) in self.best.chunks_exact_mut(self.out.len()).enumerate() {
             let (max, sum) = (self.known.max[r], self.known.sum[r]);
-            let mut top = s.splat(max.max(f32::MIN));
-            for_each(s, row, f32::NEG_INFINITY, |x| top = s.max(top, x));
-            let top = s.max_lanes(top);
+            let top = largest(s, row, max.max(f32::MIN));
             let total = soften(s, row, top) * SPREAD + if sum > 0.0 { sum * (max - top).exp() } else { 0.0 };
             let least = match self.needed {
                 Needed::Relative(least) => least.max(f32::MIN_POSITIVE),
                 Needed::Mass(mass) => {
                     let missed = (1.0 - mass) * total / SPREAD;
-                    highest(-60.0, 0.0, |least| sum_below(s, row, least) <= missed)
+                    highest::<9>(-30.0, |least| sum_below(s, row, least) <= missed)
                 }
             };
             let by = s.splat(1.0 / least);
@@ -78,8 +73,8 @@ impl Kernel for Wanted<'_> {
     }
 }
 
-/// The least a tile must be wanted to be attended to: 1, or what makes them at least `least` and at most `most` (about: a
-/// twentieth of an octave of importance is not told apart).
+/// The least a tile must be wanted to be attended to: 1, or what makes them at least `least` and at most `most` (about: what
+/// differs by a thousandth is not told apart).
 pub fn cut(isa: Isa, wanted: &[f32], (least, most): (usize, usize)) -> f32 {
     dispatch(isa, Cut { wanted, least, most })
 }
@@ -98,19 +93,21 @@ impl Kernel for Cut<'_> {
         let count = |cut: f32| self.wanted.len() - count_below(s, self.wanted, cut);
         let needed = count(1.0);
         if needed < self.least {
-            return highest(-120.0, 0.0, |cut| count(cut) >= self.least);
+            return highest::<16>(-120.0, |cut| count(cut) >= self.least);
         }
         if needed > self.most {
-            return 1.0 / highest(-60.0, 0.0, |inverse| count(1.0 / inverse) <= self.most);
+            // Where attention is flat, tiles are wanted nearly alike: to a thousandth of an octave.
+            return 1.0 / highest::<16>(-60.0, |inverse| count(1.0 / inverse) <= self.most);
         }
         1.0
     }
 }
 
-/// The highest power of 2 with an exponent from `low` to `high` for which `holds` is true, which it is up to some number;
-/// that of `low` if for none.
+/// The highest power of 2 with an exponent from `low` to 0 for which `holds` is true, which it is up to some number; that of
+/// `low` if for none. In so many steps of bisection.
 #[inline(always)]
-fn highest(mut low: f32, mut high: f32, mut holds: impl FnMut(f32) -> bool) -> f32 {
+fn highest<const STEPS: usize>(mut low: f32, holds: impl Fn(f32) -> bool) -> f32 {
+    let mut high = 0.0;
     for _ in 0..STEPS {
         let middle = 0.5 * (low + high);
         if holds(middle.exp2()) {
@@ -122,34 +119,38 @@ fn highest(mut low: f32, mut high: f32, mut holds: impl FnMut(f32) -> bool) -> f
     low.exp2()
 }
 
-/// Vectors of `x`, the last one filled up with `rest`.
+/// Of `x` and `least`.
 #[inline(always)]
-fn for_each<S: Simd>(s: S, x: &[f32], rest: f32, mut f: impl FnMut(S::V)) {
-    let chunks = x.chunks_exact(S::LANES);
-    let mut last = [rest; 16];
-    last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+fn largest<S: Simd>(s: S, x: &[f32], least: f32) -> f32 {
+    let mut tops = [s.splat(least); 2];
+    let chunks = x.chunks_exact(2 * S::LANES);
+    let rest = chunks.remainder().iter().fold(least, |top, x| top.max(*x));
     for chunk in chunks {
-        // SAFETY: a chunk has LANES elements.
-        f(unsafe { s.load(chunk.as_ptr()) });
+        for (i, top) in tops.iter_mut().enumerate() {
+            // SAFETY: a chunk has twice LANES elements.
+            *top = s.max(*top, unsafe { s.load(chunk.as_ptr().add(i * S::LANES)) });
+        }
     }
-    // SAFETY: no vector has more than 16 elements.
-    f(unsafe { s.load(last.as_ptr()) });
+    s.max_lanes(s.max(tops[0], tops[1])).max(rest)
 }
 
 /// `e^(x - top)` in place, and the sum.
 #[inline(always)]
 fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
-    let (shift, mut sum) = (s.splat(top), s.splat(0.0));
-    let mut chunks = row.chunks_exact_mut(S::LANES);
+    let (shift, mut sums) = (s.splat(top), [s.splat(0.0); 2]);
+    let mut chunks = row.chunks_exact_mut(2 * S::LANES);
     for chunk in &mut chunks {
-        // SAFETY: a chunk has LANES elements.
-        unsafe {
-            let e = s.exp(s.sub(s.load(chunk.as_ptr()), shift));
-            sum = s.add(sum, e);
-            s.store(chunk.as_mut_ptr(), e);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: a chunk has twice LANES elements.
+            unsafe {
+                let at = chunk.as_mut_ptr().add(i * S::LANES);
+                let e = s.exp(s.sub(s.load(at), shift));
+                *sum = s.add(*sum, e);
+                s.store(at, e);
+            }
         }
     }
-    let mut sum = s.sum_lanes(sum);
+    let mut sum = s.sum_lanes(s.add(sums[0], sums[1]));
     for x in chunks.into_remainder() {
         *x = (*x - top).max(-87.0).exp();
         sum += *x;
@@ -160,17 +161,30 @@ fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
 /// Of the weights below `least`.
 #[inline(always)]
 fn sum_below<S: Simd>(s: S, row: &[f32], least: f32) -> f32 {
-    let (least, mut sum) = (s.splat(least), s.splat(0.0));
-    for_each(s, row, 0.0, |x| sum = s.add(sum, s.if_below(x, least, x)));
-    s.sum_lanes(sum)
+    let least = s.splat(least);
+    sum_of(s, row, 0.0, |x| s.if_below(x, least, x))
 }
 
 #[inline(always)]
 fn count_below<S: Simd>(s: S, x: &[f32], cut: f32) -> usize {
-    let (cut, mut sum) = (s.splat(cut), s.splat(0.0));
-    let one = s.splat(1.0);
-    for_each(s, x, f32::INFINITY, |x| sum = s.add(sum, s.if_below(x, cut, one)));
-    s.sum_lanes(sum) as usize
+    let (cut, one) = (s.splat(cut), s.splat(1.0));
+    sum_of(s, x, f32::INFINITY, |x| s.if_below(x, cut, one)) as usize
+}
+
+/// Of `f` over vectors of `x`, the last one filled up with `rest`. Four sums, since one would wait for each addition.
+#[inline(always)]
+fn sum_of<S: Simd>(s: S, x: &[f32], rest: f32, f: impl Fn(S::V) -> S::V) -> f32 {
+    let mut sums = [s.splat(0.0); 4];
+    let chunks = x.chunks_exact(4 * S::LANES);
+    let mut last = [rest; 4 * 16];
+    last[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+    for chunk in chunks.chain(last[..4 * S::LANES].chunks_exact(4 * S::LANES)) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: a chunk has four times LANES elements.
+            *sum = s.add(*sum, f(unsafe { s.load(chunk.as_ptr().add(i * S::LANES)) }));
+        }
+    }
+    s.sum_lanes4(sums).iter().sum()
 }
 
 #[cfg(test)]

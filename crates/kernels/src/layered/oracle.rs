@@ -2,7 +2,7 @@
 //!
 //! Nobody optimizes this file.
 
-use super::{GROUP, Pages, Queries, TILE_TOKENS, TILES};
+use super::{GROUP, Pages, Queries, SKETCH, TILE_TOKENS, TILES};
 
 /// Scores `[n]` of row `r` over the `n` tokens of page `index`, its offset included: the levels of codes times the query as it is
 /// [rounded](Queries::rounded), and what escapes add to levels times the query as it was given.
@@ -23,7 +23,7 @@ pub fn scores(queries: &Queries, r: usize, pages: &Pages, index: usize) -> Vec<f
 }
 
 /// What [`sketch`](super::sketch) should give for row `r` and the tiles of page `index`.
-pub fn sketch(queries: &Queries, r: usize, (pages, index): (&Pages, usize), groups: usize) -> [f64; TILES] {
+pub fn sketch(queries: &Queries, r: usize, pages: &Pages, index: usize) -> [f64; TILES] {
     let d = pages.head_dim();
     let (mut keys, _) = pages.decode(index);
     for escape in pages.escapes_of(index)[0] {
@@ -33,7 +33,7 @@ pub fn sketch(queries: &Queries, r: usize, (pages, index): (&Pages, usize), grou
     let offset = f64::from(queries.scale_and_offset(r).1);
     let mut best = [f64::NEG_INFINITY; TILES];
     for (token, key) in keys.chunks_exact(d).enumerate() {
-        let products = rounded.iter().zip(key).take(groups * GROUP).map(|(q, &k)| q * f64::from(k));
+        let products = rounded.iter().zip(key).take(SKETCH * GROUP).map(|(q, &k)| q * f64::from(k));
         let tile = token / TILE_TOKENS;
         best[tile] = best[tile].max(products.sum::<f64>() + offset);
     }

@@ -17,24 +17,18 @@ use std::ops::Range;
 /// Tokens of a tile, which is what can be chosen.
 pub const TILE_TOKENS: usize = 16;
 
-/// Pages that [`sketch`] asks for ahead.
-const AHEAD: usize = 6;
+/// Lines that [`sketch`] asks for ahead.
+const AHEAD: usize = 48;
 
 /// Tiles of a page.
 pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
 
-/// The largest score of each tile, `[R, 4 * pages]`, as far as the first `groups` groups of the keys' channels tell (fewer
-/// if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. Returns the bytes read.
+/// The largest score of each tile, `[R, 4 * pages]`, as far as the first [`SKETCH`](super::SKETCH) groups of the
+/// keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. Returns the bytes read.
 ///
 /// # Panics
 /// If a shape does not fit, or a page does not exist.
-pub fn sketch(
-    isa: Isa,
-    queries: &Queries,
-    (pages, range): (&Pages, Range<usize>),
-    groups: usize,
-    out: &mut [f32],
-) -> usize {
+pub fn sketch(isa: Isa, queries: &Queries, (pages, range): (&Pages, Range<usize>), out: &mut [f32]) -> usize {
     assert_eq!(queries.head_dim(), pages.head_dim(), "queries and pages of other widths");
     assert!(
         range.start <= range.end && range.end <= pages.pages.len(),
@@ -42,14 +36,13 @@ pub fn sketch(
         pages.pages.len()
     );
     assert_eq!(out.len(), queries.rows() * range.len() * TILES, "scores of the wrong length");
-    dispatch(isa, Sketch { queries, pages, range, groups, out, read: 0 })
+    dispatch(isa, Sketch { queries, pages, range, out, read: 0 })
 }
 
 struct Sketch<'a> {
     queries: &'a Queries,
     pages: &'a Pages,
     range: Range<usize>,
-    groups: usize,
     out: &'a mut [f32],
     /// Bytes.
     read: usize,
@@ -81,18 +74,21 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
     let stride = a.range.len() * TILES;
     for (i, index) in a.range.clone().enumerate() {
         let page = &a.pages.pages[index];
-        let profile = page.keys.first(a.groups);
-        let lines = a.pages.lines[page.first as usize..][..profile.lines()].as_ptr().cast::<u8>();
-        let later = a.pages.pages.get(index + AHEAD).map_or(page.first, |later| later.first);
-        let ahead = (later.wrapping_sub(page.first) as usize).wrapping_mul(LINE);
-        a.read += profile.lines() * LINE + size_of::<Page>();
+        let [profile, _] = page.keys.split();
+        let [leading, ..] = a.pages.lines_of(page);
+        a.read += size_of_val(leading) + size_of::<Page>();
+        let nothing = (std::ptr::null(), 0);
+        let lines = [(leading.as_ptr().cast(), AHEAD * LINE), nothing];
         scorer.set_profile(profile);
         let mut best = [[0.0; TILES]; R];
         if S::LANES == TILE_TOKENS {
             // SAFETY: the profile's lines were sliced; strips are below 64 / LANES.
-            let scores = unsafe { scorer.scores::<4>(s, (lines, ahead), [0, 1, 2, 3]) };
+            let scores = unsafe { scorer.scores::<4>(s, lines, [0, 1, 2, 3]) };
             for r in 0..R {
-                let of_row = [0, 1, 2, 3].map(|t: usize| s.to_f32(scores[t][r]));
+                let mut of_row = [s.splat(0.0); TILES];
+                for t in 0..TILES {
+                    of_row[t] = s.to_f32(scores[t][r]);
+                }
                 best[r] = s.max_lanes4(of_row);
                 if let Some((tile, tokens)) = page.last_part() {
                     best[r][tile] = largest(s, [of_row[tile]], tokens);
@@ -101,7 +97,7 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         } else {
             for tile in 0..TILES {
                 // SAFETY: as above.
-                let scores = unsafe { scorer.scores::<2>(s, (lines, ahead), [2 * tile, 2 * tile + 1]) };
+                let scores = unsafe { scorer.scores::<2>(s, lines, [2 * tile, 2 * tile + 1]) };
                 for r in 0..R {
                     let of_row = [s.to_f32(scores[0][r]), s.to_f32(scores[1][r])];
                     best[r][tile] = s.max_lanes(s.max(of_row[0], of_row[1]));
@@ -258,7 +254,8 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
         }
     }
 
-    /// The integer scores of the tokens of `strips`, asking for what is `ahead` of each line.
+    /// The integer scores of the tokens of `strips`. `lines` are those of the groups that lie apart and of the others, each
+    /// with how far ahead to ask for what comes next (0: nothing).
     ///
     /// # Safety
     /// The lines of keys of `self.profile` are readable at `lines`; each strip is below `64 / LANES`.
@@ -266,7 +263,7 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
     pub(super) unsafe fn scores<const T: usize>(
         &self,
         s: S,
-        (lines, ahead): (*const u8, usize),
+        lines: [(*const u8, usize); 2],
         strips: [usize; T],
     ) -> [[S::I; R]; T] {
         let mut acc = [[s.splat_i32(0); R]; T];
@@ -276,12 +273,15 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
                 acc[t][r] = start;
             }
         }
-        let mut at = At { lines, group: 0, ahead };
-        // SAFETY: the profile's groups follow each other, those of more bits first.
-        unsafe {
-            self.add_groups::<T, 8>(s, &mut at, strips, &mut acc);
-            self.add_groups::<T, 4>(s, &mut at, strips, &mut acc);
-            self.add_groups::<T, 2>(s, &mut at, strips, &mut acc);
+        let mut at = At { lines: lines[0].0, group: 0, ahead: 0 };
+        for ((lines, ahead), profile) in lines.into_iter().zip(self.profile.split()) {
+            (at.lines, at.ahead) = (lines, ahead);
+            // SAFETY: the profile's groups follow each other, those of more bits first.
+            unsafe {
+                self.add_groups::<T, 8>(s, (&mut at, profile), strips, &mut acc);
+                self.add_groups::<T, 4>(s, (&mut at, profile), strips, &mut acc);
+                self.add_groups::<T, 2>(s, (&mut at, profile), strips, &mut acc);
+            }
         }
         acc
     }
@@ -292,7 +292,7 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
     unsafe fn add_groups<const T: usize, const BITS: usize>(
         &self,
         s: S,
-        at: &mut At,
+        (at, profile): (&mut At, Profile),
         strips: [usize; T],
         acc: &mut [[S::I; R]; T],
     ) {
@@ -300,7 +300,7 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
         for r in 0..R {
             queries[r] = self.queries.bytes(self.first + r, width_of::<BITS>()).as_ptr();
         }
-        for _ in 0..count_of::<BITS>(self.profile) {
+        for _ in 0..count_of::<BITS>(profile) {
             // Once, if strips are scored in several calls.
             if at.ahead != 0 && strips[0] == 0 {
                 for line in 0..BITS {

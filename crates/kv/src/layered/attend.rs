@@ -23,9 +23,6 @@ const ATTENDED_PER_TASK: u32 = 64;
 /// Pages that one task sketches.
 const SKETCHED_PER_TASK: usize = 256;
 
-/// Groups of 8 channels that a sketch looks at.
-pub(crate) const SKETCH: usize = 2;
-
 /// What a step works with in one head, kept between steps for its allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
@@ -190,7 +187,7 @@ struct Sketching<'a> {
 
 impl Sketching<'_> {
     fn run(&mut self, isa: Isa) {
-        *self.read = sketch(isa, self.queries, (self.pages, self.range.clone()), SKETCH, self.out);
+        *self.read = sketch(isa, self.queries, (self.pages, self.range.clone()), self.out);
     }
 }
 

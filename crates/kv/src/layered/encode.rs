@@ -2,6 +2,7 @@
 
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, plan};
+use super::tail::first_limit;
 use super::{
     Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment,
     Select, fine,
@@ -155,6 +156,8 @@ impl Job<'_> {
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             running: plan.running,
+            rate: 0.0,
+            limit: first_limit(self.index / self.shape.kv_heads, self.shape.layers),
             select,
             buffer: None,
         };
@@ -174,6 +177,7 @@ impl Job<'_> {
         newest.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
         head.tail = Arc::new(Segment { pages: newest, dropped: 0 });
+        head.rate = head.bytes() as f32 / self.exact.tokens() as f32;
         head
     }
 }
@@ -184,34 +188,41 @@ fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
     let tokens = (x.len() / d) as f32;
     let (mut mean, mut square) = (vec![0.0f32; d], vec![0.0f32; d]);
     for row in x.chunks_exact(d) {
-        mean.iter_mut().zip(row).for_each(|(m, x)| *m += x / tokens);
+        mean.iter_mut().zip(row).for_each(|(m, x)| *m += x);
     }
-    let mean: Vec<f16> = mean.into_iter().map(to_f16).collect();
+    let mean: Vec<f16> = mean.into_iter().map(|sum| to_f16(sum / tokens)).collect();
     let wide: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
     for row in x.chunks_exact(d) {
         let less = row.iter().zip(&wide).map(|(x, m)| x - m);
-        square.iter_mut().zip(less).for_each(|(s, x)| *s += x * x / tokens);
+        square.iter_mut().zip(less).for_each(|(s, x)| *s += x * x);
     }
+    square.iter_mut().for_each(|s| *s /= tokens);
     // A channel that never changes has the least spread that divides.
     let spread: Vec<f16> = square.iter().map(|s| to_f16(s.sqrt()).max(f16::MIN_POSITIVE)).collect();
+    let escapes = escapes(&normalized(x, &mean, &spread), d);
+    numbers.extend_from_slice(&mean);
+    numbers.extend_from_slice(&spread);
+    Channels { variances: square.iter().map(|s| s * unit * unit).collect(), escapes }
+}
+
+/// The shares of escapes among elements `[T, D]` in units of their channels' spreads, by groups of channels and widths.
+pub(super) fn escapes(x: &[f32], d: usize) -> Vec<[f32; 3]> {
     let mut escapes = vec![[0.0; 3]; d / GROUP];
-    let share = 1.0 / (tokens * GROUP as f32);
-    let ranges: Vec<f32> = spread.iter().map(|s| Width::Two.range() * s.to_f32()).collect();
+    let share = 1.0 / (x.len() / d * GROUP) as f32;
     for row in x.chunks_exact(d) {
-        for c in 0..d {
+        for (group, escapes) in row.chunks_exact(GROUP).zip(&mut escapes) {
             // Few are beyond the narrowest range.
-            let x = (row[c] - wide[c]).abs();
-            if x > ranges[c] {
-                let x = x / spread[c].to_f32();
-                for (width, share_of) in Width::ALL.iter().zip(&mut escapes[c / GROUP]) {
-                    *share_of += if x > width.range() { share } else { 0.0 };
+            if group.iter().fold(0.0, |m: f32, x| m.max(x.abs())) <= Width::Two.range() {
+                continue;
+            }
+            for x in group {
+                for (width, share_of) in Width::ALL.iter().zip(&mut *escapes) {
+                    *share_of += if x.abs() > width.range() { share } else { 0.0 };
                 }
             }
         }
     }
-    numbers.extend_from_slice(&mean);
-    numbers.extend_from_slice(&spread);
-    Channels { variances: square.iter().map(|s| s * unit * unit).collect(), escapes }
+    escapes
 }
 
 /// Vectors `[T, D]` times a matrix of the calibration.

@@ -12,17 +12,21 @@ use std::ops::Range;
 /// Queries this near to a token say nothing about it.
 const NEAR: usize = 64;
 
+/// Channels of values, those of most variance, in which outputs are compared with values; of the others a value's own
+/// square is taken.
+const COMPARED: usize = 16;
+
 /// Query rows that are worked on together.
-const ROWS: usize = 48;
+const ROWS: usize = 144;
 
 /// Evenly spaced positions of a layer, at most.
 const EVEN: usize = 256;
 
 /// Further positions, among the newest tokens: what comes next asks most like them.
-const RECENT: usize = 256;
+const RECENT: usize = 128;
 
 /// Distance of the recent positions.
-const STEP: usize = 2;
+const STEP: usize = 4;
 
 /// Queries of a layer at positions that depend on the number of tokens alone: evenly spaced ones, every 8th or
 /// with more than [`EVEN`] of them every 16th and so on, and of the newest tokens more.
@@ -105,6 +109,8 @@ pub(crate) fn weigh(
     let isa = Isa::current();
     let group = queries.len() / d / positions.len();
     let squares: Vec<f32> = values.chunks_exact(d).map(square).collect();
+    let compared = COMPARED.min(d);
+    let leading: Vec<f32> = values.chunks_exact(d).flat_map(|v| &v[..compared]).copied().collect();
     let block = (ROWS / group).max(1);
     for (positions, rows) in positions.chunks(block).zip(queries.chunks(block * group * d)) {
         // Nothing of this block sees more.
@@ -115,9 +121,9 @@ pub(crate) fn weigh(
             soften(isa, visible);
             hidden.fill(0.0);
         }
-        let outputs = multiply(&weights_of, &values[..seen * d], seen);
-        let crossed = products(&outputs, &values[..seen * d], d);
-        for (r, output) in outputs.chunks_exact(d).enumerate() {
+        let outputs = multiply(&weights_of, &leading[..seen * compared], seen);
+        let crossed = products(&outputs, &leading[..seen * compared], compared);
+        for (r, output) in outputs.chunks_exact(compared).enumerate() {
             let judged = (positions[r / group] + 1).saturating_sub(NEAR);
             let row = r * seen..r * seen + judged;
             credit(

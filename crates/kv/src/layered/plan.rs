@@ -4,7 +4,7 @@
 //! group of channels the width that its variance is worth. A page then takes the pair that costs least: what its
 //! tokens' errors weigh, plus lambda times its bytes. Tokens of like weights share pages, since attention asks for no order; a token
 //! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, unless it is guarded there. Lambda
-//! follows by bisection: the plan is a function of the statistics and the budget, and of nothing else.
+//! follows by trial: the plan is a function of the statistics and the budget, and of nothing else.
 
 use super::importance::Weights;
 use mosaickv_kernels::Pool;
@@ -19,7 +19,7 @@ const LEVELS: i32 = 24;
 /// Tokens of like importance that are ordered among each other by what their keys weigh against their values.
 const RUN: usize = 12 * PAGE_TOKENS;
 
-/// Steps of the bisection; the bytes are then within a thousandth of the budget, or no lambda comes nearer.
+/// Steps of the search at most; the bytes are then within a thousandth of the budget, or no lambda comes nearer.
 const STEPS: usize = 24;
 
 /// What is known of the channels of a head's keys or values.
@@ -42,6 +42,17 @@ pub(crate) struct Head {
     pub(crate) guarded: Vec<bool>,
 }
 
+/// How pages are stored whose tokens nobody has asked for yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Running {
+    /// Of keys and values.
+    pub(crate) profiles: (Profile, Profile),
+    /// Of a page of mean tokens: what errors of its keys and of its values weigh.
+    pub(crate) weights: (f32, f32),
+    /// Of a page of the prompt on average, header included.
+    pub(crate) bytes: f32,
+}
+
 /// What a head's tokens become.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HeadPlan {
@@ -49,8 +60,8 @@ pub(crate) struct HeadPlan {
     pub(crate) order: Vec<u32>,
     /// Profiles of keys and values of every 64 of them.
     pub(crate) pages: Vec<(Profile, Profile)>,
-    /// Of a page of the head's mean weights that takes no more bytes than its pages do on average.
-    pub(crate) running: (Profile, Profile),
+    /// For what comes after.
+    pub(crate) running: Running,
     /// Bytes expected.
     pub(crate) bytes: f32,
 }
@@ -64,20 +75,28 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
         pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
         drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
     };
-    let (mut low, mut high) = (1e-30f32.ln(), 1e10f32.ln());
-    for _ in 0..STEPS {
-        let middle = 0.5 * (low + high);
-        let bytes = bytes_at(middle.exp());
-        if bytes > budget {
-            low = middle;
+    let budget = budget.max(1.0);
+    // Logarithms of lambda, and of the bytes there over the budget: bytes fall as lambda rises.
+    let (mut low, mut high) = ((1e-30f32.ln(), 9.0), (1e10f32.ln(), -9.0));
+    let mut last = None;
+    for step in 0..STEPS {
+        // Bytes go about like a power of lambda between; but where one end stays, halves get there.
+        let share: f32 = if step < 3 || step % 3 == 2 { 0.5 } else { low.1 / (low.1 - high.1) };
+        let middle = low.0 + share.clamp(0.02, 0.98) * (high.0 - low.0);
+        let over = (bytes_at(middle.exp()) / budget).ln().clamp(-9.0, 9.0);
+        last = Some(middle);
+        if over > 0.0 {
+            low = (middle, over);
             continue;
         }
-        high = middle;
-        if bytes > 0.999 * budget {
+        high = (middle, over);
+        if over > 0.999f32.ln() {
             break;
         }
     }
-    bytes_at(high.exp());
+    if last != Some(high.0) {
+        bytes_at(high.0.exp());
+    }
     drafts.into_iter().map(|(_, plan)| plan).collect()
 }
 
@@ -100,6 +119,16 @@ struct Family {
 }
 
 impl Family {
+    fn of_keys(channels: &Channels) -> Family {
+        // A score that is off by a normal error of variance x multiplies its weight by e^error: the mean square of
+        // what that adds.
+        Family::new(channels, |x| (2.0 * x).min(40.0).exp() - 2.0 * (0.5 * x).min(20.0).exp() + 1.0)
+    }
+
+    fn of_values(channels: &Channels) -> Family {
+        Family::new(channels, |x| x)
+    }
+
     /// `loss_of` turns a variance of errors into what it costs.
     fn new(channels: &Channels, loss_of: impl Fn(f32) -> f32) -> Family {
         let mut sums: Vec<f32> = channels.variances.chunks(GROUP).map(|group| group.iter().sum()).collect();
@@ -175,9 +204,6 @@ struct Draft {
 
 impl Draft {
     fn new(head: &Head) -> Draft {
-        // A score that is off by a normal error of variance x multiplies its weight by e^error: the mean square of
-        // what that adds.
-        let of_scores = |x: f32| (2.0 * x).min(40.0).exp() - 2.0 * (0.5 * x).min(20.0).exp() + 1.0;
         let Weights { keys, values } = &head.weights;
         let key = |t: u32| keys[t as usize].ln();
         let value = |t: u32| values[t as usize].ln();
@@ -186,7 +212,7 @@ impl Draft {
         for run in order.chunks_mut(RUN) {
             run.sort_by(|&a, &b| (key(b) - value(b)).total_cmp(&(key(a) - value(a))).then(a.cmp(&b)));
         }
-        Draft { keys: Family::new(&head.keys, of_scores), values: Family::new(&head.values, |x| x), order }
+        Draft { keys: Family::of_keys(&head.keys), values: Family::of_values(&head.values), order }
     }
 
     fn plan(&self, head: &Head, lambda: f32) -> HeadPlan {
@@ -202,34 +228,48 @@ impl Draft {
         };
         let order: Vec<u32> = self.order.iter().filter(is_kept).copied().collect();
         let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
-        let header = Pages::bytes_of_page(Profile::default(), Profile::default()) as f32;
         let (mut pages, mut bytes) = (Vec::with_capacity(order.len().div_ceil(PAGE_TOKENS)), 0.0);
         for page in order.chunks(PAGE_TOKENS) {
             let k = self.keys.best(sum(keys, page) / lambda);
             let v = self.values.best(sum(values, page) / lambda);
             pages.push((k.profile, v.profile));
-            bytes += header + k.bytes + v.bytes;
+            bytes += header() + k.bytes + v.bytes;
         }
-        let running = self.running((keys, values), bytes / (keys.len() as f32 / PAGE_TOKENS as f32) - header);
+        let page = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32 * PAGE_TOKENS as f32;
+        let weights = (page(keys), page(values));
+        let of_page = bytes / (keys.len() as f32 / PAGE_TOKENS as f32);
+        let profiles = cheapest((&self.keys, &self.values), weights, of_page);
+        let running = Running { profiles, weights, bytes: of_page };
         HeadPlan { order, pages, running, bytes }
     }
+}
 
-    /// The pair for tokens of mean weights that takes at most `bytes` a page.
-    fn running(&self, (keys, values): (&[f32], &[f32]), bytes: f32) -> (Profile, Profile) {
-        let page = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32 * PAGE_TOKENS as f32;
-        let (key, value) = (page(keys), page(values));
-        let mut found = (Profile::default(), Profile::default());
-        let mut lambda = (key + value) * 1e6;
-        for _ in 0..120 {
-            let (k, v) = (self.keys.best(key / lambda), self.values.best(value / lambda));
-            if k.bytes + v.bytes > bytes {
-                break;
-            }
-            found = (k.profile, v.profile);
-            lambda *= 0.7;
+/// The pair for a page of these `weights` of keys and values that takes at most `bytes`, header included.
+pub(crate) fn running(
+    (keys, values): (&Channels, &Channels),
+    weights: (f32, f32),
+    bytes: f32,
+) -> (Profile, Profile) {
+    cheapest((&Family::of_keys(keys), &Family::of_values(values)), weights, bytes)
+}
+
+fn cheapest((keys, values): (&Family, &Family), (key, value): (f32, f32), bytes: f32) -> (Profile, Profile) {
+    let mut found = (Profile::default(), Profile::default());
+    let mut lambda = (key + value) * 1e6;
+    for _ in 0..120 {
+        let (k, v) = (keys.best(key / lambda), values.best(value / lambda));
+        if header() + k.bytes + v.bytes > bytes {
+            break;
         }
-        found
+        found = (k.profile, v.profile);
+        lambda *= 0.7;
     }
+    found
+}
+
+/// Bytes of a page without codes.
+fn header() -> f32 {
+    Pages::bytes_of_page(Profile::default(), Profile::default()) as f32
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::str::FromStr;
 const LEAST_TOKENS: usize = 2048;
 
 /// One in so many tokens is read at most beyond those: where attention is flat, more of the same adds little.
-const MOST: usize = 16;
+const MOST: usize = 32;
 
 /// What a decode step reads of the layered format.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// Exact bytes that a timed round reads, where 256 layers of the context suffice: many times a last-level cache.
 const ROUND_BYTES: usize = 512 << 20;
 
+/// Layers at least: as in a model, a step's working memory is in the CPU's caches from the layer before.
+const LEAST_LAYERS: usize = 3;
+
 /// Tokens made and stored at a time.
 const FILL_TOKENS: usize = 4096;
 
@@ -138,7 +141,10 @@ fn measure(
 ) -> Result<Vec<Row>> {
     let (heads, kv_heads) = (usize::from(args.heads), usize::from(args.kv_heads));
     let one = KvShape { layers: 1, heads, kv_heads, head_dim: usize::from(args.head_dim), window: None };
-    let shape = KvShape { layers: ROUND_BYTES.div_ceil(batch * one.exact_bytes(context)).min(256), ..one };
+    let shape = KvShape {
+        layers: ROUND_BYTES.div_ceil(batch * one.exact_bytes(context)).clamp(LEAST_LAYERS, 256),
+        ..one
+    };
     let formats = &args.kv.0;
     let queries = Synthetic::new(QUERIES).rows(batch, heads, shape.head_dim);
     let mut batches = filled(shape, formats, (context, batch), pool)?;
