@@ -363,7 +363,7 @@ mod tests {
             "strawman:kept=1,block=32,selected=0.05,rotation=none",
             "snapkv:kept=0.5",
             "layered:4",
-            "layered:4@all",
+            "layered:4@mass=0.99",
             "layered@relative=0.001",
             "layered:24MB",
             "layered:drop=any",
@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn a_list_keeps_each_format_whole() {
-        let text = "exact,packed:kept=0.375,group=2,packed,layered@mass=0.5,layered:4@all";
+        let text = "exact,packed:kept=0.375,group=2,packed,layered@mass=0.5,layered:4@relative=0.01";
         assert!("exact,packed,exact".parse::<KvFormats>().unwrap_err().contains("exact is there twice"));
         let list: KvFormats = text.parse().unwrap();
         assert_eq!((list.0.len(), list.to_string().as_str()), (5, text));

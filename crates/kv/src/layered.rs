@@ -120,8 +120,9 @@ pub(crate) struct LayeredHead {
     pub(crate) tail: Arc<Segment>,
     /// How the tail's other pages are stored.
     running: Running,
-    /// Bytes a token of the prompt, everything counted.
-    rate: f32,
+    /// Bytes of the prompt, everything counted, and its tokens.
+    prompt_bytes: usize,
+    prompt_tokens: usize,
     /// Tokens at which the buffer becomes a page.
     limit: usize,
     /// What a step reads.

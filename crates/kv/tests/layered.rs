@@ -147,7 +147,7 @@ fn a_step_reads_what_its_queries_need() {
     read(&mut exact, &pool, 7000, 500);
     let queries = asking(7, 1);
     let mut all: Vec<f32> = vec![];
-    for text in ["layered@all", "layered", "layered@mass=0.9", "layered@relative=0.01"] {
+    for text in ["layered@all", "layered@mass=0.99", "layered@mass=0.9", "layered@relative=0.01"] {
         for &isa in Isa::available() {
             let format: KvFormat = text.parse().unwrap();
             let mut cache = exact.compressed(&pool, format).unwrap().with_isa(isa);

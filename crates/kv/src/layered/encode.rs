@@ -156,7 +156,8 @@ impl Job<'_> {
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             running: plan.running,
-            rate: 0.0,
+            prompt_bytes: 0,
+            prompt_tokens: self.exact.tokens(),
             limit: first_limit(self.index / self.shape.kv_heads, self.shape.layers),
             select,
             buffer: None,
@@ -177,7 +178,7 @@ impl Job<'_> {
         newest.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
         head.tail = Arc::new(Segment { pages: newest, dropped: 0 });
-        head.rate = head.bytes() as f32 / self.exact.tokens() as f32;
+        head.prompt_bytes = head.bytes();
         head
     }
 }

@@ -13,20 +13,15 @@ const LEAST_TOKENS: usize = 2048;
 const MOST: usize = 32;
 
 /// What a decode step reads of the layered format.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Select {
     /// Everything.
+    #[default]
     All,
     /// The tiles that make up this share of each query's attention, as far as their sketches tell.
     Mass(f32),
     /// The tiles with a token of at least this many times the weight of the query's best one.
     Relative(f32),
-}
-
-impl Default for Select {
-    fn default() -> Select {
-        Select::Mass(0.99)
-    }
 }
 
 impl fmt::Display for Select {

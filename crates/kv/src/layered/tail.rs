@@ -2,7 +2,7 @@
 //!
 //! A full update buffer becomes the tail's last page, at 8 bits, and the page that was the last before is stored again, in
 //! the running profiles. Eight pages are a segment: when one closes, the profiles of the next follow from how the
-//! newest tokens vary in each channel, and from the bytes that keep the head at the prompt's rate. The first buffers of a
+//! newest tokens vary in each channel, and from the bytes that keep what is generated at the prompt's rate. The first buffers of a
 //! cache's layers are full at different lengths, so that no step seals pages in all layers.
 
 use super::plan::{Channels, running};
@@ -76,9 +76,10 @@ impl LayeredHead {
         let values = channels(values, self.scales.value_spread(), 1.0);
         // The buffer is half full on average.
         let exact = PAGE_TOKENS / 2 * self.head_dim() * 2 * size_of::<f16>();
-        let allowed = self.rate * (self.tokens() + SEGMENT * PAGE_TOKENS) as f32;
-        let left = (allowed - (self.bytes() + exact) as f32) / SEGMENT as f32;
         let usual = self.running.bytes;
+        let pages = (self.tokens() - self.prompt_tokens) / PAGE_TOKENS + SEGMENT;
+        let allowed = self.prompt_bytes as f32 + usual * pages as f32;
+        let left = (allowed - (self.bytes() + exact) as f32) / SEGMENT as f32;
         let bytes = left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual);
         self.running.profiles = running((&keys, &values), self.running.weights, bytes);
     }
