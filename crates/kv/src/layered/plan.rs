@@ -49,7 +49,7 @@ pub(crate) struct Running {
     pub(crate) profiles: (Profile, Profile),
     /// Of a page of mean tokens: what errors of its keys and of its values weigh.
     pub(crate) weights: (f32, f32),
-    /// Of a page of the prompt on average of all heads, header included.
+    /// A page's in the long run, header included.
     pub(crate) bytes: f32,
 }
 
@@ -97,13 +97,15 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     if last != Some(high.0) {
         bytes_at(high.0.exp());
     }
-    // What comes after gets the same bytes in each head: one that is asked for little of what is far is a head that looks at
-    // what is near.
-    let pages: f32 = heads.iter().map(|head| head.weights.keys.len() as f32 / PAGE_TOKENS as f32).sum();
-    let of_page = drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>() / pages;
+    // What comes after gets in no head less than the mean: one that is asked for little of what is far is a head that looks at
+    // what is near. Once there is more of it, all give a share back.
+    let mean = drafts.iter().map(|(_, plan)| plan.running.bytes).sum::<f32>() / heads.len() as f32;
+    let raised =
+        drafts.iter().map(|(_, plan)| plan.running.bytes.max(mean)).sum::<f32>() / heads.len() as f32;
     for (draft, plan) in &mut drafts {
-        plan.running.bytes = of_page;
+        let of_page = plan.running.bytes.max(mean);
         plan.running.profiles = cheapest((&draft.keys, &draft.values), plan.running.weights, of_page);
+        plan.running.bytes = of_page * mean / raised;
     }
     drafts.into_iter().map(|(_, plan)| plan).collect()
 }
@@ -245,7 +247,8 @@ impl Draft {
         }
         let page = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32 * PAGE_TOKENS as f32;
         let weights = (page(keys), page(values));
-        let running = Running { weights, ..Running::default() };
+        let of_page = bytes / (keys.len() as f32 / PAGE_TOKENS as f32);
+        let running = Running { weights, bytes: of_page, ..Running::default() };
         HeadPlan { order, pages, running, bytes }
     }
 }
