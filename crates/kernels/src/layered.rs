@@ -27,7 +27,7 @@ pub mod oracle;
 mod queries;
 mod score;
 
-pub use attend::{ALL_TILES, attend, attend_tiles};
+pub use attend::{ALL_TILES, attend_tiles};
 pub use choose::{Needed, SPREAD, cut, wanted};
 pub use credit::{credit, soften};
 pub use queries::Queries;

@@ -25,7 +25,7 @@ use std::hint::black_box;
 use std::ops::Range;
 
 /// The bits of all tiles of a page.
-pub const ALL_TILES: u8 = (1 << (PAGE_TOKENS / TILE_TOKENS)) - 1;
+pub const ALL_TILES: u8 = (1 << TILES) - 1;
 
 /// Pages after which sums go to the state: few enough to be in the second cache for the next four rows.
 const RUN: usize = 64;
@@ -42,8 +42,10 @@ const LANES: usize = 16;
 /// Weights are integers up to this, in two halves of 7 bits.
 const WEIGHT: f32 = 16383.0;
 
-/// Folds the pages of `range` into `state` of as many rows as the queries and `D` channels, in units of the values'
-/// spreads and less their means.
+/// Folds some tiles of 16 tokens into `state` of as many rows as the queries and `D` channels, in units of the values'
+/// spreads and less their means: `chosen` has for each page its index and a bit for each of its four tiles, the lowest for
+/// the first. Of other tiles nothing is read but escapes, and the lines of 2-bit codes, which two share. Returns the bytes
+/// read, such lines by halves.
 ///
 /// Error against attention in f64 over the decoded pages, by the largest value's magnitude: under 3e-4 (measured: 3e-5)
 /// with the queries as they are rounded; with the queries as given, 1e-2 for scores of a spread of 2, and more in
@@ -51,23 +53,6 @@ const WEIGHT: f32 = 16383.0;
 ///
 /// # Panics
 /// If a shape does not fit, or a page does not exist.
-pub fn attend(isa: Isa, queries: &Queries, pages: &Pages, range: Range<usize>, state: &mut AttnState) {
-    let mut visits = [(0, ALL_TILES); RUN];
-    let mut from = range.start;
-    while from < range.end {
-        let count = RUN.min(range.end - from);
-        visits.iter_mut().zip(from..).for_each(|(visit, page)| visit.0 = page as u32);
-        attend_tiles(isa, queries, pages, &visits[..count], state);
-        from += count;
-    }
-}
-
-/// [`attend`] to some tiles of 16 tokens only: for each page its index and a bit for each of its four tiles, the
-/// lowest for the first. Of other tiles nothing is read but escapes, and the lines of 2-bit codes, which two share.
-/// Returns the bytes read, such lines by halves.
-///
-/// # Panics
-/// As [`attend`].
 pub fn attend_tiles(
     isa: Isa,
     queries: &Queries,
@@ -564,7 +549,7 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
     #[inline(always)]
     fn weigh_escapes<const ALL: bool>(&mut self, view: &View) {
         if !ALL && !view.escapes[1].is_empty() {
-            for tile in (0..PAGE_TOKENS / TILE_TOKENS).filter(|tile| view.tiles >> tile & 1 == 0) {
+            for tile in (0..TILES).filter(|tile| view.tiles >> tile & 1 == 0) {
                 for r in 0..R {
                     self.weights[r][tile * TILE_TOKENS..][..TILE_TOKENS].fill(0.0);
                 }

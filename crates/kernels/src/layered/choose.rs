@@ -121,7 +121,7 @@ fn highest<const STEPS: usize>(mut low: f32, holds: impl Fn(f32) -> bool) -> f32
 
 /// Of `x` and `least`.
 #[inline(always)]
-fn largest<S: Simd>(s: S, x: &[f32], least: f32) -> f32 {
+pub(super) fn largest<S: Simd>(s: S, x: &[f32], least: f32) -> f32 {
     let mut tops = [s.splat(least); 2];
     let chunks = x.chunks_exact(2 * S::LANES);
     let rest = chunks.remainder().iter().fold(least, |top, x| top.max(*x));
@@ -136,7 +136,7 @@ fn largest<S: Simd>(s: S, x: &[f32], least: f32) -> f32 {
 
 /// `e^(x - top)` in place, and the sum.
 #[inline(always)]
-fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
+pub(super) fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
     let (shift, mut sums) = (s.splat(top), [s.splat(0.0); 2]);
     let mut chunks = row.chunks_exact_mut(2 * S::LANES);
     for chunk in &mut chunks {

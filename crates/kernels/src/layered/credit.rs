@@ -1,5 +1,6 @@
 //! What does a query's attention say of the errors of each token? Over rows of scores, in place.
 
+use super::choose;
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 
@@ -18,34 +19,9 @@ impl Kernel for Soften<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let whole = self.scores.len() / S::LANES * S::LANES;
-        let (head, tail) = self.scores.split_at_mut(whole);
-        let mut top = s.splat(f32::NEG_INFINITY);
-        for x in head.chunks_exact(S::LANES) {
-            // SAFETY: a chunk has LANES elements.
-            top = s.max(top, unsafe { s.load(x.as_ptr()) });
-        }
-        let top = tail.iter().fold(s.max_lanes(top), |top, x| top.max(*x));
-        let (shift, mut sums) = (s.splat(top), s.splat(0.0));
-        for x in head.chunks_exact_mut(S::LANES) {
-            // SAFETY: as above.
-            unsafe {
-                let e = s.exp(s.sub(s.load(x.as_ptr()), shift));
-                sums = s.add(sums, e);
-                s.store(x.as_mut_ptr(), e);
-            }
-        }
-        let mut sum = s.sum_lanes(sums);
-        for x in tail.iter_mut() {
-            *x = (*x - top).exp();
-            sum += *x;
-        }
-        let by = s.splat(1.0 / sum);
-        for x in head.chunks_exact_mut(S::LANES) {
-            // SAFETY: as above.
-            unsafe { s.store(x.as_mut_ptr(), s.mul(s.load(x.as_ptr()), by)) };
-        }
-        tail.iter_mut().for_each(|x| *x /= sum);
+        let top = choose::largest(s, self.scores, f32::NEG_INFINITY);
+        let sum = choose::soften(s, self.scores, top);
+        self.scores.iter_mut().for_each(|x| *x /= sum);
     }
 }
 

@@ -30,6 +30,12 @@ fn pages(d: usize) -> Pages {
     pages
 }
 
+/// Attention to all tiles of some pages.
+fn attend(isa: Isa, queries: &Queries, pages: &Pages, range: Range<usize>, state: &mut AttnState) {
+    let visits: Vec<_> = range.map(|page| (page as u32, ALL_TILES)).collect();
+    attend_tiles(isa, queries, pages, &visits, state);
+}
+
 fn queries(d: usize, rows: usize, spread: f32) -> (Vec<f32>, Vec<f32>) {
     let mut q = normal(7, rows * d);
     q.iter_mut().for_each(|x| *x *= spread / (d as f32).sqrt());
