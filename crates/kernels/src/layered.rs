@@ -7,7 +7,7 @@
 //! *escapes*: what the code lacks is stored apart.
 //!
 //! Levels of 2 and 4 bits are those of Lloyd and Max for the normal distribution (Max 1960, "Quantizing for minimum
-//! distortion", table I), 8 bits are evenly spaced. All are multiples of a unit per width by a number in -127..=127, so that
+//! distortion", table I) but for rounding, 8 bits are evenly spaced. All are multiples of one unit by a number in -127..=127, so that
 //! attention is a sum of products of bytes.
 //!
 //! **Layout.** A group of 64 tokens is eight *blocks* of 64 codes, in the order in which attention multiplies: a block of keys is
@@ -42,6 +42,10 @@ pub const GROUP: usize = 8;
 /// Groups of keys from which a token's score is guessed.
 pub const SKETCH: usize = 2;
 
+/// What a level's number is multiplied by, in all widths: so a query has one row of bytes, which meet narrow levels as finely as
+/// wide ones.
+const UNIT: f32 = 4.8 / 127.0;
+
 /// Codes of a block, and bytes of the lines that pages are made of.
 const LINE: usize = 64;
 
@@ -72,21 +76,12 @@ impl Width {
         }
     }
 
-    /// What a level's number is multiplied by.
-    pub const fn unit(self) -> f32 {
-        match self {
-            Width::Two => 1.510 / 127.0,
-            Width::Four => 2.733 / 127.0,
-            Width::Eight => 4.8 / 127.0,
-        }
-    }
-
     /// Elements of a larger magnitude are escapes.
     pub const fn range(self) -> f32 {
         match self {
             Width::Two => 3.01,
             Width::Four => 3.73,
-            Width::Eight => 4.8 + 0.5 * Width::Eight.unit(),
+            Width::Eight => 127.5 * UNIT,
         }
     }
 
@@ -102,8 +97,8 @@ impl Width {
     /// The numbers of the levels above 0; the others are their opposites. 8 bits have all of -127..=127.
     pub(crate) const fn levels(self) -> &'static [i8] {
         match self {
-            Width::Two => &[38, 127],
-            Width::Four => &[6, 18, 31, 44, 58, 75, 96, 127],
+            Width::Two => &[12, 40],
+            Width::Four => &[3, 10, 17, 25, 33, 43, 55, 72],
             Width::Eight => &[],
         }
     }
@@ -111,7 +106,7 @@ impl Width {
     /// The code of the level next to `x`: for 8 bits the level plus 128, else its rank.
     #[inline(always)]
     fn code(self, x: f32) -> u8 {
-        let x = x * (1.0 / self.unit());
+        let x = x * (1.0 / UNIT);
         let levels = self.levels();
         if levels.is_empty() {
             return (x.clamp(-127.0, 127.0).round_ties_even() + 128.0) as u8;
@@ -336,7 +331,7 @@ impl Pages {
     #[cold]
     fn escape(&mut self, elements: &[f32], width: Width, (token, first): (usize, usize)) {
         for (c, &x) in elements.iter().enumerate().filter(|(_, x)| x.abs() > width.range()) {
-            let rest = x - f32::from(width.level(width.code(x))) * width.unit();
+            let rest = x - f32::from(width.level(width.code(x))) * UNIT;
             let rest = f16::from_f32(rest.clamp(-65504.0, 65504.0));
             self.escapes.push(Escape { token: token as u8, channel: (first + c) as u8, rest });
         }
@@ -369,7 +364,7 @@ impl Pages {
             rest = after;
             for (token, vector) in out.chunks_exact_mut(d).enumerate() {
                 for (c, x) in vector[group * GROUP..][..GROUP].iter_mut().enumerate() {
-                    *x = f32::from(width.level(code_at(lines, width, place(token, c)))) * width.unit();
+                    *x = f32::from(width.level(code_at(lines, width, place(token, c)))) * UNIT;
                 }
             }
         }
@@ -410,6 +405,27 @@ impl Pages {
         self.lines.truncate(page.first as usize);
         self.escapes.truncate(page.key_escapes as usize);
         Some(decoded)
+    }
+
+    /// Takes the first `count` pages away: what each held, as [`decode`](Pages::decode) gives it.
+    pub fn take_first(&mut self, count: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
+        let decoded = (0..count).map(|index| self.decode(index)).collect();
+        let end =
+            |of: fn(&Page) -> u32, all: usize| self.pages.get(count).map_or(all, |next| of(next) as usize);
+        let leading = end(|page| page.leading, self.leading.len());
+        let lines = end(|page| page.first, self.lines.len());
+        let escapes = end(|page| page.key_escapes, self.escapes.len());
+        self.leading.drain(..leading);
+        self.lines.drain(..lines);
+        self.escapes.drain(..escapes);
+        self.pages.drain(..count);
+        for page in &mut self.pages {
+            page.leading -= leading as u32;
+            page.first -= lines as u32;
+            page.key_escapes -= escapes as u32;
+            page.value_escapes -= escapes as u32;
+        }
+        decoded
     }
 
     /// Gives back what was allocated for further pages.
@@ -516,7 +532,7 @@ mod tests {
                                 .filter(|&level| {
                                     *width == Width::Eight || width.levels().contains(&i8::abs(level))
                                 })
-                                .map(|level| f32::from(level) * width.unit())
+                                .map(|level| f32::from(level) * UNIT)
                                 .min_by(|a, b| (a - x).abs().total_cmp(&(b - x).abs()))
                                 .unwrap();
                             let want = if x.abs() > width.range() { *x } else { nearest };
@@ -529,6 +545,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn pages_taken_away_leave_the_others_as_they_were() {
+        let d = 64;
+        let mut pages = Pages::new(d);
+        for (i, profile) in PROFILES.into_iter().enumerate() {
+            let mut x = normal(i as u64, (40 + i) * d);
+            x[5] = 9.0;
+            pages.push((&x, &x), (profile, PROFILES[4 - i]));
+        }
+        let before: Vec<_> = (0..5).map(|index| pages.decode(index)).collect();
+        let bytes = |pages: &mut Pages| {
+            pages.shrink();
+            pages.bytes()
+        };
+        let all = bytes(&mut pages);
+        assert!(pages.take_first(0).is_empty());
+        assert_eq!(pages.take_first(2), before[..2]);
+        assert_eq!((0..3).map(|index| pages.decode(index)).collect::<Vec<_>>(), before[2..]);
+        assert_eq!(pages.pop().as_ref(), before.last());
+        assert_eq!(pages.take_first(2), before[2..4]);
+        assert_eq!((pages.tokens(), bytes(&mut pages)), (0, 0), "of {all} bytes");
     }
 
     #[test]

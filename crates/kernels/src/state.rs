@@ -43,6 +43,11 @@ impl AttnState {
         self.channels
     }
 
+    /// Logarithm of the sum of row `r`'s weights: what a score less this is the logarithm of, is its share.
+    pub fn log_sum(&self, r: usize) -> f32 {
+        self.max[r] + self.sum[r].ln()
+    }
+
     /// Forgets everything, for reuse of the allocation.
     pub fn clear(&mut self) {
         self.max.fill(f32::NEG_INFINITY);

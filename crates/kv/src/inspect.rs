@@ -77,7 +77,7 @@ pub struct HeadInfo {
     pub sinks: usize,
     /// The prompt's pages in the order of the plan, from important tokens to others.
     pub prompt: Vec<PageInfo>,
-    /// Tokens of the prompt that this head has dropped.
+    /// Tokens that this head has dropped.
     pub dropped: usize,
     /// Pages of what came after, oldest first; the last one, at 8 bits, begins as the prompt's newest tokens.
     pub tail: Vec<PageInfo>,
@@ -140,13 +140,14 @@ impl KvCache {
 fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     let mut bytes = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
     of.count(&mut bytes);
-    let (prompt, tail) = (pages(&of.prompt.pages), pages(&of.tail.pages));
+    let prompt = pages(&of.prompt.pages);
+    let tail = [pages(&of.tail.pages), pages(&of.window.pages)].concat();
     let in_pages: usize = prompt.iter().chain(&tail).map(|page| page.bytes).sum();
     HeadInfo {
         layer,
         head,
         sinks: SINKS,
-        dropped: of.prompt.dropped,
+        dropped: of.prompt.dropped + of.tail.dropped,
         buffer: of.buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
         other_bytes: bytes.total() - in_pages,
         prompt,

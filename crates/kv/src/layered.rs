@@ -1,13 +1,13 @@
 //! A KV head in our own format: sinks, pages of few bits, and the newest tokens.
 //!
 //! Per head, in order of tokens: the first [`SINKS`] stay exact; the prompt's pages follow, in which tokens of like importance share a
-//! page whatever their order; then the tail: what was generated, in pages of the running profiles, and as its last page the newest
-//! sealed tokens at 8 bits; at the end the update buffer, exact. When 64 tokens are in the buffer, the tail's last page is
-//! stored again with the running profiles, and the buffer becomes a page at 8 bits.
+//! page whatever their order; then the [tail], pages like the prompt's of what was generated and has left the window; then the
+//! [window], pages of more bits; at the end the update buffer, exact.
 //!
 //! A prompt is compressed when all of its layers are there, since one plan shares out the bytes among them. Its statistics
 //! are each layer's own, and the same tokens give the same bytes whatever the threads and the chunks of the prompt.
 
+mod asked;
 mod attend;
 mod calibration;
 mod encode;
@@ -16,27 +16,30 @@ mod plan;
 pub(crate) mod select;
 mod tail;
 mod target;
+mod window;
 
 use crate::KvBytes;
 use crate::exact::{ARC_BYTES, ExactHead};
 use half::f16;
 use mosaickv_kernels::exact::ExactPage;
-use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile};
+use mosaickv_kernels::layered::{GROUP, Pages, Profile};
 use std::sync::Arc;
 
+use asked::Asked;
 pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
-use plan::Running;
 pub use select::Select;
+pub(crate) use tail::close;
 pub use target::{ByteCount, Target};
 
 /// First tokens of a sequence, always exact and always attended to.
 pub(crate) const SINKS: usize = 4;
 
-/// Tokens of a prompt below which it stays exact: there is too little to plan for.
-const LEAST_TOKENS: usize = SINKS + 4 * PAGE_TOKENS;
+/// Tokens of a prompt below which it stays exact: a step is not faster with fewer, and what is kept of the newest tokens
+/// would be most of the bytes.
+const LEAST_TOKENS: usize = 2048;
 
 /// Our own format.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,6 +73,12 @@ pub(crate) struct Segment {
     pub(crate) pages: Pages,
     /// Tokens that are in no page.
     pub(crate) dropped: usize,
+}
+
+impl Segment {
+    fn tokens(&self) -> usize {
+        self.pages.tokens() + self.dropped
+    }
 }
 
 /// Means and spreads of the channels of keys and values, `[D]` each.
@@ -114,19 +123,21 @@ pub(crate) struct LayeredHead {
     pub(crate) sinks: Box<[f16]>,
     /// Of the prompt's channels; what comes after uses them too.
     pub(crate) scales: Arc<Scales>,
-    /// The prompt.
+    /// The prompt, all but its newest tokens.
     pub(crate) prompt: Arc<Segment>,
-    /// What came after, and at its end a page at 8 bits.
+    /// What came after and has left the window.
     pub(crate) tail: Arc<Segment>,
-    /// How the tail's other pages are stored.
-    running: Running,
-    /// Bytes of the prompt, everything counted, and its tokens.
-    prompt_bytes: usize,
-    prompt_tokens: usize,
-    /// Tokens at which the buffer becomes a page.
-    limit: usize,
-    /// What a step reads.
-    pub(crate) select: Select,
+    /// The newest tokens, and at the end a page at 8 bits.
+    pub(crate) window: Arc<Segment>,
+    /// How the window's other pages are stored: keys and values.
+    profiles: (Profile, Profile),
+    /// What a token of the tail may take in the long run.
+    rate: f32,
+    /// What was asked of the window.
+    asked: Asked,
+    /// Pages that stay in the window when a segment closes.
+    stay: u8,
+    pub(crate) settings: Layered,
     /// Allocated as far as it is needed.
     pub(crate) buffer: Option<ExactPage>,
 }
@@ -137,8 +148,12 @@ impl LayeredHead {
     }
 
     pub(crate) fn tokens(&self) -> usize {
-        let sealed = |segment: &Segment| segment.pages.tokens() + segment.dropped;
-        SINKS + sealed(&self.prompt) + sealed(&self.tail) + self.buffer.as_ref().map_or(0, ExactPage::tokens)
+        let sealed: usize = self.segments().into_iter().map(Segment::tokens).sum();
+        SINKS + sealed + self.buffer.as_ref().map_or(0, ExactPage::tokens)
+    }
+
+    fn segments(&self) -> [&Segment; 3] {
+        [&self.prompt, &self.tail, &self.window]
     }
 
     /// Keys and values `[T, D]` less means and over spreads.
@@ -158,23 +173,17 @@ impl LayeredHead {
     pub(crate) fn count(&self, bytes: &mut KvBytes) {
         bytes.exact += size_of_val(&*self.sinks)
             + self.buffer.as_ref().map_or(0, |buffer| buffer.bytes() - size_of::<ExactPage>());
-        for segment in [&self.prompt, &self.tail] {
+        for segment in self.segments() {
             bytes.packed += segment.pages.bytes();
             bytes.lists += ARC_BYTES + size_of::<Segment>();
         }
         bytes.packed += self.scales.bytes();
-    }
-
-    /// Everything that [`count`](LayeredHead::count) counts, and this header.
-    fn bytes(&self) -> usize {
-        let mut bytes = KvBytes::default();
-        self.count(&mut bytes);
-        bytes.total() + size_of::<LayeredHead>()
+        bytes.queries += self.asked.bytes();
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {
         let d = self.head_dim();
-        for (name, segment) in [("prompt", &self.prompt), ("tail", &self.tail)] {
+        for (name, segment) in ["prompt", "tail", "window"].into_iter().zip(self.segments()) {
             if segment.pages.head_dim() != d {
                 return Err(format!(
                     "{name}: pages of {} channels in a head of {d}",

@@ -398,6 +398,11 @@ impl KvCache {
                 let is_due = heads[0].is_full();
                 let append = |head: &mut LayeredHead, key: &[f32], value: &[f32]| head.append(key, value);
                 self.phases.flush += append_one(pool, (heads, is_due), (keys, values), append);
+                if heads[0].leaving() > 0 {
+                    let start = Instant::now();
+                    layered::close(pool, heads);
+                    self.phases.flush += start.elapsed();
+                }
             }
             Layer::Baseline(heads) => {
                 let is_due = heads[0].is_due();
@@ -624,7 +629,8 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
             cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
             cache.phases.add(of_packed);
         }
-        if let Layer::Layered(_) = cache.layers[layer] {
+        if let Layer::Layered(heads) = &mut cache.layers[layer] {
+            heads.iter_mut().zip(&cache.working.layered).for_each(|(head, work)| head.remember(work));
             cache.bytes_read += cache.working.layered.iter().map(|work| work.read).sum::<u64>();
             cache.phases.add(of_layered);
         }

@@ -174,7 +174,7 @@ impl LayeredHead {
     /// The largest share of a query's attention, as sketched, that was left out beyond what the head's selection allows;
     /// infinite if that read too much.
     fn missed(&self, work: &Work) -> f64 {
-        let Some(needed) = self.select.needed(self.in_pages()) else { return 0.0 };
+        let Some(needed) = self.settings.select.needed(self.in_pages()) else { return 0.0 };
         let mut tiles = vec![];
         for ((pages, range), (_, visits)) in self.selectable().into_iter().zip(work.chosen.of(self)) {
             for page in range {
@@ -238,7 +238,7 @@ impl LayeredHead {
 
     /// All pages: whose they are, and which.
     fn pages(&self) -> impl Iterator<Item = (&Pages, usize)> {
-        let segments = [&self.prompt.pages, &self.tail.pages];
+        let segments = [&self.prompt.pages, &self.tail.pages, &self.window.pages];
         segments.into_iter().flat_map(|pages| (0..pages.pages().len()).map(move |page| (pages, page)))
     }
 }

@@ -99,9 +99,9 @@ fn attention_is_the_oracles_over_the_cache_s_whole_life() {
         for threads in [1, 2] {
             let pool = Pool::new(threads);
             let mut cache = cache(of_ratio(5.0)).with_isa(isa);
-            read(&mut cache, &pool, 900, 900);
+            read(&mut cache, &pool, 2100, 2100);
             end(&mut cache, &pool);
-            for more in [0, 1, 20, 43, 1, 150] {
+            for more in [0, 1, 20, 43, 1, 450] {
                 grow(&mut cache, &pool, more);
                 for layer in 0..SHAPE.layers {
                     let got = attend(&mut cache, &pool, layer);
@@ -111,7 +111,7 @@ fn attention_is_the_oracles_over_the_cache_s_whole_life() {
                     close(&got, &want, 0.03, &format!("{isa:?}, layer {layer}, {} tokens", cache.tokens()));
                 }
             }
-            assert_eq!(cache.tokens(), 900 + 215);
+            assert_eq!(cache.tokens(), 2100 + 515);
         }
     }
 }
@@ -123,10 +123,10 @@ fn a_step_is_that_of_its_rounded_queries() {
     for &isa in Isa::available() {
         let pool = Pool::new(2);
         let mut cache = cache(of_ratio(5.0)).with_isa(isa);
-        read(&mut cache, &pool, 900, 900);
+        read(&mut cache, &pool, 2100, 2100);
         end(&mut cache, &pool);
-        // A page at 8 bits and no buffer, then a buffer too, then several pages of the tail.
-        for more in [0, 40, 170] {
+        // The window alone, with a buffer in the second layer; a buffer in both; a tail too.
+        for more in [0, 40, 350] {
             grow(&mut cache, &pool, more);
             for layer in 0..SHAPE.layers {
                 let got = attend(&mut cache, &pool, layer);
@@ -170,7 +170,7 @@ fn a_step_reads_what_its_queries_need() {
                 continue;
             }
             assert!(
-                read as usize * 2 < cache.bytes().packed,
+                read as usize * 5 < cache.bytes().packed * 3,
                 "{text}: {read} of {} bytes",
                 cache.bytes().packed
             );
@@ -184,7 +184,7 @@ fn a_step_reads_what_its_queries_need() {
 fn more_bytes_come_nearer_to_the_exact_cache() {
     let pool = Pool::new(2);
     let mut exact = cache(KvFormat::Exact).remember_queries();
-    read(&mut exact, &pool, 1500, 1500);
+    read(&mut exact, &pool, 2500, 2500);
     let want: Vec<f64> = attend(&mut exact, &pool, 1).into_iter().map(f64::from).collect();
     let mut last = f64::INFINITY;
     for ratio in [12.0, 6.0, 3.0] {
@@ -233,7 +233,7 @@ fn bytes_asked_for_are_reached_within_two_percent_or_as_nearly_as_can_be() {
     }
     // What is less than the fixed parts and the guarded tokens take gets no more than those, and all at 8 bits is all.
     let (least, most) = (reached(1), reached(SHAPE.exact_bytes(3072)));
-    assert!(least < 120_000 && reached(20_000) == least, "{least}");
+    assert!(least < 150_000 && reached(20_000) == least, "{least}");
     assert!(most > SHAPE.exact_bytes(3072) * 2 / 5 && reached(1_000_000_000) == most, "{most}");
     // In place as in a copy.
     let mut cache = cache(of_bytes(400_000));
@@ -247,9 +247,9 @@ fn bytes_asked_for_are_reached_within_two_percent_or_as_nearly_as_can_be() {
 fn one_layer_alone_gets_its_share_of_the_bytes() {
     let pool = Pool::new(2);
     let mut exact = cache(KvFormat::Exact).remember_queries();
-    read(&mut exact, &pool, 1500, 1500);
+    read(&mut exact, &pool, 2500, 2500);
     let took = |format| exact.compressed_layer(&pool, 1, format).unwrap().bytes();
-    let ratio = SHAPE.exact_bytes(1500) as f32 / 200_000.0;
+    let ratio = SHAPE.exact_bytes(2500) as f32 / 200_000.0;
     assert_eq!(took(of_bytes(200_000)), took(of_ratio(ratio)));
 }
 
@@ -257,7 +257,7 @@ fn one_layer_alone_gets_its_share_of_the_bytes() {
 fn inspection_counts_every_token_and_every_byte_of_the_pages() {
     let pool = Pool::new(2);
     let mut cache = cache(of_ratio(8.0));
-    read(&mut cache, &pool, 1500, 1500);
+    read(&mut cache, &pool, 2500, 2500);
     end(&mut cache, &pool);
     for more in [0, 30, 150] {
         grow(&mut cache, &pool, more);
@@ -283,7 +283,7 @@ fn inspection_counts_every_token_and_every_byte_of_the_pages() {
         // Beside the pages there are means and spreads; a growing tail has room for pages to come.
         let bytes = cache.bytes();
         let scales = bytes.packed - packed;
-        let most = if cache.tokens() == 1500 { 4 * (4 * D * 2 + 64) } else { bytes.packed / 4 };
+        let most = if cache.tokens() == 2500 { 4 * (4 * D * 2 + 64) } else { bytes.packed / 4 };
         assert!((4 * 4 * D * 2..=most).contains(&scales), "{scales}");
         assert!(all <= bytes.total() && bytes.total() - all < 2000, "{all} of {bytes:?}");
     }
@@ -294,7 +294,7 @@ fn inspection_counts_every_token_and_every_byte_of_the_pages() {
 fn only_where_it_is_allowed_is_a_token_dropped_from_all_heads() {
     let pool = Pool::new(2);
     let mut exact = cache(KvFormat::Exact).remember_queries();
-    read(&mut exact, &pool, 1500, 1500);
+    read(&mut exact, &pool, 2500, 2500);
     let kept = |drop: Dropping| {
         let least = Layered { target: Target::Bytes(1), ..Layered::default() };
         let format = KvFormat::Layered(Layered { drop, ..least });
@@ -307,9 +307,47 @@ fn only_where_it_is_allowed_is_a_token_dropped_from_all_heads() {
             of_layer.map(|page| page.tokens).sum::<usize>()
         })
     };
-    let planned = 1500 - 4 - 64;
-    assert!(kept(Dropping::Guarded).iter().all(|&tokens| tokens >= planned));
-    assert!(kept(Dropping::Any).iter().all(|&tokens| tokens < planned), "{:?}", kept(Dropping::Any));
+    // All but the sinks, the window and, in the second layer, the buffer.
+    let planned = [2500 - 4 - 3 * 64, 2500 - 4 - 4 * 64 - 16];
+    let (guarded, any) = (kept(Dropping::Guarded), kept(Dropping::Any));
+    assert!((0..2).all(|layer| guarded[layer] >= planned[layer]), "{guarded:?}");
+    assert!((0..2).all(|layer| any[layer] < planned[layer]), "{any:?}");
+}
+
+/// What was generated long ago is stored like a prompt: near enough, in hardly more bytes, and each token in a head at
+/// least.
+#[test]
+fn what_leaves_the_window_is_planned_like_a_prompt() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 2500, 2500);
+    let mut copy = exact.compressed(&pool, of_ratio(6.0)).unwrap();
+    let error = |exact: &mut KvCache, copy: &mut KvCache| {
+        let (want, got) = (attend(exact, &pool, 1), attend(copy, &pool, 1));
+        let squares = |x: Vec<f32>| x.iter().map(|x| x * x).sum::<f32>();
+        squares(want.iter().zip(&got).map(|(w, g)| w - g).collect()) / squares(want)
+    };
+    let first = error(&mut exact, &mut copy);
+    let queries = asking(23, 1500);
+    let (keys, values) = (rows(21, 1500, KV_ROW), rows(22, 1500, KV_ROW));
+    let tokens = keys.chunks_exact(KV_ROW).zip(values.chunks_exact(KV_ROW)).zip(queries.chunks_exact(Q_ROW));
+    for ((key, value), query) in tokens {
+        for cache in [&mut exact, &mut copy] {
+            for layer in 0..SHAPE.layers {
+                cache.append(&pool, layer, key, value).unwrap();
+                cache.attend(&pool, layer, query, &mut vec![0.0; Q_ROW]);
+            }
+        }
+    }
+    copy.check().unwrap();
+    let last = error(&mut exact, &mut copy);
+    assert!(last < 2.0 * first.max(1e-3), "error {first} after the prompt, {last} after 1,500 more");
+    for heads in copy.layered_heads().chunks(2) {
+        let kept: usize =
+            heads.iter().flat_map(|head| head.prompt.iter().chain(&head.tail)).map(|p| p.tokens).sum();
+        assert!(kept >= 4000 - 4 - 32, "{kept} of 4000 tokens are in a head of the layer");
+        assert!(heads.iter().any(|head| head.tail.len() > 1500 / 64 / 2), "next to nothing is in the tail");
+    }
 }
 
 /// The boundary rule: a prompt is planned whole, and neither threads nor the chunks it came in matter to the bit.
@@ -319,17 +357,17 @@ fn the_same_tokens_give_the_same_cache() {
     let made = |threads: usize, step: usize, is_copy: bool| {
         let pool = Pool::new(threads);
         let mut cache = cache(if is_copy { KvFormat::Exact } else { format }).remember_queries();
-        read(&mut cache, &pool, 1200, step);
+        read(&mut cache, &pool, 2200, step);
         if is_copy {
             cache = cache.compressed(&pool, format).unwrap();
         } else {
             end(&mut cache, &pool);
         }
-        grow(&mut cache, &pool, 100);
+        grow(&mut cache, &pool, 300);
         (attend(&mut cache, &pool, 0), attend(&mut cache, &pool, 1), cache.bytes().packed)
     };
-    let first = made(1, 1200, false);
-    for (threads, step, is_copy) in [(2, 1200, false), (1, 400, false), (3, 77, true)] {
+    let first = made(1, 2200, false);
+    for (threads, step, is_copy) in [(2, 2200, false), (1, 400, false), (3, 77, true)] {
         assert!(
             made(threads, step, is_copy) == first,
             "{threads} threads, chunks of {step}, copy: {is_copy}"
@@ -341,7 +379,7 @@ fn the_same_tokens_give_the_same_cache() {
 fn a_clone_goes_its_own_way() {
     let pool = Pool::new(1);
     let mut cache = cache(KvFormat::Layered(Layered::default()));
-    read(&mut cache, &pool, 600, 600);
+    read(&mut cache, &pool, 2100, 2100);
     end(&mut cache, &pool);
     let before = attend(&mut cache, &pool, 0);
     let mut copy = cache.clone();
@@ -359,7 +397,7 @@ fn short_prompts_stay_exact_and_what_is_missing_is_said() {
     end(&mut short, &pool);
     assert!(!short.is_compressed());
     let mut exact = KvCache::new(SHAPE, KvFormat::Exact).unwrap().remember_queries();
-    read(&mut exact, &pool, 600, 600);
+    read(&mut exact, &pool, 2100, 2100);
     assert_eq!(
         exact.compressed(&pool, format).unwrap_err(),
         KvError::NoCalibration { format: "layered".to_owned() }

@@ -14,8 +14,8 @@
 )]
 
 use super::queries::Queries;
-use super::score::{At, Levels, Scorer, TILE_TOKENS, TILES, count_of, levels, unpack, width_of};
-use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile};
+use super::score::{At, Levels, Scorer, TILE_TOKENS, TILES, count_of, levels, unpack};
+use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, UNIT};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::AttnState;
@@ -504,7 +504,7 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
             }
         }
         for r in 0..R {
-            let factor = s.splat(self.factors[r] * (width_of::<BITS>().unit() / WEIGHT));
+            let factor = s.splat(self.factors[r] * (UNIT / WEIGHT));
             for n in 0..N {
                 let [high, low] = sums[n][r];
                 let sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));

@@ -1,9 +1,9 @@
 //! What does attention over layered pages want to know of its queries?
 //!
-//! Every query as bytes, once for each width: an element times the width's unit, in steps of one scale for the whole
-//! row, so that products with levels of any width add up as integers. The numbers themselves stay for escapes.
+//! Every query as bytes, in steps of one scale for the whole row, so that products with levels of any width add up as
+//! integers. The numbers themselves stay for escapes.
 
-use super::{GROUP, Profile, Width};
+use super::{GROUP, Profile, UNIT};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 
@@ -12,20 +12,20 @@ const STEP: usize = 16;
 
 /// Queries `[R, D]` in the channels of pages: already times each channel's spread and the attention scale.
 ///
-/// A byte is off by at most half a step, `max |q| * 4.8 / 127^2 / 2`, and a level is at most 127: for each channel a
-/// score is off by at most `4.8 / 254` of the row's largest element, in root mean square by a third of that or less.
+/// A byte is off by at most half a step, `max |q| / 254`: for each channel a score is off by at most that times the key's
+/// element, in root mean square by 0.0023 of the row's largest element.
 #[derive(Clone, Debug, Default)]
 pub struct Queries {
     head_dim: usize,
     /// `D`, padded.
     stride: usize,
-    /// `[R, 3, stride]`, widths as in [`Width::ALL`].
+    /// `[R, stride]`
     bytes: Vec<i8>,
-    /// `[R, 3, stride / 8 + 1]`: sums of the bytes of the groups before each.
+    /// `[R, stride / 8 + 1]`: sums of the bytes of the groups before each.
     sums: Vec<i32>,
     /// `[R, stride]`
     exact: Vec<f32>,
-    /// `[R]`, the step of the bytes.
+    /// `[R]`: what the products of bytes and levels are multiplied by.
     scales: Vec<f32>,
     /// `[R]`
     offsets: Vec<f32>,
@@ -61,8 +61,8 @@ impl Queries {
         }
         self.offsets.clear();
         self.offsets.extend_from_slice(offsets);
-        self.bytes.resize(rows * 3 * self.stride, 0);
-        self.sums.resize(rows * 3 * (self.stride / GROUP + 1), 0);
+        self.bytes.resize(rows * self.stride, 0);
+        self.sums.resize(rows * (self.stride / GROUP + 1), 0);
         self.scales.resize(rows, 0.0);
         dispatch(isa, Round { queries: self });
         let rows =
@@ -86,29 +86,32 @@ impl Queries {
         self.head_dim
     }
 
-    /// Row `r` `[D]` as it meets keys of `profile`: what the bytes for each group's width stand for, and where a group has no
-    /// bits the numbers as they were given. For oracles; escapes meet the numbers as they were given in all groups.
+    /// Row `r` as bytes `[D]`, what a byte's step stands for, and the offset.
+    pub fn row(&self, r: usize) -> (&[i8], f32, f32) {
+        (&self.bytes(r)[..self.head_dim], self.scales[r] / UNIT, self.offsets[r])
+    }
+
+    /// Row `r` `[D]` as it meets keys of `profile`: what the bytes stand for, and where a group has no bits the numbers
+    /// as they were given. For oracles; escapes meet the numbers as they were given in all groups.
     pub fn rounded(&self, r: usize, profile: Profile) -> Vec<f64> {
         let mut out: Vec<f64> = self.exact(r)[..self.head_dim].iter().map(|&x| f64::from(x)).collect();
-        for (group, (width, out)) in profile.widths().zip(out.chunks_exact_mut(GROUP)).enumerate() {
-            let step = f64::from(self.scales[r]) / f64::from(width.unit());
-            let bytes = &self.bytes(r, width)[group * GROUP..];
-            out.iter_mut().zip(bytes).for_each(|(x, &byte)| *x = f64::from(byte) * step);
+        let (bytes, step, _) = self.row(r);
+        for (x, &byte) in out.iter_mut().zip(bytes).take(profile.groups() * GROUP) {
+            *x = f64::from(byte) * f64::from(step);
         }
         out
     }
 
-    /// The bytes of row `r` for `width`: as many as `D`, padded.
+    /// The bytes of row `r`: as many as `D`, padded.
     #[inline(always)]
-    pub(super) fn bytes(&self, r: usize, width: Width) -> &[i8] {
-        &self.bytes[(r * 3 + width as usize) * self.stride..][..self.stride]
+    pub(super) fn bytes(&self, r: usize) -> &[i8] {
+        &self.bytes[r * self.stride..][..self.stride]
     }
 
-    /// Sum of the bytes of row `r` for `width` over `groups`.
+    /// Sum of the bytes of row `r` over the first `groups`.
     #[inline(always)]
-    pub(super) fn sum(&self, r: usize, width: Width, groups: std::ops::Range<usize>) -> i32 {
-        let sums = &self.sums[(r * 3 + width as usize) * (self.stride / GROUP + 1)..];
-        sums[groups.end] - sums[groups.start]
+    pub(super) fn sum(&self, r: usize, groups: usize) -> i32 {
+        self.sums[r * (self.stride / GROUP + 1) + groups]
     }
 
     /// Row `r` as it was given, padded.
@@ -143,19 +146,16 @@ impl Kernel for Round<'_> {
                 let x = unsafe { s.load(row.as_ptr().add(at)) };
                 top = s.max(top, s.max(x, s.sub(s.splat(0.0), x)));
             }
-            let scale = s.max_lanes(top) * (Width::Eight.unit() / 127.0);
-            q.scales[r] = scale;
+            let step = s.max_lanes(top) / 127.0;
+            q.scales[r] = step * UNIT;
             // A row of zeros, or of numbers that only just are, has bytes of 0.
-            let inverse = if scale > f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
-            for width in Width::ALL {
-                let steps = s.splat(inverse * width.unit());
-                let to = &mut q.bytes[(r * 3 + width as usize) * stride..][..stride];
-                for at in (0..stride).step_by(S::LANES) {
-                    // SAFETY: as above; the bytes are as many, of a magnitude up to 127 and its rounding.
-                    unsafe {
-                        let x = s.load(row.as_ptr().add(at));
-                        s.store_i8(to.as_mut_ptr().add(at), s.mul(x, steps));
-                    }
+            let steps = s.splat(if step > f32::MIN_POSITIVE { 1.0 / step } else { 0.0 });
+            let to = &mut q.bytes[r * stride..][..stride];
+            for at in (0..stride).step_by(S::LANES) {
+                // SAFETY: as above; the bytes are as many, of a magnitude up to 127 and its rounding.
+                unsafe {
+                    let x = s.load(row.as_ptr().add(at));
+                    s.store_i8(to.as_mut_ptr().add(at), s.mul(x, steps));
                 }
             }
         }

@@ -205,15 +205,6 @@ pub(super) fn count_of<const BITS: usize>(profile: Profile) -> usize {
     })
 }
 
-#[inline(always)]
-pub(super) fn width_of<const BITS: usize>() -> Width {
-    match BITS {
-        8 => Width::Eight,
-        4 => Width::Four,
-        _ => Width::Two,
-    }
-}
-
 /// The group that a walk over a page's keys or values is at.
 pub(super) struct At {
     pub(super) lines: *const u8,
@@ -245,12 +236,8 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
         }
         assert!(profile.groups() <= self.queries.head_dim() / GROUP, "{profile:?}: too many groups");
         self.profile = profile;
-        let (eight, four) = (usize::from(profile.eight), usize::from(profile.eight + profile.four));
         for r in 0..R {
-            let sum = |width, groups| self.queries.sum(self.first + r, width, groups);
-            self.sums[r] = sum(Width::Eight, 0..eight)
-                + sum(Width::Four, eight..four)
-                + sum(Width::Two, four..profile.groups());
+            self.sums[r] = self.queries.sum(self.first + r, profile.groups());
         }
     }
 
@@ -298,7 +285,7 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
     ) {
         let mut queries = [std::ptr::null(); R];
         for r in 0..R {
-            queries[r] = self.queries.bytes(self.first + r, width_of::<BITS>()).as_ptr();
+            queries[r] = self.queries.bytes(self.first + r).as_ptr();
         }
         for _ in 0..count_of::<BITS>(profile) {
             // Once, if strips are scored in several calls.

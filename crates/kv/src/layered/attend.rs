@@ -39,7 +39,7 @@ pub(crate) struct Work {
     /// What is to be read.
     pub(crate) chosen: select::Chosen,
     /// One state: the exact tokens, in the end all.
-    whole: Vec<AttnState>,
+    pub(super) whole: Vec<AttnState>,
     /// Of each run of tiles, in the calibration's channels over spreads.
     parts: Vec<AttnState>,
     /// Bytes that each task read.
@@ -104,7 +104,7 @@ impl Lane<'_> {
     fn sketching(&mut self) -> Vec<Sketching<'_>> {
         let (head, Work { queries, sketched, reads, .. }) = (self.head, &mut *self.work);
         reads.clear();
-        if head.select.needed(head.in_pages()).is_none() {
+        if head.settings.select.needed(head.in_pages()).is_none() {
             return vec![];
         }
         let runs = head.sketched_runs();
@@ -124,8 +124,8 @@ impl Lane<'_> {
     fn select(&mut self, isa: Isa) {
         let (head, Work { sketched, chosen, whole, reads, read, .. }) = (self.head, &mut *self.work);
         *read += reads.iter().sum::<usize>() as u64;
-        let pages = [&head.prompt, &head.tail].map(|segment| segment.pages.pages().len());
-        match head.select.needed(head.in_pages()) {
+        let pages = [&head.prompt, &head.tail, &head.window].map(|segment| segment.pages.pages().len());
+        match head.settings.select.needed(head.in_pages()) {
             None => chosen.all(pages),
             Some(needed) => {
                 let rows = whole[0].rows();
@@ -225,13 +225,12 @@ fn runs_of(visits: &[(u32, u8)]) -> impl Iterator<Item = &[(u32, u8)]> {
 impl LayeredHead {
     /// Tokens of pages, sealed ones and the newest.
     pub(crate) fn in_pages(&self) -> usize {
-        self.prompt.pages.tokens() + self.tail.pages.tokens()
+        self.segments().into_iter().map(|segment| segment.pages.tokens()).sum()
     }
 
-    /// The pages that may be left out: of the prompt all, of the tail all but the newest.
+    /// The pages that may be left out: those of the prompt and of the tail.
     pub(crate) fn selectable(&self) -> [(&Pages, Range<usize>); 2] {
-        let (prompt, tail) = (&self.prompt.pages, &self.tail.pages);
-        [(prompt, 0..prompt.pages().len()), (tail, 0..tail.pages().len() - 1)]
+        [&self.prompt, &self.tail].map(|segment| (&segment.pages, 0..segment.pages.pages().len()))
     }
 
     /// Runs of them, in order.

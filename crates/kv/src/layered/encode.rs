@@ -1,11 +1,11 @@
 //! A prompt of all layers becomes pages: statistics of each head, one plan, then the codes.
 
+use super::asked::Asked;
 use super::importance::{Samples, Weights, weigh};
-use super::plan::{Channels, Head, HeadPlan, plan};
-use super::tail::first_limit;
+use super::plan::{Channels, Head, HeadPlan, fitting, plan};
+use super::window::{Newest, bytes_of_page};
 use super::{
-    Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment,
-    Select, fine,
+    Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, fine,
 };
 use crate::KvShape;
 use crate::exact::ExactHead;
@@ -50,47 +50,51 @@ pub(crate) fn compress(
     let (scales, mut heads): (Vec<Scales>, Vec<Head>) = found.into_iter().flatten().unzip();
     for (prompt, heads) in prompts.iter().zip(heads.chunks_mut(shape.kv_heads)) {
         let weight = calibration.layer_weights[prompt.layer];
-        heads.iter_mut().for_each(|head| lift(&mut head.weights, weight));
-        if settings.drop == Dropping::Guarded {
-            guard(heads);
+        for Weights { keys, values } in heads.iter_mut().map(|head| &mut head.weights) {
+            keys.iter_mut().chain(values).for_each(|w| *w = (*w * weight).max(1e-30));
         }
+        guard(heads, settings.drop);
     }
     let exact = jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
     let budget = settings.target.budget(exact, others);
-    let plans = plan(pool, &heads, budget - fixed_bytes(jobs.len(), shape.head_dim) as f32);
+    let fixed: usize =
+        jobs.iter().map(|job| fixed_bytes(shape.head_dim) + job.newest().bytes(shape.head_dim)).sum();
+    let plans = plan(pool, &heads, budget - fixed as f32);
     let mut made: Vec<_> = jobs
         .iter()
         .zip(scales)
-        .zip(plans)
+        .zip(heads.iter().zip(plans))
         .map(|((job, scales), plan)| (job, Some(scales), plan, None))
         .collect();
-    pool.for_each(&mut made, |_, (job, scales, plan, out)| {
-        *out = scales.take().map(|scales| job.encode(scales, plan, settings.select));
+    pool.for_each(&mut made, |_, (job, scales, (observed, plan), out)| {
+        *out = scales.take().map(|scales| job.encode(scales, (observed, plan), settings));
     });
     let mut made = made.into_iter().filter_map(|(.., out)| out);
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
 }
 
-/// Bytes of `heads` heads that no plan changes: sinks, means and spreads, headers, the page at 8 bits.
-fn fixed_bytes(heads: usize, d: usize) -> usize {
+/// Bytes of a head that no plan changes: sinks, means and spreads, headers.
+fn fixed_bytes(d: usize) -> usize {
     let sinks = SINKS * 2 * d * size_of::<f16>();
     let scales = Scales { numbers: vec![f16::ZERO; 4 * d].into_boxed_slice() }.bytes();
-    let lists = size_of::<LayeredHead>() + 2 * (crate::exact::ARC_BYTES + size_of::<Segment>());
-    heads * (sinks + scales + lists + Pages::bytes_of_page(fine(d), fine(d)))
+    sinks + scales + size_of::<LayeredHead>() + 3 * (crate::exact::ARC_BYTES + size_of::<Segment>())
 }
 
-/// Every token's weight gets a share of the mean, and all are multiplied by the layer's.
-fn lift(weights: &mut Weights, layer: f32) {
+/// Every token's weight gets a share of the mean.
+pub(super) fn lift(weights: &mut Weights, share: f32) {
     for weights in [&mut weights.keys, &mut weights.values] {
         let mean = weights.iter().sum::<f32>() / weights.len() as f32;
         // Where no query judged any token all weigh the same.
-        let floor = if mean > 1e-20 { FLOOR * mean } else { 1e-6 };
-        weights.iter_mut().for_each(|w| *w = ((*w + floor) * layer).max(1e-30));
+        let floor = if mean > 1e-20 { share * mean } else { 1e-6 };
+        weights.iter_mut().for_each(|w| *w += floor);
     }
 }
 
 /// Each token must stay in the head of its layer that would lose most by it.
-fn guard(heads: &mut [Head]) {
+pub(super) fn guard(heads: &mut [Head], drop: Dropping) {
+    if drop == Dropping::Any {
+        return;
+    }
     for t in 0..heads[0].guarded.len() {
         let weight = |head: &Head| head.weights.keys[t];
         let most = (0..heads.len()).max_by(|&a, &b| weight(&heads[a]).total_cmp(&weight(&heads[b])));
@@ -111,7 +115,11 @@ struct Job<'a> {
 impl Job<'_> {
     /// The tokens that the plan is for: not the first four, and not the newest 64.
     fn middle(&self) -> Range<usize> {
-        SINKS..self.exact.tokens() - PAGE_TOKENS
+        SINKS..self.exact.tokens() - self.newest().tokens()
+    }
+
+    fn newest(&self) -> Newest {
+        Newest::new(self.exact.tokens(), (self.index / self.shape.kv_heads, self.shape.layers))
     }
 
     fn rows(&self) -> (Vec<f32>, Vec<f32>) {
@@ -138,16 +146,18 @@ impl Job<'_> {
         let mut numbers = Vec::with_capacity(4 * d);
         let keys = observe(&turned_keys, d, scale, &mut numbers);
         let values = observe(&turned_values[elements], d, 1.0, &mut numbers);
-        let weights =
+        let mut weights =
             Weights { keys: of_keys[middle.clone()].to_vec(), values: of_values[middle.clone()].to_vec() };
+        lift(&mut weights, FLOOR);
         let head = Head { keys, values, weights, guarded: vec![false; middle.len()] };
         (Scales { numbers: numbers.into_boxed_slice() }, head)
     }
 
-    fn encode(&self, scales: Scales, plan: &HeadPlan, select: Select) -> LayeredHead {
+    fn encode(&self, scales: Scales, (observed, plan): (&Head, &HeadPlan), settings: Layered) -> LayeredHead {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
+        let newest = self.newest();
         let mut head = LayeredHead {
             calibration: self.calibration.clone(),
             index: self.index,
@@ -155,36 +165,50 @@ impl Job<'_> {
             scales: Arc::new(scales),
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
-            running: plan.running,
-            prompt_bytes: 0,
-            prompt_tokens: self.exact.tokens(),
-            limit: first_limit(self.index / self.shape.kv_heads, self.shape.layers),
-            select,
+            window: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
+            profiles: fitting(observed, bytes_of_page(d) as f32),
+            rate: plan.bytes / self.middle().len() as f32,
+            asked: Asked::default(),
+            stay: newest.stay as u8,
+            settings,
             buffer: None,
         };
         let middle = self.middle();
-        let (keys, values) = head.coordinates(&keys[middle.start * d..], &values[middle.start * d..]);
-        let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
-            tokens.iter().flat_map(|&t| &x[t as usize * d..][..d]).copied().collect()
-        };
+        let buffered = keys.len() - newest.buffered * d;
+        head.fill(&keys[buffered..], &values[buffered..]);
+        let (keys, values) =
+            head.coordinates(&keys[middle.start * d..buffered], &values[middle.start * d..buffered]);
         let mut pages = Pages::new(d);
-        for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
-            pages.push((&gather(&keys, tokens), &gather(&values, tokens)), *profiles);
-        }
+        push(&mut pages, (&keys, &values), plan);
         pages.shrink();
-        let mut newest = Pages::new(d);
+        let mut window = Pages::new(d);
         let after = middle.len() * d;
-        newest.push((&keys[after..], &values[after..]), (fine(d), fine(d)));
-        newest.shrink();
+        let of_page = PAGE_TOKENS * d;
+        let (mut keys, mut values) = (&keys[after..], &values[after..]);
+        while keys.len() > of_page {
+            window.push((&keys[..of_page], &values[..of_page]), head.profiles);
+            (keys, values) = (&keys[of_page..], &values[of_page..]);
+        }
+        window.push((keys, values), (fine(d), fine(d)));
+        window.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
-        head.tail = Arc::new(Segment { pages: newest, dropped: 0 });
-        head.prompt_bytes = head.bytes();
+        head.window = Arc::new(Segment { pages: window, dropped: 0 });
         head
     }
 }
 
-/// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left: squares in units of
-/// 1 over `unit`, and shares of escapes.
+/// Adds the plan's pages of `keys` and `values` `[T, D]` over spreads.
+pub(super) fn push(pages: &mut Pages, (keys, values): (&[f32], &[f32]), plan: &HeadPlan) {
+    let d = pages.head_dim();
+    let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
+        tokens.iter().flat_map(|&t| &x[t as usize * d..][..d]).copied().collect()
+    };
+    for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
+        pages.push((&gather(keys, tokens), &gather(values, tokens)), *profiles);
+    }
+}
+
+/// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left.
 fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
     let tokens = (x.len() / d) as f32;
     let (mut mean, mut square) = (vec![0.0f32; d], vec![0.0f32; d]);
@@ -197,17 +221,28 @@ fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
         let less = row.iter().zip(&wide).map(|(x, m)| x - m);
         square.iter_mut().zip(less).for_each(|(s, x)| *s += x * x);
     }
-    square.iter_mut().for_each(|s| *s /= tokens);
     // A channel that never changes has the least spread that divides.
-    let spread: Vec<f16> = square.iter().map(|s| to_f16(s.sqrt()).max(f16::MIN_POSITIVE)).collect();
-    let escapes = escapes(&normalized(x, &mean, &spread), d);
+    let spread: Vec<f16> =
+        square.iter().map(|s| to_f16((s / tokens).sqrt()).max(f16::MIN_POSITIVE)).collect();
+    let channels = channels(&normalized(x, &mean, &spread), &spread, unit);
     numbers.extend_from_slice(&mean);
     numbers.extend_from_slice(&spread);
-    Channels { variances: square.iter().map(|s| s * unit * unit).collect(), escapes }
+    channels
+}
+
+/// What tokens `[T, D]` over `spread` say of the channels: squares in units of 1 over `unit`, and shares of escapes.
+pub(super) fn channels(x: &[f32], spread: &[f16], unit: f32) -> Channels {
+    let share = spread.len() as f32 / x.len() as f32;
+    let mut variances = vec![0.0; spread.len()];
+    for row in x.chunks_exact(spread.len()) {
+        variances.iter_mut().zip(row).for_each(|(v, x)| *v += x * x * share);
+    }
+    variances.iter_mut().zip(spread).for_each(|(v, s)| *v *= (s.to_f32() * unit).powi(2));
+    Channels { variances, escapes: escapes(x, spread.len()) }
 }
 
 /// The shares of escapes among elements `[T, D]` in units of their channels' spreads, by groups of channels and widths.
-pub(super) fn escapes(x: &[f32], d: usize) -> Vec<[f32; 3]> {
+fn escapes(x: &[f32], d: usize) -> Vec<[f32; 3]> {
     let mut escapes = vec![[0.0; 3]; d / GROUP];
     let share = 1.0 / (x.len() / d * GROUP) as f32;
     for row in x.chunks_exact(d) {

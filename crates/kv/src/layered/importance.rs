@@ -10,7 +10,7 @@ use mosaickv_kernels::rotate::{multiply, products};
 use std::ops::Range;
 
 /// Queries this near to a token say nothing about it.
-const NEAR: usize = 64;
+pub(super) const NEAR: usize = 64;
 
 /// Channels of values, those of most variance, in which outputs are compared with values; of the others a value's own
 /// square is taken.

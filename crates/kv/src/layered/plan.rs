@@ -7,6 +7,7 @@
 //! follows by trial: the plan is a function of the statistics and the budget, and of nothing else.
 
 use super::importance::Weights;
+
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
 
@@ -42,17 +43,6 @@ pub(crate) struct Head {
     pub(crate) guarded: Vec<bool>,
 }
 
-/// How pages are stored whose tokens nobody has asked for yet.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Running {
-    /// Of keys and values.
-    pub(crate) profiles: (Profile, Profile),
-    /// Of a page of mean tokens: what errors of its keys and of its values weigh.
-    pub(crate) weights: (f32, f32),
-    /// A page's in the long run, header included.
-    pub(crate) bytes: f32,
-}
-
 /// What a head's tokens become.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct HeadPlan {
@@ -60,8 +50,6 @@ pub(crate) struct HeadPlan {
     pub(crate) order: Vec<u32>,
     /// Profiles of keys and values of every 64 of them.
     pub(crate) pages: Vec<(Profile, Profile)>,
-    /// For what comes after.
-    pub(crate) running: Running,
     /// Bytes expected.
     pub(crate) bytes: f32,
 }
@@ -71,10 +59,15 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     let mut drafts: Vec<(Draft, HeadPlan)> =
         heads.iter().map(|_| (Draft::default(), HeadPlan::default())).collect();
     pool.for_each(&mut drafts, |i, (draft, _)| *draft = Draft::new(&heads[i]));
-    let mut bytes_at = |lambda: f32| {
+    search(budget, |lambda| {
         pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
         drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
-    };
+    });
+    drafts.into_iter().map(|(_, plan)| plan).collect()
+}
+
+/// Calls `bytes_at` with different lambdas, last with one that takes about `budget` bytes.
+fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) {
     let budget = budget.max(1.0);
     // Logarithms of lambda, and of the bytes there over the budget: bytes fall as lambda rises.
     let (mut low, mut high) = ((1e-30f32.ln(), 9.0), (1e10f32.ln(), -9.0));
@@ -97,17 +90,10 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     if last != Some(high.0) {
         bytes_at(high.0.exp());
     }
-    // What comes after gets in no head less than the mean: one that is asked for little of what is far is a head that looks at
-    // what is near. Once there is more of it, all give a share back.
-    let mean = drafts.iter().map(|(_, plan)| plan.running.bytes).sum::<f32>() / heads.len() as f32;
-    let raised =
-        drafts.iter().map(|(_, plan)| plan.running.bytes.max(mean)).sum::<f32>() / heads.len() as f32;
-    for (draft, plan) in &mut drafts {
-        let of_page = plan.running.bytes.max(mean);
-        plan.running.profiles = cheapest((&draft.keys, &draft.values), plan.running.weights, of_page);
-        plan.running.bytes = of_page * mean / raised;
-    }
-    drafts.into_iter().map(|(_, plan)| plan).collect()
+}
+
+fn mean_of(x: &[f32]) -> f32 {
+    x.iter().sum::<f32>() / x.len() as f32
 }
 
 /// A way to store a page's keys or values.
@@ -245,24 +231,14 @@ impl Draft {
             pages.push((k.profile, v.profile));
             bytes += header() + k.bytes + v.bytes;
         }
-        let page = |weights: &[f32]| weights.iter().sum::<f32>() / weights.len() as f32 * PAGE_TOKENS as f32;
-        let weights = (page(keys), page(values));
-        let of_page = bytes / (keys.len() as f32 / PAGE_TOKENS as f32);
-        let running = Running { weights, bytes: of_page, ..Running::default() };
-        HeadPlan { order, pages, running, bytes }
+        HeadPlan { order, pages, bytes }
     }
 }
 
-/// The pair for a page of these `weights` of keys and values that takes at most `bytes`, header included.
-pub(crate) fn running(
-    (keys, values): (&Channels, &Channels),
-    weights: (f32, f32),
-    bytes: f32,
-) -> (Profile, Profile) {
-    cheapest((&Family::of_keys(keys), &Family::of_values(values)), weights, bytes)
-}
-
-fn cheapest((keys, values): (&Family, &Family), (key, value): (f32, f32), bytes: f32) -> (Profile, Profile) {
+/// The pair of profiles for a page of the head's mean tokens that takes at most `bytes`, header included.
+pub(crate) fn fitting(head: &Head, bytes: f32) -> (Profile, Profile) {
+    let (keys, values) = (Family::of_keys(&head.keys), Family::of_values(&head.values));
+    let (key, value) = (mean_of(&head.weights.keys), mean_of(&head.weights.values));
     let mut found = (Profile::default(), Profile::default());
     let mut lambda = (key + value) * 1e6;
     for _ in 0..120 {

@@ -76,8 +76,8 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
 /// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
 #[derive(Debug, Default)]
 pub(crate) struct Chosen {
-    prompt: Vec<(u32, u8)>,
-    tail: Vec<(u32, u8)>,
+    /// Of the prompt, the tail and the window.
+    visits: [Vec<(u32, u8)>; 3],
     /// Scores of all tiles, `[R, N]`.
     rows: Vec<f32>,
     /// `[N]`
@@ -85,29 +85,30 @@ pub(crate) struct Chosen {
 }
 
 impl Chosen {
-    /// Of the head's prompt and of its tail.
-    pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 2] {
-        [(&head.prompt.pages, &self.prompt), (&head.tail.pages, &self.tail)]
+    /// Of the head's prompt, its tail and its window.
+    pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 3] {
+        let [prompt, tail, window] = &self.visits;
+        [(&head.prompt.pages, prompt), (&head.tail.pages, tail), (&head.window.pages, window)]
     }
 
-    /// All tiles of so many pages of the prompt and the tail.
-    pub(super) fn all(&mut self, pages: [usize; 2]) {
-        for (visits, pages) in [&mut self.prompt, &mut self.tail].into_iter().zip(pages) {
+    /// All tiles of so many pages of each.
+    pub(super) fn all(&mut self, pages: [usize; 3]) {
+        for (visits, pages) in self.visits.iter_mut().zip(pages) {
             visits.clear();
             visits.extend((0..pages as u32).map(|page| (page, ALL_TILES)));
         }
     }
 
-    /// Those of the sketched tiles that are `needed`, and the tail's last page. `sketched` are the runs' largest scores,
+    /// Those of the sketched tiles that are `needed`, and all of the window's. `sketched` are the runs' largest scores,
     /// `[R, tiles]` of each, and `known` is the state of what is attended to without pages.
     pub(super) fn some<'a>(
         &mut self,
         isa: Isa,
         sketched: impl Iterator<Item = &'a [f32]> + Clone,
         (known, needed): (&AttnState, Needed),
-        [of_prompt, of_tail]: [usize; 2],
+        [of_prompt, of_tail, of_window]: [usize; 3],
     ) {
-        let tiles = (of_prompt + of_tail - 1) * TILES;
+        let tiles = (of_prompt + of_tail) * TILES;
         self.rows.clear();
         for r in 0..known.rows() {
             let row = |run: &'a [f32]| &run[r * (run.len() / known.rows())..][..run.len() / known.rows()];
@@ -116,16 +117,18 @@ impl Chosen {
         self.wanted.resize(tiles, 0.0);
         wanted(isa, &mut self.rows, known, needed, &mut self.wanted);
         let cut = cut(isa, &self.wanted, bounds(tiles));
-        self.prompt.clear();
-        self.tail.clear();
+        let [prompt, tail, window] = &mut self.visits;
+        prompt.clear();
+        tail.clear();
         for (page, wanted) in self.wanted.chunks_exact(TILES).enumerate() {
             let mask = wanted.iter().rev().fold(0, |mask, w| mask << 1 | u8::from(*w >= cut));
             match page.checked_sub(of_prompt) {
                 _ if mask == 0 => {}
-                None => self.prompt.push((page as u32, mask)),
-                Some(page) => self.tail.push((page as u32, mask)),
+                None => prompt.push((page as u32, mask)),
+                Some(page) => tail.push((page as u32, mask)),
             }
         }
-        self.tail.push((of_tail as u32 - 1, ALL_TILES));
+        window.clear();
+        window.extend((0..of_window as u32).map(|page| (page, ALL_TILES)));
     }
 }

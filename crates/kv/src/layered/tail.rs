@@ -1,97 +1,77 @@
-//! What becomes of the tokens after the prompt?
+//! What becomes of tokens that leave the window?
 //!
-//! A full update buffer becomes the tail's last page, at 8 bits, and the page that was the last before is stored again, in
-//! the running profiles. Eight pages are a segment: when one closes, the profiles of the next follow from how the
-//! newest tokens vary in each channel, and from the bytes that keep what is generated at the prompt's rate. The first buffers of a
-//! cache's layers are full at different lengths, so that no step seals pages in all layers.
+//! The same as of a prompt's: what has lately been asked tells what they are worth, one plan for the heads of a layer shares out the
+//! bytes, and tokens of like weights share pages. A token may be dropped from a head there too: a head that
+//! looks at what is near gives its prompt hardly any bits, and keys of next to none are no better than the mean key, which
+//! is worse than none (KL after 1,000 generated tokens: 0.3 in place of 0.02).
 
-use super::plan::{Channels, running};
-use super::{LayeredHead, encode, fine};
-use half::f16;
-use mosaickv_kernels::exact::ExactPage;
-use mosaickv_kernels::layered::PAGE_TOKENS;
+use super::encode::{channels, guard, lift, push};
+use super::plan::{Head, HeadPlan, plan};
+use super::{LayeredHead, SINKS};
+use mosaickv_kernels::Pool;
 use std::sync::Arc;
 
-/// Pages of a segment of the tail.
-const SEGMENT: usize = 8;
+/// Share of a head's mean weight that every token of a segment gets: fewer queries than a prompt's judge them.
+const FLOOR: f32 = 1.0;
 
-/// Tokens by which a buffer's allocation grows.
-const STEP: usize = 16;
+/// A segment takes this many times the bytes of as many tokens of the prompt at least and at most.
+const BOUNDS: (f32, f32) = (0.9, 1.1);
 
-/// A segment's pages take this many times the bytes of the prompt's at least and at most.
-const BOUNDS: (f32, f32) = (0.6, 1.2);
+/// Tokens of a head that leave the window.
+struct Leaving {
+    /// `[n, D]` over spreads.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// Bytes that they take at the prompt's rate, and that are left for them if the tail is to keep it.
+    usual: f32,
+    left: f32,
+}
 
-/// Tokens at which the first buffer of `layer` of `layers` is full.
-pub(super) fn first_limit(layer: usize, layers: usize) -> usize {
-    PAGE_TOKENS - layer * PAGE_TOKENS / layers.max(1) % PAGE_TOKENS
+/// The oldest pages of the windows of a layer's `heads` become a segment of their tails.
+pub(crate) fn close(pool: &Pool, heads: &mut [LayeredHead]) {
+    let mut found: Vec<(&mut LayeredHead, Option<(Leaving, Head)>)> =
+        heads.iter_mut().map(|head| (head, None)).collect();
+    pool.for_each(&mut found, |_, (head, found)| *found = Some(head.leave()));
+    let (heads, found): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    let (segments, mut observed): (Vec<Leaving>, Vec<Head>) = found.into_iter().flatten().unzip();
+    guard(&mut observed, heads[0].settings.drop);
+    let usual: f32 = segments.iter().map(|segment| segment.usual).sum();
+    let left: f32 = segments.iter().map(|segment| segment.left).sum();
+    let plans = plan(pool, &observed, left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual));
+    let mut made: Vec<_> = heads.into_iter().zip(segments.iter().zip(&plans)).collect();
+    pool.for_each(&mut made, |_, (head, (segment, plan))| head.join(segment, plan));
 }
 
 impl LayeredHead {
-    /// Whether the next token must first send the buffer to a page.
-    pub(crate) fn is_full(&self) -> bool {
-        self.buffer.as_ref().is_some_and(|buffer| buffer.tokens() >= self.limit)
-    }
-
-    /// Adds a token, its key `[D]` and value `[D]`.
-    pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
-        if self.is_full() {
-            self.seal();
-        }
-        let d = key.len();
-        let buffer = match self.buffer.take() {
-            None => ExactPage::new(d, STEP),
-            Some(full) if full.is_full() => {
-                let mut larger = ExactPage::new(d, full.capacity() + STEP);
-                let (keys, values) = crate::packed::rows(&[&full]);
-                keys.chunks_exact(d).zip(values.chunks_exact(d)).for_each(|(k, v)| larger.push(k, v));
-                larger
-            }
-            Some(buffer) => buffer,
-        };
-        self.buffer.insert(buffer).push(key, value);
-    }
-
-    /// The buffer becomes the tail's last page, at 8 bits, and the one before gets the running profiles.
-    fn seal(&mut self) {
-        let buffer = self.buffer.take().expect("a full buffer");
-        let (keys, values) = crate::packed::rows(&[&buffer]);
-        let (keys, values) = self.coordinates(&keys, &values);
+    /// Takes the pages out of the window, and says what they hold and what it is worth.
+    fn leave(&mut self) -> (Leaving, Head) {
         let d = self.head_dim();
-        if self.tail.pages.pages().len().is_multiple_of(SEGMENT) {
-            self.replan(&keys, &values);
-        }
-        self.limit = PAGE_TOKENS;
+        let before = [&self.prompt, &self.tail].map(|segment| segment.tokens());
+        let first = SINKS + before.iter().sum::<usize>();
+        let count = self.leaving();
+        let window = &mut Arc::make_mut(&mut self.window).pages;
+        let (keys, values): (Vec<_>, Vec<_>) = window.take_first(count).into_iter().unzip();
+        window.shrink();
+        let (keys, values) = (keys.concat(), values.concat());
+        let tokens = keys.len() / d;
+        let mut weights = self.asked.weigh(first, (&keys, &values), self.scales.value_spread());
+        lift(&mut weights, FLOOR);
+        self.asked.forget(first + tokens);
+        let head = Head {
+            keys: channels(&keys, self.scales.key_spread(), (d as f32).sqrt().recip()),
+            values: channels(&values, self.scales.value_spread(), 1.0),
+            weights,
+            guarded: vec![false; tokens],
+        };
+        let usual = self.rate * tokens as f32;
+        let left = usual + self.rate * self.tail.tokens() as f32 - self.tail.pages.bytes() as f32;
+        (Leaving { keys, values, usual, left }, head)
+    }
+
+    fn join(&mut self, segment: &Leaving, plan: &HeadPlan) {
         let tail = Arc::make_mut(&mut self.tail);
-        if let Some((keys, values)) = tail.pages.pop() {
-            tail.pages.push((&keys, &values), self.running.profiles);
-        }
-        tail.pages.push((&keys, &values), (fine(d), fine(d)));
+        tail.dropped += segment.keys.len() / tail.pages.head_dim() - plan.order.len();
+        push(&mut tail.pages, (&segment.keys, &segment.values), plan);
         tail.pages.shrink();
     }
-
-    /// Profiles of the next segment, from the newest tokens, `[n, D]` in units of spreads.
-    fn replan(&mut self, keys: &[f32], values: &[f32]) {
-        let unit = (self.head_dim() as f32).sqrt().recip();
-        let keys = channels(keys, self.scales.key_spread(), unit);
-        let values = channels(values, self.scales.value_spread(), 1.0);
-        // The buffer is half full on average.
-        let exact = PAGE_TOKENS / 2 * self.head_dim() * 2 * size_of::<f16>();
-        let usual = self.running.bytes;
-        let pages = (self.tokens() - self.prompt_tokens) / PAGE_TOKENS + SEGMENT;
-        let allowed = self.prompt_bytes as f32 + usual * pages as f32;
-        let left = (allowed - (self.bytes() + exact) as f32) / SEGMENT as f32;
-        let bytes = left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual);
-        self.running.profiles = running((&keys, &values), self.running.weights, bytes);
-    }
-}
-
-/// What tokens `[n, D]` in units of `spread` say of the channels.
-fn channels(x: &[f32], spread: &[f16], unit: f32) -> Channels {
-    let share = 1.0 / (x.len() / spread.len()) as f32;
-    let mut variances = vec![0.0; spread.len()];
-    for row in x.chunks_exact(spread.len()) {
-        variances.iter_mut().zip(row).for_each(|(v, x)| *v += x * x * share);
-    }
-    variances.iter_mut().zip(spread).for_each(|(v, s)| *v *= (s.to_f32() * unit).powi(2));
-    Channels { variances, escapes: encode::escapes(x, spread.len()) }
 }
