@@ -36,6 +36,9 @@ pub struct Cost {
     pub kv_bytes: usize,
     /// Exact f16 bytes to stored bytes.
     pub ratio: f64,
+    /// The same of all tokens, after the last decode step; absent if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end_ratio: Option<f64>,
     /// Stored bits to scalars held.
     pub bits_per_scalar: f64,
     /// Mean over the decode steps; absent if there was none.
@@ -383,6 +386,7 @@ fn parse_row(line: &[u8]) -> Result<Row, String> {
         }
     };
     within("ratio", cost.ratio, 1e-9, 1e9)?;
+    within("end_ratio", cost.end_ratio.unwrap_or(1.0), 1e-9, 1e9)?;
     within("bits_per_scalar", cost.bits_per_scalar, 0.0, 1e9)?;
     within("bytes_read_per_step", cost.bytes_read_per_step.unwrap_or(0.0), 0.0, 1e18)?;
     within("depth", depth.unwrap_or(0.0), 0.0, 1.0)?;

@@ -9,7 +9,7 @@ use crate::results::{AnswerRow, Cost, Row};
 use crate::{EvalError, Sample};
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
-use mosaickv_kv::KvFormat;
+use mosaickv_kv::{KvCache, KvFormat};
 use mosaickv_model::{Decoder, Model, Sequence, Text, greedy, step_each};
 use std::time::{Duration, Instant};
 
@@ -205,17 +205,27 @@ impl Meter {
         let cost = Cost {
             prompt_tokens: tokens,
             kv_bytes: bytes,
-            ratio: cache.shape().exact_bytes(tokens) as f64 / bytes as f64,
+            ratio: ratio(cache),
+            end_ratio: None,
             bits_per_scalar: bytes as f64 * 8.0 / cache.shape().scalars(tokens) as f64,
             bytes_read_per_step: None,
         };
         Meter { cost, before: (tokens, cache.bytes_read()) }
     }
 
-    /// The cost, with the mean of what the steps since then read, if there were any.
+    /// The cost, with what the steps since then led to, if there were any.
     pub(crate) fn cost(self, fork: &Sequence) -> Cost {
         let cache = fork.cache();
         let (steps, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
-        Cost { bytes_read_per_step: (steps > 0).then(|| read as f64 / steps as f64), ..self.cost }
+        if steps == 0 {
+            return self.cost;
+        }
+        let bytes_read_per_step = Some(read as f64 / steps as f64);
+        Cost { bytes_read_per_step, end_ratio: Some(ratio(cache)), ..self.cost }
     }
+}
+
+/// Exact f16 bytes of the tokens held to stored bytes.
+fn ratio(cache: &KvCache) -> f64 {
+    cache.shape().exact_bytes(cache.tokens()) as f64 / cache.bytes().total() as f64
 }

@@ -9,6 +9,7 @@ fn cost(ratio: f64) -> Cost {
         prompt_tokens: 4000,
         kv_bytes: 1000,
         ratio,
+        end_ratio: Some(0.9 * ratio),
         bits_per_scalar: 16.0 / ratio,
         bytes_read_per_step: Some(2.5e6 / ratio),
     }
@@ -146,10 +147,10 @@ fn a_small_run_reads_as_worked_out_by_hand() {
 | KV formats | exact, packed |
 | rows | 23 |
 | seed | 7 |
-| KV format | ratio | bits a scalar | MB read a step | samples | mean of 3 tasks | a | b_c | none |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| exact | 1.00 | 16.0 | 2.50 | 12 | 50.0 | 100.0 | 50.0 | 0.0 |
-| packed | 4.00 | 4.00 | 0.625 | 11 of 12 | 41.7<br>-8.3 [-25.0, 0.0]<br>loss 16.7 % \
+| KV format | ratio | at the end | bits a scalar | MB read a step | samples | mean of 3 tasks | a | b_c | none |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| exact | 1.00 | 0.900 | 16.0 | 2.50 | 12 | 50.0 | 100.0 | 50.0 | 0.0 |
+| packed | 4.00 | 3.60 | 4.00 | 0.625 | 11 of 12 | 41.7<br>-8.3 [-25.0, 0.0]<br>loss 16.7 % \
 | 75.0<br>-25.0 [-75.0, 0.0]<br>loss 25.0 % | 50.0<br>0.0 [0.0, 0.0]<br>loss 0.0 %<br>3 of 4 samples \
 | 0.0<br>0.0 [0.0, 0.0]<br>loss - |";
     assert_eq!(tables.join("\n"), wanted);
@@ -178,9 +179,9 @@ fn the_terminal_table_is_aligned_and_complete() {
     let wanted = "\
 At the length the data has
 
-KV format           ratio  bits a scalar  MB read a step  score  to exact  95 % interval    loss  samples
-1 exact              1.00           16.0            2.50   62.5         -              -       -        6
-2 packed:kept=0.25   4.00           4.00           0.625   66.7     -33.3  [-100.0, 0.0]  33.3 %   3 of 6
+KV format           ratio  at the end  bits a scalar  MB read a step  score  to exact  95 % interval    loss  samples
+1 exact              1.00       0.900           16.0            2.50   62.5         -              -       -        6
+2 packed:kept=0.25   4.00        3.60           4.00           0.625   66.7     -33.3  [-100.0, 0.0]  33.3 %   3 of 6
 
 score by task      1     2
 a              100.0  66.7
@@ -208,23 +209,23 @@ fn kl_is_weighed_by_tokens_and_needles_are_apart() {
 
 alice
 
-KV format      KL   top-1  change of NLL  perplexity  ratio  bits a scalar  MB read a step  tokens
-packed     0.1000  90.0 %        +0.1000        8.17   4.00           4.00           0.625     100
+KV format      KL   top-1  change of NLL  perplexity  ratio  at the end  bits a scalar  MB read a step  tokens
+packed     0.1000  90.0 %        +0.1000        8.17   4.00        3.60           4.00           0.625     100
 
 code
 
-KV format      KL   top-1  change of NLL  perplexity  ratio  bits a scalar  MB read a step  tokens
-packed     0.3000  70.0 %        +0.3000        9.97   4.00           4.00           0.625     300
+KV format      KL   top-1  change of NLL  perplexity  ratio  at the end  bits a scalar  MB read a step  tokens
+packed     0.3000  70.0 %        +0.3000        9.97   4.00        3.60           4.00           0.625     300
 
 All texts
 
-KV format      KL   top-1  change of NLL  perplexity  ratio  bits a scalar  MB read a step  tokens  prompts
-packed     0.2500  75.0 %        +0.2500        9.49   4.00           4.00           0.625     400        2
+KV format      KL   top-1  change of NLL  perplexity  ratio  at the end  bits a scalar  MB read a step  tokens  prompts
+packed     0.2500  75.0 %        +0.2500        9.49   4.00        3.60           4.00           0.625     400        2
 
 Needle prompts in alice
 
-KV format      KL   top-1  change of NLL  perplexity  ratio  bits a scalar  MB read a step  tokens  prompts
-packed     0.2000  80.0 %        +0.2000        9.03   4.00           4.00           0.625      40        2
+KV format      KL   top-1  change of NLL  perplexity  ratio  at the end  bits a scalar  MB read a step  tokens  prompts
+packed     0.2000  80.0 %        +0.2000        9.03   4.00        3.60           4.00           0.625      40        2
 
 KL, one layer compressed, the others exact
 

@@ -26,6 +26,7 @@ fn unit(sample: usize) -> Vec<Row> {
                 prompt_tokens: 4000,
                 kv_bytes: 12_345,
                 ratio: 1.0 / 0.3,
+                end_ratio: (sample == 1).then_some(3.25),
                 bits_per_scalar: 16.0 / 3.0,
                 bytes_read_per_step: (sample == 1).then_some(0.1),
             },

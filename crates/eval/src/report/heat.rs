@@ -190,6 +190,7 @@ mod tests {
             prompt_tokens: 1,
             kv_bytes: 1,
             ratio: 1.0,
+            end_ratio: None,
             bits_per_scalar: 16.0,
             bytes_read_per_step: None,
         };

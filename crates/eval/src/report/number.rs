@@ -51,24 +51,28 @@ fn unsigned_zero(text: String) -> String {
 pub(super) struct MeanCost {
     /// Exact f16 bytes to stored bytes.
     pub(super) ratio: f64,
+    end_ratio: Option<f64>,
     bits: f64,
     bytes_read: Option<f64>,
 }
 
 impl MeanCost {
-    pub(super) const HEADER: [&str; 3] = ["ratio", "bits a scalar", "MB read a step"];
+    pub(super) const HEADER: [&str; 4] = ["ratio", "at the end", "bits a scalar", "MB read a step"];
 
     /// None for none.
     pub(super) fn of<'a>(costs: impl Iterator<Item = &'a Cost> + Clone) -> Option<MeanCost> {
         let ratio = mean(costs.clone().map(|cost| cost.ratio))?;
         let bits = mean(costs.clone().map(|cost| cost.bits_per_scalar))?;
-        Some(MeanCost { ratio, bits, bytes_read: mean(costs.filter_map(|cost| cost.bytes_read_per_step)) })
+        let end_ratio = mean(costs.clone().filter_map(|cost| cost.end_ratio));
+        let bytes_read = mean(costs.filter_map(|cost| cost.bytes_read_per_step));
+        Some(MeanCost { ratio, end_ratio, bits, bytes_read })
     }
 
     /// Under `HEADER`.
-    pub(super) fn cells(&self) -> [String; 3] {
-        let megabytes = self.bytes_read.map(|bytes| three_digits(bytes / 1e6));
-        [three_digits(self.ratio), three_digits(self.bits), megabytes.unwrap_or(NONE.into())]
+    pub(super) fn cells(&self) -> [String; 4] {
+        let known = |number: Option<f64>| number.map_or(NONE.into(), three_digits);
+        let megabytes = known(self.bytes_read.map(|bytes| bytes / 1e6));
+        [three_digits(self.ratio), known(self.end_ratio), three_digits(self.bits), megabytes]
     }
 }
 
