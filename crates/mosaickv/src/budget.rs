@@ -1,9 +1,10 @@
-//! How many bytes may a prompt's keys and values take, and at what risk? `--kv-budget` and `--allow-drop` beside `--kv`, and
+//! How many bytes may a prompt's keys and values take, what is read of them, and at what risk? `--kv-budget`, `--allow-drop`
+//! and `--select` beside `--kv`, and
 //! what is said where a budget was missed.
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
-use mosaickv_kv::{ByteCount, Dropping, KvCache, KvFormat, KvFormats, Layered, Target};
+use mosaickv_kv::{ByteCount, Dropping, KvCache, KvFormat, KvFormats, Layered, Select, Target};
 
 /// A prompt that takes so much more or less than was asked for has missed its budget.
 const OFF: f64 = 0.02;
@@ -18,6 +19,10 @@ pub struct BudgetArgs {
     /// what was dropped can't be answered. This is --kv layered:drop=any
     #[arg(long)]
     allow_drop: bool,
+    /// What a step reads of the layered format: all, mass=0.99 (of each query's attention) or relative=0.001 (of the best token's
+    /// weight). Less than all is faster in long contexts and can miss what a question needs. This is --kv layered@mass=0.99
+    #[arg(long, value_name = "WHAT")]
+    select: Option<Select>,
 }
 
 impl BudgetArgs {
@@ -45,7 +50,8 @@ impl BudgetArgs {
 
     /// A flag that was given, by name.
     fn flag(self) -> Option<&'static str> {
-        self.kv_budget.map(|_| "--kv-budget").or(self.allow_drop.then_some("--allow-drop"))
+        let select = self.select.map(|_| "--select");
+        self.kv_budget.map(|_| "--kv-budget").or(self.allow_drop.then_some("--allow-drop")).or(select)
     }
 
     fn applied_to(self, format: KvFormat) -> Result<KvFormat> {
@@ -59,6 +65,13 @@ impl BudgetArgs {
         }
         if self.allow_drop {
             of.drop = Dropping::Any;
+        }
+        if let Some(select) = self.select {
+            ensure!(
+                [Select::default(), select].contains(&of.select),
+                "--kv {format} and --select {select} are two selections; leave one of them out"
+            );
+            of.select = select;
         }
         Ok(KvFormat::Layered(of))
     }
