@@ -362,9 +362,13 @@ impl Pages {
         for (group, width) in profile.widths().enumerate() {
             let (lines, after) = rest.split_at(width.lines());
             rest = after;
+            let mut levels = [0.0; 256];
+            for (code, level) in levels.iter_mut().take(1 << width.bits()).enumerate() {
+                *level = f32::from(width.level(code as u8)) * UNIT;
+            }
             for (token, vector) in out.chunks_exact_mut(d).enumerate() {
                 for (c, x) in vector[group * GROUP..][..GROUP].iter_mut().enumerate() {
-                    *x = f32::from(width.level(code_at(lines, width, place(token, c)))) * UNIT;
+                    *x = levels[usize::from(code_at(lines, width, place(token, c)))];
                 }
             }
         }

@@ -3,7 +3,7 @@
 use super::asked::Asked;
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
-use super::window::{Newest, bytes_of_page};
+use super::window::Newest;
 use super::{
     Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, fine,
 };
@@ -28,7 +28,7 @@ pub(crate) struct Prompt<'a> {
 }
 
 /// The layers' heads, which together take what the settings leave them beside `others` bytes of the same cache. Layers of
-/// fewer than 260 tokens are not for this.
+/// fewer than 2,048 tokens are not for this.
 pub(crate) fn compress(
     pool: &Pool,
     shape: KvShape,
@@ -38,11 +38,16 @@ pub(crate) fn compress(
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
     assert!(tokens >= LEAST_TOKENS, "a prompt of {tokens} tokens, wanted at least {LEAST_TOKENS}");
+    let heads = prompts.len() * shape.kv_heads;
+    let exact = heads * tokens * shape.head_dim * 2 * size_of::<f16>();
+    let budget = settings.target.budget(exact, others);
     let mut jobs: Vec<(Job, Option<(Scales, Head)>)> = Vec::new();
     for prompt in &prompts {
+        let bits = 16.0 * budget / exact as f32;
+        let newest = Newest::new(tokens, bits, (prompt.layer, shape.layers));
         for (g, exact) in prompt.heads.iter().enumerate() {
             let index = prompt.layer * shape.kv_heads + g;
-            jobs.push((Job { exact, calibration, index, samples: prompt.samples, shape }, None));
+            jobs.push((Job { exact, calibration, index, samples: prompt.samples, shape, newest }, None));
         }
     }
     pool.for_each(&mut jobs, |_, (job, out)| *out = Some(job.observe()));
@@ -55,10 +60,8 @@ pub(crate) fn compress(
         }
         guard(heads, settings.drop);
     }
-    let exact = jobs.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
-    let budget = settings.target.budget(exact, others);
-    let fixed: usize =
-        jobs.iter().map(|job| fixed_bytes(shape.head_dim) + job.newest().bytes(shape.head_dim)).sum();
+    let d = shape.head_dim;
+    let fixed: usize = jobs.iter().map(|job| fixed_bytes(d) + job.newest.bytes(d)).sum();
     let plans = plan(pool, &heads, budget - fixed as f32);
     let mut made: Vec<_> = jobs
         .iter()
@@ -110,16 +113,14 @@ struct Job<'a> {
     index: usize,
     samples: &'a Samples,
     shape: KvShape,
+    /// How the newest tokens are kept.
+    newest: Newest,
 }
 
 impl Job<'_> {
-    /// The tokens that the plan is for: not the first four, and not the newest 64.
+    /// The tokens that the plan is for: neither the sinks nor the newest.
     fn middle(&self) -> Range<usize> {
-        SINKS..self.exact.tokens() - self.newest().tokens()
-    }
-
-    fn newest(&self) -> Newest {
-        Newest::new(self.exact.tokens(), (self.index / self.shape.kv_heads, self.shape.layers))
+        SINKS..self.exact.tokens() - self.newest.tokens()
     }
 
     fn rows(&self) -> (Vec<f32>, Vec<f32>) {
@@ -157,7 +158,6 @@ impl Job<'_> {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
-        let newest = self.newest();
         let mut head = LayeredHead {
             calibration: self.calibration.clone(),
             index: self.index,
@@ -166,15 +166,15 @@ impl Job<'_> {
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             window: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
-            profiles: fitting(observed, bytes_of_page(d) as f32),
+            profiles: fitting(observed, self.newest.bytes_of_page(d) as f32),
             rate: plan.bytes / self.middle().len() as f32,
             asked: Asked::default(),
-            stay: newest.stay as u8,
+            stay: self.newest.stay as u8,
             settings,
             buffer: None,
         };
         let middle = self.middle();
-        let buffered = keys.len() - newest.buffered * d;
+        let buffered = keys.len() - self.newest.buffered * d;
         head.fill(&keys[buffered..], &values[buffered..]);
         let (keys, values) =
             head.coordinates(&keys[middle.start * d..buffered], &values[middle.start * d..buffered]);

@@ -1,7 +1,7 @@
 //! How are the newest tokens kept? They are asked for most, and nobody knows yet what they will be worth.
 //!
 //! The update buffer is exact. A full one is added to a page at 8 bits; when that has no room it becomes one of the window's
-//! pages, whose profiles the prompt's statistics gave for [`BITS`] bits an element. When the window has [`SEGMENT`] pages
+//! pages, whose profiles the prompt's statistics gave for [`MORE`] times the bits of the prompt's mean element. When the window has [`SEGMENT`] pages
 //! more than stay in it, these go to the [tail](super::tail). Some of the steps' queries are remembered until then.
 //!
 //! A prompt's newest tokens are kept the same way, in layers at different points between two such events: their
@@ -22,8 +22,9 @@ pub(super) const SEGMENT: usize = 4;
 const TOKENS_PER_PAGE: usize = 1024;
 const STAY: RangeInclusive<usize> = 2..=8;
 
-/// Bits of an element of the window's pages, as a mean over keys and values.
-const BITS: usize = 5;
+/// An element of the window's pages has so many times the bits that the whole cache has for one, within bounds.
+const MORE: f32 = 2.5;
+const BITS: RangeInclusive<f32> = 3.0..=8.0;
 
 /// Tokens of a full buffer.
 const FULL: usize = 32;
@@ -40,13 +41,16 @@ pub(super) struct Newest {
     pages: usize,
     /// Tokens in the buffer.
     pub(super) buffered: usize,
+    /// Bits of an element of those pages.
+    bits: f32,
 }
 
 impl Newest {
-    /// After a prompt of so many tokens, in one layer of so many.
-    pub(super) fn new(tokens: usize, (layer, layers): (usize, usize)) -> Newest {
+    /// After a prompt of so many tokens, in one layer of so many; the whole cache has `bits` for each element.
+    pub(super) fn new(tokens: usize, bits: f32, (layer, layers): (usize, usize)) -> Newest {
         let stay = (tokens / TOKENS_PER_PAGE).clamp(*STAY.start(), *STAY.end());
-        Newest { stay, pages: stay + layer % SEGMENT, buffered: layer * FULL / layers }
+        let bits = (MORE * bits).clamp(*BITS.start(), *BITS.end());
+        Newest { stay, pages: stay + layer % SEGMENT, buffered: layer * FULL / layers, bits }
     }
 
     pub(super) fn tokens(self) -> usize {
@@ -56,13 +60,13 @@ impl Newest {
     /// What they take in a head of `d` channels.
     pub(super) fn bytes(self, d: usize) -> usize {
         let exact = self.buffered.next_multiple_of(STEP) * 2 * d * size_of::<f16>();
-        exact + self.pages * bytes_of_page(d) + Pages::bytes_of_page(fine(d), fine(d))
+        exact + self.pages * self.bytes_of_page(d) + Pages::bytes_of_page(fine(d), fine(d))
     }
-}
 
-/// Bytes of a page with the window's profiles.
-pub(super) fn bytes_of_page(d: usize) -> usize {
-    PAGE_TOKENS * 2 * d * BITS / 8
+    /// Bytes of a page with the window's profiles.
+    pub(super) fn bytes_of_page(self, d: usize) -> usize {
+        ((PAGE_TOKENS * 2 * d) as f32 * self.bits / 8.0) as usize
+    }
 }
 
 impl LayeredHead {
