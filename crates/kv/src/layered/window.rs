@@ -24,7 +24,7 @@ const STAY: RangeInclusive<usize> = 2..=8;
 
 /// An element of the window's pages has so many times the bits that the whole cache has for one, within bounds.
 const MORE: f32 = 2.5;
-const BITS: RangeInclusive<f32> = 3.0..=8.0;
+const BITS: RangeInclusive<f32> = 4.0..=8.0;
 
 /// Tokens of a full buffer.
 const FULL: usize = 32;
