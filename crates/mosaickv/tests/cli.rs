@@ -146,7 +146,7 @@ fn a_benchmark_prints_rows_with_what_was_measured() {
         "--head-dim",
         "32",
         "--context",
-        "300",
+        "2400",
         "--kv",
         "exact,packed,layered",
         "--rounds",
@@ -163,6 +163,6 @@ fn a_benchmark_prints_rows_with_what_was_measured() {
     }
     let stored = |i: usize| rows[i]["bytes_stored"].as_f64().unwrap();
     assert!(stored(2) < stored(0) / 4.0, "all layers are compressed: {} of {}", stored(2), stored(0));
-    // 300 tokens, 2 KV heads, 32 channels, keys and values, 2 bytes each.
-    assert_eq!(rows[0]["bytes_read"], 300 * 2 * 32 * 2 * 2);
+    // 2,400 tokens, 2 KV heads, 32 channels, keys and values, 2 bytes each.
+    assert_eq!(rows[0]["bytes_read"], 2400 * 2 * 32 * 2 * 2);
 }

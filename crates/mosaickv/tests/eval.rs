@@ -111,6 +111,23 @@ fn exact_is_exact_and_8_bits_nearly() {
     }
 }
 
+/// Generated tokens that lose too much show only after some hundred of them.
+#[test]
+fn the_layered_format_is_near_exact_long_after_the_prompt() {
+    let Some(model) = model() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("kl.jsonl").to_str().unwrap().to_owned();
+    let text = document();
+    let args = ["kl", "--text", &text, "--prefix", "2304", "--score", "600", "--ask", "2", "--json"];
+    let rows = run(&[&args[..], &["--kv", "layered", "-o", &out]].concat(), &model);
+    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 1 + 2);
+    for (row, bound) in rows.iter().zip([0.022, 0.15, 0.15]) {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
+        assert!(number("kl") < bound && number("ratio") > 7.84 && number("end_ratio") > 7.5, "{row}");
+    }
+}
+
 #[test]
 fn one_layer_loses_less_than_all() {
     let Some(model) = model() else { return };

@@ -2,7 +2,7 @@
 //!
 //! Five jobs of the pool, each over all heads of all caches that take the step together: turn the queries (and attend to
 //! the exact tokens), sketch, select, attend to what was selected, merge. Tiles of a head's prompt and tail compete with each
-//! other; its newest page is always read. Where all is read, nothing is sketched. Partial states are merged in order in the
+//! other; the window is always read. Where all is read, nothing is sketched. Partial states are merged in order in the
 //! calibration's channels, then leave them and meet the exact tokens. Runs are cut by pages and tiles alone, so that
 //! results depend neither on threads nor on the other caches.
 
@@ -135,7 +135,7 @@ impl Lane<'_> {
                     Some(start..*end)
                 });
                 let runs: Vec<&[f32]> = starts.map(|run| &sketched[run]).collect();
-                chosen.some(isa, runs.iter().copied(), (&whole[0], needed), pages);
+                chosen.some(isa, &runs, (&whole[0], needed), pages);
             }
         }
     }

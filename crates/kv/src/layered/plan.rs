@@ -7,7 +7,6 @@
 //! follows by trial: the plan is a function of the statistics and the budget, and of nothing else.
 
 use super::importance::Weights;
-
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
 

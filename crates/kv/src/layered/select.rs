@@ -101,18 +101,20 @@ impl Chosen {
 
     /// Those of the sketched tiles that are `needed`, and all of the window's. `sketched` are the runs' largest scores,
     /// `[R, tiles]` of each, and `known` is the state of what is attended to without pages.
-    pub(super) fn some<'a>(
+    pub(super) fn some(
         &mut self,
         isa: Isa,
-        sketched: impl Iterator<Item = &'a [f32]> + Clone,
+        sketched: &[&[f32]],
         (known, needed): (&AttnState, Needed),
         [of_prompt, of_tail, of_window]: [usize; 3],
     ) {
         let tiles = (of_prompt + of_tail) * TILES;
         self.rows.clear();
         for r in 0..known.rows() {
-            let row = |run: &'a [f32]| &run[r * (run.len() / known.rows())..][..run.len() / known.rows()];
-            sketched.clone().for_each(|run| self.rows.extend_from_slice(row(run)));
+            for run in sketched {
+                let tiles = run.len() / known.rows();
+                self.rows.extend_from_slice(&run[r * tiles..][..tiles]);
+            }
         }
         self.wanted.resize(tiles, 0.0);
         wanted(isa, &mut self.rows, known, needed, &mut self.wanted);
