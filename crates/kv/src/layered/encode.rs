@@ -12,7 +12,7 @@ use crate::exact::ExactHead;
 use crate::packed::rows;
 use half::f16;
 use mosaickv_kernels::Pool;
-use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Width};
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
 use mosaickv_kernels::rotate::multiply;
 use std::ops::Range;
 use std::sync::Arc;
@@ -61,16 +61,19 @@ pub(crate) fn compress(
         guard(heads, settings.drop);
     }
     let d = shape.head_dim;
-    let fixed: usize = jobs.iter().map(|job| fixed_bytes(d) + job.newest.bytes(d)).sum();
+    let windows: Vec<(Profile, Profile)> =
+        heads.iter().zip(&jobs).map(|(head, job)| fitting(head, job.newest.bytes_of_page(d))).collect();
+    let of_windows = jobs.iter().zip(&windows).map(|(job, profiles)| job.newest.bytes(d, *profiles));
+    let fixed = jobs.len() * fixed_bytes(d) + of_windows.sum::<usize>();
     let plans = plan(pool, &heads, budget - fixed as f32);
     let mut made: Vec<_> = jobs
         .iter()
         .zip(scales)
-        .zip(heads.iter().zip(plans))
+        .zip(windows.into_iter().zip(plans))
         .map(|((job, scales), plan)| (job, Some(scales), plan, None))
         .collect();
-    pool.for_each(&mut made, |_, (job, scales, (observed, plan), out)| {
-        *out = scales.take().map(|scales| job.encode(scales, (observed, plan), settings));
+    pool.for_each(&mut made, |_, (job, scales, (window, plan), out)| {
+        *out = scales.take().map(|scales| job.encode(scales, (*window, plan), settings));
     });
     let mut made = made.into_iter().filter_map(|(.., out)| out);
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
@@ -154,7 +157,12 @@ impl Job<'_> {
         (Scales { numbers: numbers.into_boxed_slice() }, head)
     }
 
-    fn encode(&self, scales: Scales, (observed, plan): (&Head, &HeadPlan), settings: Layered) -> LayeredHead {
+    fn encode(
+        &self,
+        scales: Scales,
+        (profiles, plan): ((Profile, Profile), &HeadPlan),
+        settings: Layered,
+    ) -> LayeredHead {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
@@ -166,7 +174,7 @@ impl Job<'_> {
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             window: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
-            profiles: fitting(observed, self.newest.bytes_of_page(d) as f32),
+            profiles,
             rate: plan.bytes / self.middle().len() as f32,
             asked: Asked::default(),
             stay: self.newest.stay as u8,

@@ -11,7 +11,7 @@ use super::asked::EVERY;
 use super::{LayeredHead, Work, fine};
 use half::f16;
 use mosaickv_kernels::exact::ExactPage;
-use mosaickv_kernels::layered::{PAGE_TOKENS, Pages};
+use mosaickv_kernels::layered::{PAGE_TOKENS, Page, Pages, Profile};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -57,15 +57,15 @@ impl Newest {
         (self.pages + 1) * PAGE_TOKENS + self.buffered
     }
 
-    /// What they take in a head of `d` channels.
-    pub(super) fn bytes(self, d: usize) -> usize {
+    /// What they take in a head of `d` channels whose window has these profiles; escapes are not counted.
+    pub(super) fn bytes(self, d: usize, (keys, values): (Profile, Profile)) -> usize {
         let exact = self.buffered.next_multiple_of(STEP) * 2 * d * size_of::<f16>();
-        exact + self.pages * self.bytes_of_page(d) + Pages::bytes_of_page(fine(d), fine(d))
+        exact + self.pages * Pages::bytes_of_page(keys, values) + Pages::bytes_of_page(fine(d), fine(d))
     }
 
-    /// Bytes of a page with the window's profiles.
-    pub(super) fn bytes_of_page(self, d: usize) -> usize {
-        ((PAGE_TOKENS * 2 * d) as f32 * self.bits / 8.0) as usize
+    /// Bytes that a page with the window's profiles may take.
+    pub(super) fn bytes_of_page(self, d: usize) -> f32 {
+        (PAGE_TOKENS * 2 * d) as f32 * self.bits / 8.0 + size_of::<Page>() as f32
     }
 }
 
