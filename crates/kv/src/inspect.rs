@@ -79,7 +79,7 @@ pub struct HeadInfo {
     pub prompt: Vec<PageInfo>,
     /// Tokens that this head has dropped.
     pub dropped: usize,
-    /// Pages of what came after, oldest first; the last one, at 8 bits, begins as the prompt's newest tokens.
+    /// Pages of what came after the prompt, and at the end those of the newest tokens; the last one has 8 bits.
     pub tail: Vec<PageInfo>,
     /// Newest tokens, exact.
     pub buffer: usize,

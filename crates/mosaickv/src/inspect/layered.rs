@@ -47,7 +47,7 @@ pub fn print(heads: &[HeadInfo], head_dim: usize, out: &mut impl Write) -> io::R
     let of_pages = |pages: &[PageInfo]| pages.iter().map(|page| page.bytes).sum::<usize>();
     writeln!(
         out,
-        "\npages {:.2} MB, of which headers {:.2}; newest tokens at 8 bits {:.2} MB; sinks, means, spreads and lists {:.2} MB",
+        "\npages {:.2} MB, of which headers {:.2}; newest tokens and what came after {:.2} MB; sinks, means, spreads and lists {:.2} MB",
         head_mb(&|head| of_pages(&head.prompt)),
         head_mb(&|head| head
             .prompt
