@@ -1,6 +1,5 @@
 //! How many bytes may a prompt's keys and values take, what is read of them, and at what risk? `--kv-budget`, `--allow-drop`
-//! and `--select` beside `--kv`, and
-//! what is said where a budget was missed.
+//! and `--select` beside `--kv`, and what is said where a budget was missed.
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;

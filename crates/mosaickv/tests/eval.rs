@@ -86,18 +86,25 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("samples"));
 }
 
-#[test]
-fn exact_is_exact_and_8_bits_nearly() {
-    let Some(model) = model() else { return };
+/// Rows of `eval kl` over the document: its next `score` tokens after `prefix`, and two needles.
+fn kl_rows(model: &Path, [prefix, score]: [&str; 2], kv: &str) -> Vec<Value> {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("kl.jsonl").to_str().unwrap().to_owned();
     let text = document();
-    let args =
-        ["kl", "--text", &text, "--prefix", "768", "--score", "48", "--ask", "2", "--json", "-o", &out];
-    let rows = run(&[&args[..], &["--kv", "exact,q8_0,packed,snapkv"]].concat(), &model);
-    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let args = ["kl", "--text", &text, "--prefix", prefix, "--score", score, "--ask", "2", "--json"];
+    let rows = run(&[&args[..], &["--kv", kv, "-o", &out]].concat(), model);
+    rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn number(row: &Value, key: &str) -> f64 {
+    row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"))
+}
+
+#[test]
+fn exact_is_exact_and_8_bits_nearly() {
+    let Some(model) = model() else { return };
+    let rows = kl_rows(&model, ["768", "48"], "exact,q8_0,packed,snapkv");
     assert_eq!(rows.len(), 4 * (1 + 2));
-    let number = |row: &Value, key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
     for row in &rows {
         let (kl, top1) = (number(row, "kl"), number(row, "top1"));
         assert!(kl >= -1e-9 && (0.0..=1.0).contains(&top1), "{row}");
@@ -115,15 +122,10 @@ fn exact_is_exact_and_8_bits_nearly() {
 #[test]
 fn the_layered_format_is_near_exact_long_after_the_prompt() {
     let Some(model) = model() else { return };
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("kl.jsonl").to_str().unwrap().to_owned();
-    let text = document();
-    let args = ["kl", "--text", &text, "--prefix", "2304", "--score", "600", "--ask", "2", "--json"];
-    let rows = run(&[&args[..], &["--kv", "layered", "-o", &out]].concat(), &model);
-    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let rows = kl_rows(&model, ["2304", "600"], "layered");
     assert_eq!(rows.len(), 1 + 2);
     for (row, bound) in rows.iter().zip([0.022, 0.15, 0.15]) {
-        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
+        let number = |key: &str| number(row, key);
         assert!(number("kl") < bound && number("ratio") > 7.84 && number("end_ratio") > 7.5, "{row}");
     }
 }

@@ -1,8 +1,9 @@
 //! How are the newest tokens kept? They are asked for most, and nobody knows yet what they will be worth.
 //!
 //! The update buffer is exact. A full one is added to a page at 8 bits; when that has no room it becomes one of the window's
-//! pages, whose profiles the prompt's statistics gave for [`MORE`] times the bits of the prompt's mean element. When the window has [`SEGMENT`] pages
-//! more than stay in it, these go to the [tail](super::tail). Some of the steps' queries are remembered until then.
+//! pages, whose profiles the prompt's statistics gave for [`MORE`] times the bits of the prompt's mean element. When the
+//! window has [`SEGMENT`] pages more than stay in it, these go to the [tail](super::tail). Some of the steps' queries are
+//! remembered until then.
 //!
 //! A prompt's newest tokens are kept the same way, in layers at different points between two such events: their
 //! bytes together stay the same while tokens are generated, and no step has all layers' work to do.
