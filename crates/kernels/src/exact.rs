@@ -152,7 +152,22 @@ impl ExactPage {
         assert!(token < self.tokens, "token {token} of a page of {}", self.tokens);
         let d = self.head_dim();
         let row = &self.halves().1[token * d..][..d];
-        out.iter_mut().zip(row).for_each(|(x, v)| *x = v.to_f32());
+        row.convert_to_f32_slice(out);
+    }
+
+    /// Writes all keys and values as f32 to `keys` and `values`, `[T, D]` each.
+    pub fn rows(&self, keys: &mut [f32], values: &mut [f32]) {
+        let d = self.head_dim();
+        assert!(keys.len() == self.tokens * d && values.len() == keys.len(), "not {} tokens", self.tokens);
+        let (tiles, rows) = self.halves();
+        rows[..values.len()].convert_to_f32_slice(values);
+        for (keys, tile) in keys.chunks_mut(TILE_TOKENS * d).zip(tiles.chunks_exact(d * TILE_TOKENS)) {
+            for (c, column) in tile.chunks_exact(TILE_TOKENS).enumerate() {
+                let mut wide = [0.0; TILE_TOKENS];
+                column.convert_to_f32_slice(&mut wide);
+                keys.chunks_exact_mut(d).zip(wide).for_each(|(key, x)| key[c] = x);
+            }
+        }
     }
 }
 

@@ -29,7 +29,7 @@ mod score;
 
 pub use attend::{ALL_TILES, attend_tiles};
 pub use choose::{Needed, SPREAD, cut, wanted};
-pub use credit::{credit, soften};
+pub use credit::{Judged, credit};
 pub use queries::Queries;
 pub use score::{TILE_TOKENS, TILES, sketch};
 

@@ -361,10 +361,11 @@ pub(crate) fn rows(pages: &[&ExactPage]) -> (Vec<f32>, Vec<f32>) {
     let d = pages[0].head_dim();
     let tokens: usize = pages.iter().map(|page| page.tokens()).sum();
     let (mut keys, mut values) = (vec![0.0; tokens * d], vec![0.0; tokens * d]);
-    let places = pages.iter().flat_map(|page| (0..page.tokens()).map(move |t| (page, t)));
-    for ((page, t), (key, value)) in places.zip(keys.chunks_exact_mut(d).zip(values.chunks_exact_mut(d))) {
-        page.key(t, key);
-        page.value(t, value);
+    let (mut to_keys, mut to_values) = (&mut keys[..], &mut values[..]);
+    for page in pages {
+        let len = page.tokens() * d;
+        let of_keys = to_keys.split_off_mut(..len).expect("keys of all pages");
+        page.rows(of_keys, to_values.split_off_mut(..len).expect("values of all pages"));
     }
     (keys, values)
 }

@@ -209,7 +209,9 @@ impl Job<'_> {
 pub(super) fn push(pages: &mut Pages, (keys, values): (&[f32], &[f32]), plan: &HeadPlan) {
     let d = pages.head_dim();
     let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
-        tokens.iter().flat_map(|&t| &x[t as usize * d..][..d]).copied().collect()
+        let mut out = Vec::with_capacity(tokens.len() * d);
+        tokens.iter().for_each(|&t| out.extend_from_slice(&x[t as usize * d..][..d]));
+        out
     };
     for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
         pages.push((&gather(keys, tokens), &gather(values, tokens)), *profiles);

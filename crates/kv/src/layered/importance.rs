@@ -5,19 +5,11 @@
 //! at a distance count: the newest tokens are attended to by their neighbours, which says nothing of later.
 
 use mosaickv_kernels::Isa;
-use mosaickv_kernels::layered::{credit, soften};
-use mosaickv_kernels::rotate::{multiply, products};
+use mosaickv_kernels::layered::{Judged, credit};
 use std::ops::Range;
 
 /// Queries this near to a token say nothing about it.
 pub(super) const NEAR: usize = 64;
-
-/// Channels of values, those of most variance, in which outputs are compared with values; of the others a value's own
-/// square is taken.
-const COMPARED: usize = 16;
-
-/// Query rows that are worked on together.
-const ROWS: usize = 144;
 
 /// Evenly spaced positions of a layer, at most.
 const EVEN: usize = 256;
@@ -72,10 +64,15 @@ impl Samples {
 
     /// Positions of the samples, and those of one KV head's group, `[N, R * D]` of each row's `span`, times `scale`.
     pub(crate) fn of_group(&self, row: usize, span: Range<usize>, scale: f32) -> (Vec<usize>, Vec<f32>) {
-        let wanted =
-            || self.positions.iter().zip(self.rows.chunks_exact(row)).filter(|(p, _)| self.is_wanted(**p));
-        let rows = wanted().flat_map(|(_, query)| &query[span.clone()]);
-        (wanted().map(|(p, _)| *p).collect(), rows.map(|x| x * scale).collect())
+        let (mut positions, mut rows) = (vec![], vec![]);
+        for (position, query) in self.positions.iter().zip(self.rows.chunks_exact(row)) {
+            if self.is_wanted(*position) {
+                positions.push(*position);
+                rows.extend_from_slice(&query[span.clone()]);
+            }
+        }
+        rows.iter_mut().for_each(|x| *x *= scale);
+        (positions, rows)
     }
 
     /// Bytes allocated.
@@ -108,32 +105,9 @@ pub(crate) fn weigh(
     }
     let isa = Isa::current();
     let group = queries.len() / d / positions.len();
-    let squares: Vec<f32> = values.chunks_exact(d).map(square).collect();
-    let compared = COMPARED.min(d);
-    let leading: Vec<f32> = values.chunks_exact(d).flat_map(|v| &v[..compared]).copied().collect();
-    let block = (ROWS / group).max(1);
-    for (positions, rows) in positions.chunks(block).zip(queries.chunks(block * group * d)) {
-        // Nothing of this block sees more.
-        let seen = positions[positions.len() - 1] + 1;
-        let mut weights_of = products(rows, &keys[..seen * d], d);
-        for (r, row) in weights_of.chunks_exact_mut(seen).enumerate() {
-            let (visible, hidden) = row.split_at_mut(positions[r / group] + 1);
-            soften(isa, visible);
-            hidden.fill(0.0);
-        }
-        let outputs = multiply(&weights_of, &leading[..seen * compared], seen);
-        let crossed = products(&outputs, &leading[..seen * compared], compared);
-        for (r, output) in outputs.chunks_exact(compared).enumerate() {
-            let judged = (positions[r / group] + 1).saturating_sub(NEAR);
-            let row = r * seen..r * seen + judged;
-            credit(
-                isa,
-                (&weights_of[row.clone()], &crossed[row]),
-                (&squares[..judged], square(output)),
-                (&mut weights.keys[..judged], &mut weights.values[..judged]),
-            );
-        }
-    }
+    let visible: Vec<usize> = positions.iter().flat_map(|p| std::iter::repeat_n(p + 1, group)).collect();
+    let judged = Judged::new(isa, keys, values, d);
+    credit(isa, &judged, (queries, &visible), NEAR, (&mut weights.keys, &mut weights.values));
     // Each token's mean over the queries that judge it.
     for t in 0..tokens {
         let judges = positions.len() - positions.partition_point(|&p| p < t + NEAR);
@@ -142,8 +116,4 @@ pub(crate) fn weigh(
         weights.values[t] /= count;
     }
     weights
-}
-
-fn square(x: &[f32]) -> f32 {
-    x.iter().map(|x| x * x).sum()
 }

@@ -200,12 +200,14 @@ struct Draft {
 impl Draft {
     fn new(head: &Head) -> Draft {
         let Weights { keys, values } = &head.weights;
-        let key = |t: u32| keys[t as usize].ln();
-        let value = |t: u32| values[t as usize].ln();
+        let logs = |weights: &[f32]| -> Vec<f32> { weights.iter().map(|w| w.ln()).collect() };
+        let (key, value) = (logs(keys), logs(values));
+        let sum = |t: u32| key[t as usize] + value[t as usize];
+        let ratio = |t: u32| key[t as usize] - value[t as usize];
         let mut order: Vec<u32> = (0..keys.len() as u32).collect();
-        order.sort_by(|&a, &b| (key(b) + value(b)).total_cmp(&(key(a) + value(a))).then(a.cmp(&b)));
+        order.sort_unstable_by(|&a, &b| sum(b).total_cmp(&sum(a)).then(a.cmp(&b)));
         for run in order.chunks_mut(RUN) {
-            run.sort_by(|&a, &b| (key(b) - value(b)).total_cmp(&(key(a) - value(a))).then(a.cmp(&b)));
+            run.sort_unstable_by(|&a, &b| ratio(b).total_cmp(&ratio(a)).then(a.cmp(&b)));
         }
         Draft { keys: Family::of_keys(&head.keys), values: Family::of_values(&head.values), order }
     }
@@ -216,10 +218,13 @@ impl Draft {
         let per_token = lambda / PAGE_TOKENS as f32;
         let is_kept = |&&t: &&u32| {
             let t = t as usize;
+            if head.guarded[t] {
+                return true;
+            }
             let (key, value) = (keys[t], values[t]);
             let (k, v) = (self.keys.best(key / per_token), self.values.best(value / per_token));
             let cost = key * k.loss + value * v.loss + per_token * (k.bytes + v.bytes);
-            head.guarded[t] || cost <= MARGIN * key
+            cost <= MARGIN * key
         };
         let order: Vec<u32> = self.order.iter().filter(is_kept).copied().collect();
         let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
