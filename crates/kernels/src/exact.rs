@@ -161,11 +161,12 @@ impl ExactPage {
         assert!(keys.len() == self.tokens * d && values.len() == keys.len(), "not {} tokens", self.tokens);
         let (tiles, rows) = self.halves();
         rows[..values.len()].convert_to_f32_slice(values);
+        let mut wide = vec![0.0; d * TILE_TOKENS];
         for (keys, tile) in keys.chunks_mut(TILE_TOKENS * d).zip(tiles.chunks_exact(d * TILE_TOKENS)) {
-            for (c, column) in tile.chunks_exact(TILE_TOKENS).enumerate() {
-                let mut wide = [0.0; TILE_TOKENS];
-                column.convert_to_f32_slice(&mut wide);
-                keys.chunks_exact_mut(d).zip(wide).for_each(|(key, x)| key[c] = x);
+            tile.convert_to_f32_slice(&mut wide);
+            for (t, key) in keys.chunks_exact_mut(d).enumerate() {
+                let columns = wide.chunks_exact(TILE_TOKENS);
+                key.iter_mut().zip(columns).for_each(|(x, column)| *x = column[t]);
             }
         }
     }

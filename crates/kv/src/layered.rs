@@ -160,14 +160,10 @@ impl LayeredHead {
     fn coordinates(&self, keys: &[f32], values: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let head = &self.calibration.heads[self.index];
         let scales = &self.scales;
-        (
-            encode::normalized(&encode::turned(keys, &head.keys), scales.key_mean(), scales.key_spread()),
-            encode::normalized(
-                &encode::turned(values, &head.values),
-                scales.value_mean(),
-                scales.value_spread(),
-            ),
-        )
+        let (mut keys, mut values) = (encode::turned(keys, &head.keys), encode::turned(values, &head.values));
+        encode::normalize(&mut keys, scales.key_mean(), scales.key_spread());
+        encode::normalize(&mut values, scales.value_mean(), scales.value_spread());
+        (keys, values)
     }
 
     pub(crate) fn count(&self, bytes: &mut KvBytes) {

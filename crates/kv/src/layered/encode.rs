@@ -138,7 +138,7 @@ impl Job<'_> {
         let KvShape { heads, head_dim: d, kv_heads, .. } = self.shape;
         let scale = (d as f32).sqrt().recip();
         let (keys, values) = self.rows();
-        let turned_values = turned(&values, &self.matrices().values);
+        let mut turned_values = turned(&values, &self.matrices().values);
         let of_group = self.shape.group() * d;
         let span = self.index % kv_heads * of_group..(self.index % kv_heads + 1) * of_group;
         let (positions, queries) = self.samples.of_group(heads * d, span, scale);
@@ -146,10 +146,10 @@ impl Job<'_> {
             weigh((&positions, &queries), &keys, &turned_values, d);
         let middle = self.middle();
         let elements = middle.start * d..middle.end * d;
-        let turned_keys = turned(&keys[elements.clone()], &self.matrices().keys);
+        let mut turned_keys = turned(&keys[elements.clone()], &self.matrices().keys);
         let mut numbers = Vec::with_capacity(4 * d);
-        let keys = observe(&turned_keys, d, scale, &mut numbers);
-        let values = observe(&turned_values[elements], d, 1.0, &mut numbers);
+        let keys = observe(&mut turned_keys, d, scale, &mut numbers);
+        let values = observe(&mut turned_values[elements], d, 1.0, &mut numbers);
         let mut weights =
             Weights { keys: of_keys[middle.clone()].to_vec(), values: of_values[middle.clone()].to_vec() };
         lift(&mut weights, FLOOR);
@@ -218,8 +218,8 @@ pub(super) fn push(pages: &mut Pages, (keys, values): (&[f32], &[f32]), plan: &H
     }
 }
 
-/// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left.
-fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
+/// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left, as which `x` returns.
+fn observe(x: &mut [f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
     let tokens = (x.len() / d) as f32;
     let (mut mean, mut square) = (vec![0.0f32; d], vec![0.0f32; d]);
     for row in x.chunks_exact(d) {
@@ -234,7 +234,8 @@ fn observe(x: &[f32], d: usize, unit: f32, numbers: &mut Vec<f16>) -> Channels {
     // A channel that never changes has the least spread that divides.
     let spread: Vec<f16> =
         square.iter().map(|s| to_f16((s / tokens).sqrt()).max(f16::MIN_POSITIVE)).collect();
-    let channels = channels(&normalized(x, &mean, &spread), &spread, unit);
+    normalize(x, &mean, &spread);
+    let channels = channels(x, &spread, unit);
     numbers.extend_from_slice(&mean);
     numbers.extend_from_slice(&spread);
     channels
@@ -279,16 +280,14 @@ pub(super) fn turned(x: &[f32], matrix: &[f16]) -> Vec<f32> {
 }
 
 /// Vectors `[T, D]` less the means, over the spreads.
-pub(super) fn normalized(x: &[f32], mean: &[f16], spread: &[f16]) -> Vec<f32> {
+pub(super) fn normalize(x: &mut [f32], mean: &[f16], spread: &[f16]) {
     let mean: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
     let inverse: Vec<f32> = spread.iter().map(|x| x.to_f32().recip()).collect();
-    let mut out = x.to_vec();
-    for row in out.chunks_exact_mut(mean.len()) {
+    for row in x.chunks_exact_mut(mean.len()) {
         for ((x, m), s) in row.iter_mut().zip(&mean).zip(&inverse) {
             *x = (*x - m) * s;
         }
     }
-    out
 }
 
 fn to_f16(x: f32) -> f16 {

@@ -216,15 +216,18 @@ impl Draft {
         let Weights { keys, values } = &head.weights;
         // The family's bytes are a page's.
         let per_token = lambda / PAGE_TOKENS as f32;
+        // Neighbours in the order choose alike, and what is worth keeping with any choice is with the best.
+        let mut last = (self.keys.best(0.0), self.values.best(0.0));
         let is_kept = |&&t: &&u32| {
-            let t = t as usize;
-            if head.guarded[t] {
+            let (key, value) = (keys[t as usize], values[t as usize]);
+            let is_worth_it = |(k, v): (&Choice, &Choice)| {
+                key * k.loss + value * v.loss + per_token * (k.bytes + v.bytes) <= MARGIN * key
+            };
+            if head.guarded[t as usize] || is_worth_it(last) {
                 return true;
             }
-            let (key, value) = (keys[t], values[t]);
-            let (k, v) = (self.keys.best(key / per_token), self.values.best(value / per_token));
-            let cost = key * k.loss + value * v.loss + per_token * (k.bytes + v.bytes);
-            cost <= MARGIN * key
+            last = (self.keys.best(key / per_token), self.values.best(value / per_token));
+            is_worth_it(last)
         };
         let order: Vec<u32> = self.order.iter().filter(is_kept).copied().collect();
         let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
