@@ -28,7 +28,7 @@ mod queries;
 mod score;
 
 pub use attend::{ALL_TILES, attend_tiles};
-pub use choose::{Needed, SPREAD, cut, wanted};
+pub use choose::{Needed, cut, wanted};
 pub use credit::{Judged, credit};
 pub use queries::Queries;
 pub use score::{TILE_TOKENS, TILES, sketch};
@@ -40,7 +40,7 @@ pub const PAGE_TOKENS: usize = 64;
 pub const GROUP: usize = 8;
 
 /// Groups of keys from which a token's score is guessed.
-pub const SKETCH: usize = 2;
+pub const SKETCH: usize = 4;
 
 /// What a level's number is multiplied by, in all widths: so a query has one row of bytes, which meet narrow levels as finely as
 /// wide ones.

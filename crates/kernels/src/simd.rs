@@ -40,11 +40,6 @@ pub(crate) trait Simd: Copy {
     fn exp2i(self, n: Self::V) -> Self::V;
     fn sum_lanes(self, a: Self::V) -> f32;
     fn max_lanes(self, a: Self::V) -> f32;
-    /// `max_lanes` of each, cheaper together.
-    #[inline(always)]
-    fn max_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {
-        [self.max_lanes(a[0]), self.max_lanes(a[1]), self.max_lanes(a[2]), self.max_lanes(a[3])]
-    }
     /// `sum_lanes` of each, cheaper together.
     #[inline(always)]
     fn sum_lanes4(self, a: [Self::V; 4]) -> [f32; 4] {
@@ -118,6 +113,8 @@ pub(crate) trait Simd: Copy {
     fn to_f32(self, a: Self::I) -> Self::V;
     /// Each lane rounded to the nearest integer, ties to even; the lanes must be in the range of i32.
     fn to_i32(self, a: Self::V) -> Self::I;
+    /// The same bits as floats.
+    fn of_bits(self, a: Self::I) -> Self::V;
     /// `acc + w0 x0 + w1 x1 + w2 x2 + w3 x3` in each lane, over the lane's four bytes: codes `w` in 0..=127,
     /// activations `x` in -127..=127.
     fn dot_low(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;

@@ -9,7 +9,7 @@ use crate::layered::{LayeredHead, Work, select};
 use crate::packed::{PackedHead, Segment};
 use crate::{KvCache, Layer};
 use half::f16;
-use mosaickv_kernels::layered::{self, Needed, Pages, SPREAD, TILE_TOKENS, TILES};
+use mosaickv_kernels::layered::{self, Needed, Pages, TILE_TOKENS, TILES};
 use mosaickv_kernels::oracle;
 
 impl KvCache {
@@ -191,19 +191,14 @@ impl LayeredHead {
         if read >= least.max(most - most / 16) {
             return 0.0;
         }
-        let (keys, _) = self.exact_rows();
-        let d = self.head_dim();
-        let mut worst: f64 = 0.0;
-        for (r, query) in work.scaled.chunks_exact(d).enumerate() {
-            let best = |&(pages, page, tile, read): &(&Pages, usize, usize, bool)| {
-                (layered::oracle::sketch(&work.queries, r, pages, page)[tile], read)
+        let missed_by = |r: usize| {
+            let at = (r, f64::from(work.shifts[r]));
+            let weight = |&(pages, page, tile, read): &(&Pages, usize, usize, bool)| {
+                (layered::oracle::sketch(&work.queries, at, pages, page)[tile], read)
             };
-            let best: Vec<(f64, bool)> = tiles.iter().map(best).collect();
-            let dot = |key: &[f64]| query.iter().zip(key).map(|(&q, k)| f64::from(q) * k).sum::<f64>();
-            let known: Vec<f64> = keys.chunks_exact(d).map(dot).collect();
-            worst = worst.max(missed_of(&best, &known, needed));
-        }
-        worst
+            missed_of(&tiles.iter().map(weight).collect::<Vec<_>>(), needed)
+        };
+        (0..work.queries.rows()).map(missed_by).fold(0.0, f64::max)
     }
 
     /// Keys and values `[T, D]` of the tokens that are in no page.
@@ -243,19 +238,18 @@ impl LayeredHead {
     }
 }
 
-/// What a query misses beyond what it may: of tiles with these largest scores, read or not, and tokens of these scores that
-/// are read in any case.
-fn missed_of(tiles: &[(f64, bool)], known: &[f64], needed: Needed) -> f64 {
-    let top = tiles.iter().map(|tile| tile.0).chain(known.iter().copied()).fold(f64::MIN, f64::max);
-    let weight = |score: f64| (score - top).exp();
-    let left_out = || tiles.iter().filter(|(_, read)| !read).map(|(score, _)| weight(*score));
+/// What a query misses beyond what it may, by more than a tenth of that (sketched weights are off by up to 4 %): of tiles of
+/// these weights, read or not, over that of what is read in any case.
+fn missed_of(tiles: &[(f64, bool)], needed: Needed) -> f64 {
+    let left_out = || tiles.iter().filter(|(_, read)| !read).map(|(weight, _)| *weight);
     match needed {
-        Needed::Relative(least) => left_out().fold(0.0, f64::max) - f64::from(least),
+        Needed::Relative(least) => {
+            let heaviest = tiles.iter().map(|tile| tile.0).fold(0.0, f64::max);
+            left_out().fold(0.0, f64::max) / heaviest - 1.1 * f64::from(least)
+        }
         Needed::Mass(mass) => {
-            let spread = f64::from(SPREAD);
-            let all = tiles.iter().map(|(score, _)| spread * weight(*score)).sum::<f64>()
-                + known.iter().map(|score| weight(*score)).sum::<f64>();
-            left_out().sum::<f64>() * spread / all - (1.0 - f64::from(mass))
+            let all = 1.0 + tiles.iter().map(|tile| tile.0).sum::<f64>();
+            left_out().sum::<f64>() / all - 1.1 * (1.0 - f64::from(mass))
         }
     }
 }

@@ -1,42 +1,35 @@
 //! Which tiles does a step attend to? Those without which a query would miss more than it may.
 //!
-//! What is known of a tile is the largest score of its tokens in the sketch. A tile's share of a query's attention is
-//! taken to be [`SPREAD`] times that token's weight. The tiles of all queries of a KV head are read together, so that a
+//! What is known of a tile is its weight in the sketch. The tiles of all queries of a KV head are read together, so that a
 //! tile counts as much as it does for the query that wants it most.
 
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
-use crate::state::AttnState;
-
-/// A tile's attention over that of its best token, as it is taken to be.
-pub const SPREAD: f32 = 2.0;
 
 /// What a query needs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Needed {
     /// This share of its attention, as far as the sketch tells.
     Mass(f32),
-    /// Every token of at least this many times the weight of its best one.
+    /// Every tile of at least this many times the weight of its heaviest one.
     Relative(f32),
 }
 
-/// How much each tile is wanted, `[N]`: 1 or more if some query needs it. `best` `[R, N]` are the tiles' largest scores,
-/// which become weights; `known` is the state `R` of what is attended to in any case.
+/// How much each tile is wanted, `[N]`: 1 or more if some query needs it. `weights` `[R, N]` are the tiles' over that of what
+/// is attended to in any case, for each of `rows` queries.
 ///
 /// # Panics
 /// If a shape does not fit.
-pub fn wanted(isa: Isa, best: &mut [f32], known: &AttnState, needed: Needed, out: &mut [f32]) {
-    let rows = known.rows();
-    assert_eq!(best.len(), rows * out.len(), "scores are not [{rows}, {}]", out.len());
+pub fn wanted(isa: Isa, (weights, rows): (&[f32], usize), needed: Needed, out: &mut [f32]) {
+    assert_eq!(weights.len(), rows * out.len(), "weights are not [{rows}, {}]", out.len());
     out.fill(0.0);
     if !out.is_empty() {
-        dispatch(isa, Wanted { best, known, needed, out });
+        dispatch(isa, Wanted { weights, needed, out });
     }
 }
 
 struct Wanted<'a> {
-    best: &'a mut [f32],
-    known: &'a AttnState,
+    weights: &'a [f32],
     needed: Needed,
     out: &'a mut [f32],
 }
@@ -46,18 +39,16 @@ impl Kernel for Wanted<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (r, row) in self.best.chunks_exact_mut(self.out.len()).enumerate() {
-            let (max, sum) = (self.known.max[r], self.known.sum[r]);
-            let top = largest(s, row, max.max(f32::MIN));
-            let total = soften(s, row, top) * SPREAD + if sum > 0.0 { sum * (max - top).exp() } else { 0.0 };
+        for row in self.weights.chunks_exact(self.out.len()) {
             let least = match self.needed {
-                Needed::Relative(least) => least.max(f32::MIN_POSITIVE),
+                Needed::Relative(least) => least * largest(s, row, 0.0),
                 Needed::Mass(mass) => {
-                    let missed = (1.0 - mass) * total / SPREAD;
-                    highest::<9>(-30.0, |least| sum_below(s, row, least) <= missed)
+                    let total = 1.0 + sum_below(s, row, f32::INFINITY);
+                    let missed = (1.0 - mass) * total;
+                    total * highest::<10>(-30.0, |least| sum_below(s, row, least * total) <= missed)
                 }
             };
-            let by = s.splat(1.0 / least);
+            let by = s.splat(1.0 / least.max(f32::MIN_POSITIVE));
             let whole = row.len() / S::LANES * S::LANES;
             for i in (0..whole).step_by(S::LANES) {
                 // SAFETY: i + LANES is at most the length of both.
@@ -67,7 +58,7 @@ impl Kernel for Wanted<'_> {
                 }
             }
             for (out, x) in self.out[whole..].iter_mut().zip(&row[whole..]) {
-                *out = out.max(x / least);
+                *out = out.max(x / least.max(f32::MIN_POSITIVE));
             }
         }
     }
@@ -134,30 +125,6 @@ pub(super) fn largest<S: Simd>(s: S, x: &[f32], least: f32) -> f32 {
     s.max_lanes(s.max(tops[0], tops[1])).max(rest)
 }
 
-/// `e^(x - top)` in place, and the sum.
-#[inline(always)]
-pub(super) fn soften<S: Simd>(s: S, row: &mut [f32], top: f32) -> f32 {
-    let (shift, mut sums) = (s.splat(top), [s.splat(0.0); 2]);
-    let mut chunks = row.chunks_exact_mut(2 * S::LANES);
-    for chunk in &mut chunks {
-        for (i, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: a chunk has twice LANES elements.
-            unsafe {
-                let at = chunk.as_mut_ptr().add(i * S::LANES);
-                let e = s.exp(s.sub(s.load(at), shift));
-                *sum = s.add(*sum, e);
-                s.store(at, e);
-            }
-        }
-    }
-    let mut sum = s.sum_lanes(s.add(sums[0], sums[1]));
-    for x in chunks.into_remainder() {
-        *x = (*x - top).max(-87.0).exp();
-        sum += *x;
-    }
-    sum
-}
-
 /// Of the weights below `least`.
 #[inline(always)]
 fn sum_below<S: Simd>(s: S, row: &[f32], least: f32) -> f32 {
@@ -191,10 +158,10 @@ fn sum_of<S: Simd>(s: S, x: &[f32], rest: f32, f: impl Fn(S::V) -> S::V) -> f32 
 mod tests {
     use super::*;
 
-    /// Two rows of scores that fall like `-falls[r] ln(rank)`, in mixed order.
-    fn scores(tiles: usize, falls: [f32; 2]) -> Vec<f32> {
+    /// Two rows of weights that fall like `rank^-falls[r]`, in mixed order.
+    fn weights(tiles: usize, falls: [f32; 2]) -> Vec<f32> {
         let rank = |i: usize, r: usize| 1.0 + ((i * 37 + r * 11) % tiles) as f32;
-        (0..2 * tiles).map(|at| -falls[at / tiles] * rank(at % tiles, at / tiles).ln()).collect()
+        (0..2 * tiles).map(|at| rank(at % tiles, at / tiles).powf(-falls[at / tiles])).collect()
     }
 
     fn chosen(wanted: &[f32], cut: f32) -> Vec<usize> {
@@ -206,15 +173,13 @@ mod tests {
         let tiles = 1003;
         for &isa in Isa::available() {
             for mass in [0.8, 0.95, 0.99] {
-                let given = scores(tiles, [2.0, 1.2]);
-                let (mut best, mut out) = (given.clone(), vec![0.0; tiles]);
-                wanted(isa, &mut best, &AttnState::new(2, 8), Needed::Mass(mass), &mut out);
+                let (given, mut out) = (weights(tiles, [2.0, 1.2]), vec![0.0; tiles]);
+                wanted(isa, (&given, 2), Needed::Mass(mass), &mut out);
                 let chosen = chosen(&out, 1.0);
                 let mut one_is_tight = false;
                 for row in given.chunks_exact(tiles) {
-                    let weight = |i: usize| f64::from(row[i]).exp();
-                    let all: f64 = (0..tiles).map(weight).sum();
-                    let met = chosen.iter().map(|&i| weight(i)).sum::<f64>() / all;
+                    let all: f64 = 1.0 + row.iter().map(|w| f64::from(*w)).sum::<f64>();
+                    let met = (1.0 + chosen.iter().map(|&i| f64::from(row[i])).sum::<f64>()) / all;
                     assert!(met >= f64::from(mass) - 1e-4, "{isa:?}: {met} of {mass}");
                     one_is_tight |= met < f64::from(mass) + 0.02;
                 }
@@ -226,26 +191,24 @@ mod tests {
     #[test]
     fn attention_to_what_is_known_needs_no_tiles() {
         for &isa in Isa::available() {
-            let mut known = AttnState::new(2, 8);
-            (known.max, known.sum) = (vec![6.0; 2], vec![3.0; 2]);
-            let mut counts = [AttnState::new(2, 8), known].map(|known| {
-                let mut out = vec![0.0; 500];
-                wanted(isa, &mut scores(500, [1.5, 1.5]), &known, Needed::Mass(0.95), &mut out);
+            // Over what is known: a twentieth of it, and a thousand times.
+            let counts = [0.02, 1000.0].map(|factor| {
+                let (given, mut out) = (weights(500, [1.5, 1.5]), vec![0.0; 500]);
+                let given: Vec<f32> = given.iter().map(|w| w * factor).collect();
+                wanted(isa, (&given, 2), Needed::Mass(0.9), &mut out);
                 chosen(&out, 1.0).len()
             });
-            counts.reverse();
-            assert!(counts[0] < counts[1] / 4, "{isa:?}: {counts:?}");
+            assert!(counts[0] < counts[1] / 2, "{isa:?}: {counts:?}");
         }
     }
 
     #[test]
     fn relative_weights_have_no_other_rule() {
         for &isa in Isa::available() {
-            let given = scores(100, [1.0, 2.0]);
-            let mut out = vec![0.0; 100];
-            wanted(isa, &mut given.clone(), &AttnState::new(2, 8), Needed::Relative(0.1), &mut out);
+            let (given, mut out) = (weights(100, [1.0, 2.0]), vec![0.0; 100]);
+            wanted(isa, (&given, 2), Needed::Relative(0.1), &mut out);
             for i in 0..100 {
-                let weight = given[i].exp().max(given[100 + i].exp());
+                let weight = given[i].max(given[100 + i]);
                 assert!((weight - 0.1).abs() < 1e-3 || (out[i] >= 1.0) == (weight > 0.1), "{isa:?} {i}");
             }
         }

@@ -22,20 +22,19 @@ pub fn scores(queries: &Queries, r: usize, pages: &Pages, index: usize) -> Vec<f
     scores
 }
 
-/// What [`sketch`](super::sketch) should give for row `r` and the tiles of page `index`.
-pub fn sketch(queries: &Queries, r: usize, pages: &Pages, index: usize) -> [f64; TILES] {
+/// What [`sketch`](super::sketch) should give for row `r`, shifted by `shift`, and the tiles of page `index`.
+pub fn sketch(queries: &Queries, (r, shift): (usize, f64), pages: &Pages, index: usize) -> [f64; TILES] {
     let d = pages.head_dim();
     let (mut keys, _) = pages.decode(index);
     for escape in pages.escapes_of(index)[0] {
         keys[usize::from(escape.token) * d + usize::from(escape.channel)] -= escape.rest.to_f32();
     }
     let rounded = queries.rounded(r, pages.pages[index].keys);
-    let offset = f64::from(queries.scale_and_offset(r).1);
-    let mut best = [f64::NEG_INFINITY; TILES];
+    let offset = f64::from(queries.scale_and_offset(r).1) - shift;
+    let mut weights = [0.0; TILES];
     for (token, key) in keys.chunks_exact(d).enumerate() {
         let products = rounded.iter().zip(key).take(SKETCH * GROUP).map(|(q, &k)| q * f64::from(k));
-        let tile = token / TILE_TOKENS;
-        best[tile] = best[tile].max(products.sum::<f64>() + offset);
+        weights[token / TILE_TOKENS] += (products.sum::<f64>() + offset).exp();
     }
-    best
+    weights
 }

@@ -23,24 +23,33 @@ const AHEAD: usize = 48;
 /// Tiles of a page.
 pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
 
-/// The largest score of each tile, `[R, 4 * pages]`, as far as the first [`SKETCH`](super::SKETCH) groups of the
-/// keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes not; `-inf` for a tile without tokens. Returns the bytes read.
+/// The weight of each tile, `[R, 4 * pages]`: the sum of its tokens' `e^(score - shift)`, as far as the first
+/// [`SKETCH`](super::SKETCH) groups of the keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes
+/// not. A token's weight is within 4 % of that, and at most `e^60`: `shifts` `[R]` should be near what scores come to. Returns
+/// the bytes read.
 ///
 /// # Panics
 /// If a shape does not fit, or a page does not exist.
-pub fn sketch(isa: Isa, queries: &Queries, (pages, range): (&Pages, Range<usize>), out: &mut [f32]) -> usize {
+pub fn sketch(
+    isa: Isa,
+    (queries, shifts): (&Queries, &[f32]),
+    (pages, range): (&Pages, Range<usize>),
+    out: &mut [f32],
+) -> usize {
     assert_eq!(queries.head_dim(), pages.head_dim(), "queries and pages of other widths");
+    assert_eq!(queries.rows(), shifts.len(), "shifts of other queries");
     assert!(
         range.start <= range.end && range.end <= pages.pages.len(),
         "pages {range:?} of {}",
         pages.pages.len()
     );
-    assert_eq!(out.len(), queries.rows() * range.len() * TILES, "scores of the wrong length");
-    dispatch(isa, Sketch { queries, pages, range, out, read: 0 })
+    assert_eq!(out.len(), queries.rows() * range.len() * TILES, "weights of the wrong length");
+    dispatch(isa, Sketch { queries, shifts, pages, range, out, read: 0 })
 }
 
 struct Sketch<'a> {
     queries: &'a Queries,
+    shifts: &'a [f32],
     pages: &'a Pages,
     range: Range<usize>,
     out: &'a mut [f32],
@@ -71,6 +80,11 @@ impl Kernel for Sketch<'_> {
 #[inline(always)]
 fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> usize {
     let mut scorer = Scorer::<S, R>::new(s, a.queries, first);
+    let mut weighers = [Weigher::<S>::new(s, 0.0, 0.0); R];
+    for r in 0..R {
+        let (scale, offset) = a.queries.scale_and_offset(first + r);
+        weighers[r] = Weigher::new(s, scale, offset - a.shifts[first + r]);
+    }
     let stride = a.range.len() * TILES;
     for (i, index) in a.range.clone().enumerate() {
         let page = &a.pages.pages[index];
@@ -80,18 +94,16 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         let nothing = (std::ptr::null(), 0);
         let lines = [(leading.as_ptr().cast(), AHEAD * LINE), nothing];
         scorer.set_profile(profile);
-        let mut best = [[0.0; TILES]; R];
+        let mut of_tiles = [[s.splat(0.0); TILES]; R];
         if S::LANES == TILE_TOKENS {
             // SAFETY: the profile's lines were sliced; strips are below 64 / LANES.
             let scores = unsafe { scorer.scores::<4>(s, lines, [0, 1, 2, 3]) };
             for r in 0..R {
-                let mut of_row = [s.splat(0.0); TILES];
                 for t in 0..TILES {
-                    of_row[t] = s.to_f32(scores[t][r]);
+                    of_tiles[r][t] = weighers[r].weigh(s, scores[t][r]);
                 }
-                best[r] = s.max_lanes4(of_row);
                 if let Some((tile, tokens)) = page.last_part() {
-                    best[r][tile] = largest(s, [of_row[tile]], tokens);
+                    of_tiles[r][tile] = first_of(s, of_tiles[r][tile], tokens);
                 }
             }
         } else {
@@ -99,34 +111,67 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
                 // SAFETY: as above.
                 let scores = unsafe { scorer.scores::<2>(s, lines, [2 * tile, 2 * tile + 1]) };
                 for r in 0..R {
-                    let of_row = [s.to_f32(scores[0][r]), s.to_f32(scores[1][r])];
-                    best[r][tile] = s.max_lanes(s.max(of_row[0], of_row[1]));
+                    let mut halves = [weighers[r].weigh(s, scores[0][r]), weighers[r].weigh(s, scores[1][r])];
                     if let Some((_, tokens)) = page.last_part().filter(|(last, _)| *last == tile) {
-                        best[r][tile] = largest(s, of_row, tokens);
+                        halves[0] = first_of(s, halves[0], tokens);
+                        halves[1] = first_of(s, halves[1], tokens.saturating_sub(S::LANES));
                     }
+                    of_tiles[r][tile] = s.add(halves[0], halves[1]);
                 }
             }
         }
         let held = page.tokens().div_ceil(TILE_TOKENS);
         for r in 0..R {
-            let (scale, offset) = a.queries.scale_and_offset(first + r);
             let to = &mut a.out[(first + r) * stride + i * TILES..][..TILES];
-            to.iter_mut().zip(best[r]).for_each(|(to, best)| *to = best * scale + offset);
-            to[held..].fill(f32::NEG_INFINITY);
+            to.copy_from_slice(&s.sum_lanes4(of_tiles[r]));
+            to[held..].fill(0.0);
         }
     }
     R
 }
 
-/// The largest of the first `count` elements.
-#[inline(always)]
-fn largest<S: Simd, const N: usize>(s: S, x: [S::V; N], count: usize) -> f32 {
-    let mut elements = [0.0; TILE_TOKENS];
-    for (to, x) in elements.chunks_exact_mut(S::LANES).zip(x) {
-        // SAFETY: a chunk has LANES elements.
-        unsafe { s.store(to.as_mut_ptr(), x) };
+/// What makes weights of a row's integer scores: `2^x` from a float's bits with `x` in its exponent, where the fraction
+/// of `x` lands in the mantissa and stands for a straight line between powers of 2 (Schraudolph 1999, "A Fast, Compact
+/// Approximation of the Exponential Function").
+#[derive(Clone, Copy)]
+struct Weigher<S: Simd> {
+    scale: S::V,
+    offset: S::V,
+    most: S::V,
+}
+
+impl<S: Simd> Weigher<S> {
+    /// Bits a factor of e: 2^23 for one of 2.
+    const STEEP: f32 = std::f32::consts::LOG2_E * 8_388_608.0;
+    /// Bits of 1, less what makes the line's mean error 0: it is 4 % above the power in the mean.
+    const ONE: f32 = (127.0 - 0.0566) * 8_388_608.0;
+
+    #[inline(always)]
+    fn new(s: S, scale: f32, offset: f32) -> Self {
+        Weigher {
+            scale: s.splat(scale * Self::STEEP),
+            offset: s.splat(offset * Self::STEEP + Self::ONE),
+            most: s.splat(60.0 * Self::STEEP + Self::ONE),
+        }
     }
-    elements[..count].iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x))
+
+    /// `e^(score * scale + offset)`, within 4 %; what would be below 1e-38 is about 0.
+    #[inline(always)]
+    fn weigh(self, s: S, scores: S::I) -> S::V {
+        let bits = s.fma(s.to_f32(scores), self.scale, self.offset);
+        s.of_bits(s.to_i32(s.min(s.max(bits, s.splat(0.0)), self.most)))
+    }
+}
+
+/// The first `count` elements, and zeros.
+#[inline(always)]
+fn first_of<S: Simd>(s: S, x: S::V, count: usize) -> S::V {
+    let mut elements = [0.0; TILE_TOKENS];
+    // SAFETY: a vector has at most as many lanes.
+    unsafe { s.store(elements.as_mut_ptr(), x) };
+    elements[count.min(TILE_TOKENS)..].fill(0.0);
+    // SAFETY: as above.
+    unsafe { s.load(elements.as_ptr()) }
 }
 
 /// What codes stand for, as tables.

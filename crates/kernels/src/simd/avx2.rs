@@ -259,6 +259,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtps_epi32(a) }
     }
     #[inline(always)]
+    fn of_bits(self, a: __m256i) -> __m256 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm256_castsi256_ps(a) }
+    }
+    #[inline(always)]
     unsafe fn store_narrow(self, p: *mut u8, a: __m256i) {
         // SAFETY: see the head of this impl.
         unsafe {

@@ -89,18 +89,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_max_ps(a) }
     }
     #[inline(always)]
-    fn max_lanes4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
-        // SAFETY: see the head of this impl.
-        unsafe {
-            let ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-            let cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-            let x = _mm512_max_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
-            let x = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-            let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-            std::mem::transmute::<__m128, [f32; 4]>(x)
-        }
-    }
-    #[inline(always)]
     fn sum_lanes4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         // SAFETY: see the head of this impl.
         unsafe {
@@ -243,6 +231,11 @@ impl Simd for Avx512 {
     fn to_i32(self, a: __m512) -> __m512i {
         // SAFETY: see the head of this impl.
         unsafe { _mm512_cvtps_epi32(a) }
+    }
+    #[inline(always)]
+    fn of_bits(self, a: __m512i) -> __m512 {
+        // SAFETY: see the head of this impl.
+        unsafe { _mm512_castsi512_ps(a) }
     }
     #[inline(always)]
     unsafe fn store_narrow(self, p: *mut u8, a: __m512i) {

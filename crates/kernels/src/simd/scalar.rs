@@ -193,6 +193,10 @@ impl Simd for Scalar {
         a.map(|x| x.round_ties_even() as i32)
     }
     #[inline(always)]
+    fn of_bits(self, a: [i32; 8]) -> [f32; 8] {
+        a.map(|x| f32::from_bits(x as u32))
+    }
+    #[inline(always)]
     unsafe fn store_narrow(self, p: *mut u8, a: [i32; 8]) {
         // SAFETY: the caller promises 8 writable bytes.
         unsafe { p.cast::<[u8; 8]>().write_unaligned(a.map(|x| x as u8)) }

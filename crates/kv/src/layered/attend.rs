@@ -1,4 +1,4 @@
-//! One decode step over layered pages: sketch the scores of tiles, select, attend.
+//! One decode step over layered pages: sketch the weights of tiles, select, attend.
 //!
 //! Five jobs of the pool, each over all heads of all caches that take the step together: turn the queries (and attend to
 //! the exact tokens), sketch, select, attend to what was selected, merge. Tiles of a head's prompt and tail compete with each
@@ -34,7 +34,9 @@ pub(crate) struct Work {
     offsets: Vec<f32>,
     /// Both, as the kernel wants them.
     pub(crate) queries: Queries,
-    /// Of each sketched run of pages, `[R, tiles]`: the largest sketched scores.
+    /// `[R]`: logarithms of the weight of the exact tokens, which sketched weights are relative to.
+    pub(crate) shifts: Vec<f32>,
+    /// Of each sketched run of pages, `[R, tiles]`: the tiles' weights.
     sketched: Vec<f32>,
     /// What is to be read.
     pub(crate) chosen: select::Chosen,
@@ -102,7 +104,7 @@ impl Lane<'_> {
 
     /// The work of sketching, if this head selects.
     fn sketching(&mut self) -> Vec<Sketching<'_>> {
-        let (head, Work { queries, sketched, reads, .. }) = (self.head, &mut *self.work);
+        let (head, Work { queries, whole, shifts, sketched, reads, .. }) = (self.head, &mut *self.work);
         reads.clear();
         if head.settings.select.needed(head.in_pages()).is_none() {
             return vec![];
@@ -111,10 +113,12 @@ impl Lane<'_> {
         let tiles: usize = runs.iter().map(|(_, range)| range.len() * TILES).sum();
         sketched.resize(tiles * queries.rows(), 0.0);
         reads.resize(runs.len(), 0);
-        let mut rest = &mut sketched[..];
+        shifts.clear();
+        shifts.extend((0..queries.rows()).map(|r| whole[0].log_sum(r)));
+        let (mut rest, rows, queries) = (&mut sketched[..], queries.rows(), (&*queries, &shifts[..]));
         let mut tasks = Vec::with_capacity(runs.len());
         for ((pages, range), read) in runs.into_iter().zip(reads) {
-            let (out, after) = rest.split_at_mut(range.len() * TILES * queries.rows());
+            let (out, after) = rest.split_at_mut(range.len() * TILES * rows);
             rest = after;
             tasks.push(Sketching { queries, pages, range, out, read });
         }
@@ -135,7 +139,7 @@ impl Lane<'_> {
                     Some(start..*end)
                 });
                 let runs: Vec<&[f32]> = starts.map(|run| &sketched[run]).collect();
-                chosen.some(isa, &runs, (&whole[0], needed), pages);
+                chosen.some(isa, (&runs, rows), needed, pages);
             }
         }
     }
@@ -175,9 +179,10 @@ impl Lane<'_> {
     }
 }
 
-/// Some pages whose tiles' best scores are to be sketched.
+/// Some pages whose tiles' weights are to be sketched.
 struct Sketching<'a> {
-    queries: &'a Queries,
+    /// And their shifts.
+    queries: (&'a Queries, &'a [f32]),
     pages: &'a Pages,
     range: Range<usize>,
     /// `[R, tiles]`

@@ -1,16 +1,16 @@
 //! Which pages and tiles does a step read in one head?
 
 use super::LayeredHead;
+use mosaickv_kernels::Isa;
 use mosaickv_kernels::layered::{ALL_TILES, Needed, Pages, TILE_TOKENS, TILES, cut, wanted};
-use mosaickv_kernels::{AttnState, Isa};
 use std::fmt;
 use std::str::FromStr;
 
 /// Tokens of a head that are read at least, however little of them is needed: a sketch may be wrong.
-const LEAST_TOKENS: usize = 2048;
+const LEAST_TOKENS: usize = 4096;
 
 /// One in so many tokens is read at most beyond those: where attention is flat, more of the same adds little.
-const MOST: usize = 32;
+const MOST: usize = 64;
 
 /// What a decode step reads of the layered format.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,7 +20,7 @@ pub enum Select {
     All,
     /// The tiles that make up this share of each query's attention, as far as their sketches tell.
     Mass(f32),
-    /// The tiles with a token of at least this many times the weight of the query's best one.
+    /// The tiles of at least this many times the weight of the query's heaviest one.
     Relative(f32),
 }
 
@@ -78,7 +78,7 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
 pub(crate) struct Chosen {
     /// Of the prompt, the tail and the window.
     visits: [Vec<(u32, u8)>; 3],
-    /// Scores of all tiles, `[R, N]`.
+    /// Weights of all tiles, `[R, N]`.
     rows: Vec<f32>,
     /// `[N]`
     wanted: Vec<f32>,
@@ -99,25 +99,25 @@ impl Chosen {
         }
     }
 
-    /// Those of the sketched tiles that are `needed`, and all of the window's. `sketched` are the runs' largest scores,
-    /// `[R, tiles]` of each, and `known` is the state of what is attended to without pages.
+    /// Those of the sketched tiles that are `needed`, and all of the window's. `sketched` are the runs' weights, `[R, tiles]` of
+    /// each, over that of what is attended to without pages.
     pub(super) fn some(
         &mut self,
         isa: Isa,
-        sketched: &[&[f32]],
-        (known, needed): (&AttnState, Needed),
+        (sketched, rows): (&[&[f32]], usize),
+        needed: Needed,
         [of_prompt, of_tail, of_window]: [usize; 3],
     ) {
         let tiles = (of_prompt + of_tail) * TILES;
         self.rows.clear();
-        for r in 0..known.rows() {
+        for r in 0..rows {
             for run in sketched {
-                let tiles = run.len() / known.rows();
+                let tiles = run.len() / rows;
                 self.rows.extend_from_slice(&run[r * tiles..][..tiles]);
             }
         }
         self.wanted.resize(tiles, 0.0);
-        wanted(isa, &mut self.rows, known, needed, &mut self.wanted);
+        wanted(isa, (&self.rows, rows), needed, &mut self.wanted);
         let cut = cut(isa, &self.wanted, bounds(tiles));
         let [prompt, tail, window] = &mut self.visits;
         prompt.clear();
