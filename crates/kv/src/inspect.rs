@@ -1,6 +1,6 @@
 //! What was chosen where? The segments of a packed cache and the pages of a layered one, as figures.
 
-use crate::layered::{LayeredHead, SINKS};
+use crate::layered::{LayeredHead, SINKS, is_out_of_line};
 use crate::{KvBytes, KvCache, Layer};
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Page, Pages, Profile};
 
@@ -67,7 +67,7 @@ impl KvCache {
 
 /// A KV head of one layer in the layered format. Its tokens are the sinks, those of the pages, the dropped ones and the
 /// buffer's; its bytes those of the pages and the others.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct HeadInfo {
     /// Which layer.
     pub layer: usize,
@@ -85,6 +85,16 @@ pub struct HeadInfo {
     pub buffer: usize,
     /// Bytes allocated that are in no page: sinks, means and spreads, buffer, lists.
     pub other_bytes: usize,
+    /// What the errors of the prompt's keys and of its values weighed over what was planned: about 1. Where it is out of line the
+    /// head fell back to safer profiles, and these are the ratios before.
+    pub distortion: [f32; 2],
+}
+
+impl HeadInfo {
+    /// Whether it fell back to safer profiles.
+    pub fn fell_back(&self) -> bool {
+        self.distortion.into_iter().any(is_out_of_line)
+    }
 }
 
 /// A page of the layered format.
@@ -150,6 +160,7 @@ fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
         dropped: of.prompt.dropped + of.tail.dropped,
         buffer: of.buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
         other_bytes: bytes.total() - in_pages,
+        distortion: of.distortion,
         prompt,
         tail,
     }

@@ -10,6 +10,7 @@
 mod asked;
 mod attend;
 mod calibration;
+mod distortion;
 mod encode;
 mod importance;
 mod plan;
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use asked::Asked;
 pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
+pub(crate) use distortion::is_out_of_line;
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
 pub use select::Select;
@@ -133,6 +135,8 @@ pub(crate) struct LayeredHead {
     profiles: (Profile, Profile),
     /// What a token of the tail may take in the long run.
     rate: f32,
+    /// What the errors of the prompt's keys and values weighed over what was planned, before a fallback.
+    pub(crate) distortion: [f32; 2],
     /// What was asked of the window.
     asked: Asked,
     /// Pages that stay in the window when a segment closes.

@@ -1,6 +1,8 @@
-//! A prompt of all layers becomes pages: statistics of each head, one plan, then the codes.
+//! A prompt of all layers becomes pages: statistics of each head, one plan, then the codes, and a second time where a
+//! head turned out [worse than planned](super::distortion).
 
 use super::asked::Asked;
+use super::distortion::{Distortion, is_out_of_line};
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
 use super::window::Newest;
@@ -60,23 +62,63 @@ pub(crate) fn compress(
         }
         guard(heads, settings.drop);
     }
-    let d = shape.head_dim;
+    let scales: Vec<Arc<Scales>> = scales.into_iter().map(Arc::new).collect();
+    let share = |heads: &[Head]| share(pool, &jobs, heads, budget);
+    let mut stored: Vec<_> = share(&heads).into_iter().map(|stored| (stored, None)).collect();
+    pool.for_each(&mut stored, |i, (stored, made)| {
+        *made = Some(jobs[i].encode(&scales[i], stored, &heads[i], settings));
+    });
+    if fall_back(&stored, &mut heads) {
+        let again = share(&heads);
+        pool.for_each(&mut stored, |i, (before, made)| {
+            if let Some((head, _)) = made
+                && again[i] != *before
+            {
+                let distortion = head.distortion;
+                *head = LayeredHead {
+                    distortion,
+                    ..jobs[i].encode(&scales[i], &again[i], &heads[i], settings).0
+                };
+            }
+        });
+    }
+    let mut made = stored.into_iter().filter_map(|(_, made)| made).map(|(head, _)| head);
+    prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
+}
+
+/// How a head is stored: the profiles of its window, and its plan.
+type Stored = ((Profile, Profile), HeadPlan);
+
+/// Shares out `budget` bytes among the heads.
+fn share(pool: &Pool, jobs: &[Job], heads: &[Head], budget: f32) -> Vec<Stored> {
+    let d = jobs[0].shape.head_dim;
     let windows: Vec<(Profile, Profile)> =
-        heads.iter().zip(&jobs).map(|(head, job)| fitting(head, job.newest.bytes_of_page(d))).collect();
+        heads.iter().zip(jobs).map(|(head, job)| fitting(head, job.newest.bytes_of_page(d))).collect();
     let of_windows = jobs.iter().zip(&windows).map(|(job, profiles)| job.newest.bytes(d, *profiles));
     let fixed = jobs.len() * fixed_bytes(d) + of_windows.sum::<usize>();
-    let plans = plan(pool, &heads, budget - fixed as f32);
-    let mut made: Vec<_> = jobs
-        .iter()
-        .zip(scales)
-        .zip(windows.into_iter().zip(plans))
-        .map(|((job, scales), plan)| (job, Some(scales), plan, None))
-        .collect();
-    pool.for_each(&mut made, |_, (job, scales, (window, plan), out)| {
-        *out = scales.take().map(|scales| job.encode(scales, (*window, plan), settings));
-    });
-    let mut made = made.into_iter().filter_map(|(.., out)| out);
-    prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
+    windows.into_iter().zip(plan(pool, heads, budget - fixed as f32)).collect()
+}
+
+/// Whether a head is stored so much worse than planned that all must be planned once more, with what is now known of it.
+fn fall_back(stored: &[(Stored, Option<(LayeredHead, Distortion)>)], heads: &mut [Head]) -> bool {
+    let (mut count, mut worst) = (0, (0.0, 0));
+    for ((_, made), head) in stored.iter().zip(&mut *heads) {
+        let Some((made, distortion)) = made else { continue };
+        let ratio = made.distortion.into_iter().fold(0.0, f32::max);
+        if is_out_of_line(ratio) {
+            distortion.amend(head);
+            count += 1;
+            worst = if ratio > worst.0 { (ratio, made.index) } else { worst };
+        }
+    }
+    if count > 0 {
+        let (ratio, index) = worst;
+        let all = heads.len();
+        tracing::info!(
+            "{count} of {all} heads fall back to safer profiles: their errors weigh up to {ratio:.1} times what was planned (head {index})"
+        );
+    }
+    count > 0
 }
 
 /// Bytes of a head that no plan changes: sinks, means and spreads, headers.
@@ -157,12 +199,14 @@ impl Job<'_> {
         (Scales { numbers: numbers.into_boxed_slice() }, head)
     }
 
+    /// The head as it is to be stored, and what its errors weigh where `observed` tells what tokens and channels do.
     fn encode(
         &self,
-        scales: Scales,
-        (profiles, plan): ((Profile, Profile), &HeadPlan),
+        scales: &Arc<Scales>,
+        (profiles, plan): &Stored,
+        observed: &Head,
         settings: Layered,
-    ) -> LayeredHead {
+    ) -> (LayeredHead, Distortion) {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
@@ -170,12 +214,13 @@ impl Job<'_> {
             calibration: self.calibration.clone(),
             index: self.index,
             sinks: sinks.flatten().map(|&x| to_f16(x)).collect(),
-            scales: Arc::new(scales),
+            scales: scales.clone(),
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             window: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
-            profiles,
+            profiles: *profiles,
             rate: plan.bytes / self.middle().len() as f32,
+            distortion: [1.0; 2],
             asked: Asked::default(),
             stay: self.newest.stay as u8,
             settings,
@@ -189,6 +234,8 @@ impl Job<'_> {
         let mut pages = Pages::new(d);
         push(&mut pages, (&keys, &values), plan);
         pages.shrink();
+        let distortion = Distortion::of(&pages, (&keys, &values), (observed, plan));
+        head.distortion = distortion.ratios();
         let mut window = Pages::new(d);
         let after = middle.len() * d;
         let of_page = PAGE_TOKENS * d;
@@ -201,7 +248,7 @@ impl Job<'_> {
         window.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
         head.window = Arc::new(Segment { pages: window, dropped: 0 });
-        head
+        (head, distortion)
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) struct Head {
 }
 
 /// What a head's tokens become.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct HeadPlan {
     /// The tokens that are kept, in the order of the pages.
     pub(crate) order: Vec<u32>,

@@ -32,7 +32,8 @@ pub fn lines(heads: &[HeadInfo], out: &mut impl Write) -> io::Result<()> {
         }
         let line = json!({
             "layer": head.layer, "head": head.head, "part": "rest", "sinks": head.sinks, "dropped": head.dropped,
-            "buffer": head.buffer, "bytes": head.other_bytes,
+            "buffer": head.buffer, "bytes": head.other_bytes, "fell_back": head.fell_back(),
+            "keys_error_over_planned": head.distortion[0], "values_error_over_planned": head.distortion[1],
         });
         writeln!(out, "{line}")?;
     }
@@ -43,6 +44,7 @@ pub fn lines(heads: &[HeadInfo], out: &mut impl Write) -> io::Result<()> {
 pub fn print(heads: &[HeadInfo], head_dim: usize, out: &mut impl Write) -> io::Result<()> {
     print_bits(heads, head_dim, out)?;
     print_layers(heads, head_dim, out)?;
+    print_fallbacks(heads, out)?;
     let head_mb = |of: &dyn Fn(&HeadInfo) -> usize| heads.iter().map(of).sum::<usize>() as f64 / 1e6;
     let of_pages = |pages: &[PageInfo]| pages.iter().map(|page| page.bytes).sum::<usize>();
     writeln!(
@@ -104,6 +106,19 @@ fn print_layers(heads: &[HeadInfo], head_dim: usize, out: &mut impl Write) -> io
     }
     write!(out, "{:>8}", "all")?;
     print_means(heads, head_dim, out)
+}
+
+/// The heads that were stored worse than planned.
+fn print_fallbacks(heads: &[HeadInfo], out: &mut impl Write) -> io::Result<()> {
+    for head in heads.iter().filter(|head| head.fell_back()) {
+        let [keys, values] = head.distortion;
+        writeln!(
+            out,
+            "layer {}, KV head {} fell back to safer profiles: errors {keys:.1} (keys) and {values:.1} (values) times those planned",
+            head.layer, head.head
+        )?;
+    }
+    Ok(())
 }
 
 /// Means over tokens and heads; bits and escapes are those of the tokens that are kept.
