@@ -162,10 +162,12 @@ mod tests {
 
     fn head((x, spread): &(Vec<f32>, Vec<f16>)) -> Head {
         let weights: Vec<f32> = (0..TOKENS).map(weight).collect();
+        // Less unlike each other than those of keys, so that both have the same order in a plan.
+        let of_values = weights.iter().map(|w| w.powf(0.9)).collect();
         Head {
             keys: channels(x, spread, 1.0),
             values: channels(x, spread, 1.0),
-            weights: Weights { keys: weights.clone(), values: weights },
+            weights: Weights { keys: weights, values: of_values },
             guarded: vec![true; TOKENS],
         }
     }
@@ -217,7 +219,7 @@ mod tests {
         let all: Vec<Distortion> = (0..10).map(|i| distortion(&stored[i], &rows[i], &heads[i])).collect();
         let ratios: Vec<[f32; 2]> = all.iter().map(Distortion::ratios).collect();
         assert!(ratios[..9].as_flattened().iter().all(|r| (0.7..1.4).contains(r)), "{ratios:?}");
-        assert!(ratios[9].iter().all(|r| is_out_of_line(*r)), "{ratios:?}");
+        assert!(is_out_of_line(ratios[9][0]), "{ratios:?}");
         let usual_channels = heads[0].keys.variances.clone();
         all.iter().zip(&mut heads).for_each(|(distortion, head)| distortion.amend(head));
         assert_eq!(heads[0].keys.variances, usual_channels, "an ordinary head stays as it is");
