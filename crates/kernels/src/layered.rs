@@ -411,25 +411,44 @@ impl Pages {
         Some(decoded)
     }
 
-    /// Takes the first `count` pages away: what each held, as [`decode`](Pages::decode) gives it.
-    pub fn take_first(&mut self, count: usize) -> Vec<(Vec<f32>, Vec<f32>)> {
-        let decoded = (0..count).map(|index| self.decode(index)).collect();
+    /// Takes the first `count` pages away, as pages of their own.
+    pub fn split_first(&mut self, count: usize) -> Pages {
         let end =
             |of: fn(&Page) -> u32, all: usize| self.pages.get(count).map_or(all, |next| of(next) as usize);
         let leading = end(|page| page.leading, self.leading.len());
         let lines = end(|page| page.first, self.lines.len());
         let escapes = end(|page| page.key_escapes, self.escapes.len());
-        self.leading.drain(..leading);
-        self.lines.drain(..lines);
-        self.escapes.drain(..escapes);
-        self.pages.drain(..count);
+        let first = Pages {
+            leading: self.leading.drain(..leading).collect(),
+            lines: self.lines.drain(..lines).collect(),
+            pages: self.pages.drain(..count).collect(),
+            escapes: self.escapes.drain(..escapes).collect(),
+            head_dim: self.head_dim,
+        };
         for page in &mut self.pages {
             page.leading -= leading as u32;
             page.first -= lines as u32;
             page.key_escapes -= escapes as u32;
             page.value_escapes -= escapes as u32;
         }
-        decoded
+        first
+    }
+
+    /// Adds the pages of `others`, of vectors with as many channels, after these.
+    pub fn append(&mut self, others: &Pages) {
+        assert_eq!(self.head_dim, others.head_dim, "pages of vectors with another number of channels");
+        let (leading, lines) = (self.leading.len() as u32, self.lines.len() as u32);
+        let escapes = self.escapes.len() as u32;
+        self.leading.extend_from_slice(&others.leading);
+        self.lines.extend_from_slice(&others.lines);
+        self.escapes.extend_from_slice(&others.escapes);
+        self.pages.extend(others.pages.iter().map(|page| Page {
+            leading: page.leading + leading,
+            first: page.first + lines,
+            key_escapes: page.key_escapes + escapes,
+            value_escapes: page.value_escapes + escapes,
+            ..*page
+        }));
     }
 
     /// Gives back what was allocated for further pages.
@@ -552,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_taken_away_leave_the_others_as_they_were() {
+    fn pages_that_are_taken_away_or_come_back_are_as_they_were() {
         let d = 64;
         let mut pages = Pages::new(d);
         for (i, profile) in PROFILES.into_iter().enumerate() {
@@ -560,18 +579,22 @@ mod tests {
             x[5] = 9.0;
             pages.push((&x, &x), (profile, PROFILES[4 - i]));
         }
-        let before: Vec<_> = (0..5).map(|index| pages.decode(index)).collect();
-        let bytes = |pages: &mut Pages| {
-            pages.shrink();
-            pages.bytes()
+        let decoded = |pages: &Pages| -> Vec<(Vec<f32>, Vec<f32>)> {
+            (0..pages.pages().len()).map(|index| pages.decode(index)).collect()
         };
-        let all = bytes(&mut pages);
-        assert!(pages.take_first(0).is_empty());
-        assert_eq!(pages.take_first(2), before[..2]);
-        assert_eq!((0..3).map(|index| pages.decode(index)).collect::<Vec<_>>(), before[2..]);
+        let before = decoded(&pages);
+        assert_eq!(pages.split_first(0).tokens(), 0);
+        let first = pages.split_first(2);
+        assert_eq!((decoded(&first), decoded(&pages)), (before[..2].to_vec(), before[2..].to_vec()));
+        let mut all = first.clone();
+        all.append(&pages);
+        assert_eq!(decoded(&all), before);
         assert_eq!(pages.pop().as_ref(), before.last());
-        assert_eq!(pages.take_first(2), before[2..4]);
-        assert_eq!((pages.tokens(), bytes(&mut pages)), (0, 0), "of {all} bytes");
+        assert_eq!(decoded(&pages.split_first(2)), before[2..4]);
+        pages.shrink();
+        assert_eq!((pages.tokens(), pages.bytes()), (0, 0));
+        pages.append(&first);
+        assert_eq!(decoded(&pages), before[..2]);
     }
 
     #[test]

@@ -206,6 +206,7 @@ impl KvCache {
             calibration: self.calibration.clone(),
             samples: None,
             learning: self.learning.clone(),
+            closings: vec![],
             encoding: Encoding::default(),
             phases: Phases::default(),
             working: Working::default(),

@@ -151,7 +151,7 @@ fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     let mut bytes = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
     of.count(&mut bytes);
     let prompt = pages(&of.prompt.pages);
-    let tail = [pages(&of.tail.pages), pages(&of.window.pages)].concat();
+    let tail = [&of.tail, &of.leaving, &of.window].map(|segment| pages(&segment.pages)).concat();
     let in_pages: usize = prompt.iter().chain(&tail).map(|page| page.bytes).sum();
     HeadInfo {
         layer,

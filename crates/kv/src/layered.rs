@@ -1,8 +1,8 @@
 //! A KV head in our own format: sinks, pages of few bits, and the newest tokens.
 //!
 //! Per head, in order of tokens: the first [`SINKS`] stay exact; the prompt's pages follow, in which tokens of like importance share a
-//! page whatever their order; then the [tail], pages like the prompt's of what was generated and has left the window; then the
-//! [window], pages of more bits; at the end the update buffer, exact.
+//! page whatever their order; then the [tail], pages like the prompt's of what was generated and has left the window; then
+//! what is about to become a part of it; then the [window], pages of more bits; at the end the update buffer, exact.
 //!
 //! A prompt is compressed when all of its layers are there, since one plan shares out the bytes among them. Its statistics
 //! are each layer's own, and the same tokens give the same bytes whatever the threads and the chunks of the prompt.
@@ -33,7 +33,7 @@ pub(crate) use distortion::is_out_of_line;
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use importance::Samples;
 pub use select::Select;
-pub(crate) use tail::close;
+pub(crate) use tail::Closing;
 pub use target::{ByteCount, Target};
 
 /// First tokens of a sequence, always exact and always attended to.
@@ -129,6 +129,8 @@ pub(crate) struct LayeredHead {
     pub(crate) prompt: Arc<Segment>,
     /// What came after and has left the window.
     pub(crate) tail: Arc<Segment>,
+    /// What has left the window and is not yet in the tail: the window's pages.
+    pub(crate) leaving: Arc<Segment>,
     /// The newest tokens, and at the end a page at 8 bits.
     pub(crate) window: Arc<Segment>,
     /// How the window's other pages are stored: keys and values.
@@ -156,8 +158,9 @@ impl LayeredHead {
         SINKS + sealed + self.buffer.as_ref().map_or(0, ExactPage::tokens)
     }
 
-    fn segments(&self) -> [&Segment; 3] {
-        [&self.prompt, &self.tail, &self.window]
+    /// In order of tokens.
+    pub(crate) fn segments(&self) -> [&Segment; 4] {
+        [&self.prompt, &self.tail, &self.leaving, &self.window]
     }
 
     /// Keys and values `[T, D]` less means and over spreads.
@@ -183,7 +186,7 @@ impl LayeredHead {
 
     pub(crate) fn check(&self) -> Result<(), String> {
         let d = self.head_dim();
-        for (name, segment) in ["prompt", "tail", "window"].into_iter().zip(self.segments()) {
+        for (name, segment) in ["prompt", "tail", "leaving", "window"].into_iter().zip(self.segments()) {
             if segment.pages.head_dim() != d {
                 return Err(format!(
                     "{name}: pages of {} channels in a head of {d}",

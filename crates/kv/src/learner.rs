@@ -3,18 +3,20 @@
 //! A [`Learner`] hears of every token that was packed with a borrowed strategy, adds it to the sums of its segment, and
 //! when the segment closes makes it anew from the raw keys and values that it kept. A cache has a learner of its own,
 //! which works between two steps, or shares the one of a [`Background`] thread, and decoding goes on meanwhile
-//! (arXiv 2607.00760, s. 5: heterogeneous double compression buffering).
+//! (arXiv 2607.00760, s. 5: heterogeneous double compression buffering). The same threads do what the layered format has to do
+//! when a segment closes.
 //!
 //! A forward pass takes no lock and sends no message: news is handed over, and finished segments are swapped in,
 //! between steps ([`KvCache::between_steps`](crate::KvCache::between_steps)).
 
 use crate::KvBytes;
+use crate::layered::Closing;
 use crate::packed::{FLUSH, News, Packed, PackedHead, Raw, Segment, Sums};
 use half::slice::HalfFloatSliceExt;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use thread_priority::{ThreadPriority, set_current_thread_priority};
@@ -109,6 +111,8 @@ enum Message {
         news: News,
         mailbox: Arc<Mailbox>,
     },
+    /// A segment of the layered format, unless its cache has done the work itself meanwhile.
+    Close(Weak<Closing>),
     /// The growing segment at this place is given up.
     Forget(Place),
     /// This cache is no more.
@@ -172,6 +176,11 @@ fn work(messages: &Receiver<Message>) {
                 if let Some(segment) = learner.hear(place, settings, news) {
                     mailbox.lock().push((place, segment));
                     mailbox.arrived.notify_all();
+                }
+            }
+            Message::Close(closing) => {
+                if let Some(closing) = closing.upgrade() {
+                    closing.stored();
                 }
             }
             Message::Forget(place) => drop(learner.growing.remove(&place)),
@@ -258,6 +267,14 @@ impl Learning {
             self.release(segment.tokens() * bytes_of_raw(d));
             head.swap(segment);
             self.swaps.swapped += 1;
+        }
+    }
+
+    /// Lets a background, if there is one, do the work of a segment of this layer.
+    pub(crate) fn hand_over(&self, layer: usize, closing: &Arc<Closing>) {
+        if let Where::Shared { background, .. } = &self.learner {
+            let place = Place { cache: self.cache, layer, head: 0, epoch: 0 };
+            background.send(place, Message::Close(Arc::downgrade(closing)));
         }
     }
 

@@ -26,7 +26,7 @@ mod rotation;
 use baselines::{Head, RecentQueries};
 use compress::Encoding;
 use exact::ExactHead;
-use layered::{LayeredHead, Samples};
+use layered::{Closing, LayeredHead, Samples};
 use learner::Learning;
 use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
@@ -238,6 +238,8 @@ pub struct KvCache {
     samples: Option<Vec<Samples>>,
     /// Strategies for what is generated.
     learning: Learning,
+    /// Of layers in the layered format: what has left their windows and is not yet in their tails.
+    closings: Vec<(usize, Arc<Closing>)>,
     /// The layer that is being compressed.
     encoding: Encoding,
     phases: Phases,
@@ -295,14 +297,15 @@ impl KvCache {
             calibration: None,
             samples: matches!(format, KvFormat::Layered(_)).then(|| vec![Samples::default(); layers]),
             learning: Learning::default(),
+            closings: vec![],
             encoding: Encoding::default(),
             phases: Phases::default(),
             working: Working::default(),
         })
     }
 
-    /// The same cache, whose generated tokens get their strategies from a background thread; without one, they are worked
-    /// out between steps.
+    /// The same cache, whose generated tokens get their strategies and plans from a background thread; without one, they are
+    /// worked out between steps. `timing` is for the packed format: in the layered one it is always fixed.
     pub fn with_background(mut self, background: Arc<Background>, timing: Timing) -> KvCache {
         for layer in &mut self.layers {
             if let Layer::Packed(heads) = layer {
@@ -324,8 +327,9 @@ impl KvCache {
         Ok(self)
     }
 
-    /// To be called between two forward passes: hands what was packed meanwhile to whoever works out strategies, and swaps
-    /// in the segments that are finished. Without this, temporary segments stay.
+    /// To be called between two forward passes: hands what was packed meanwhile, or has left a window, to whoever works out
+    /// strategies and plans, and swaps in the segments that are finished or due. Without this, temporary segments stay and
+    /// windows grow.
     pub fn between_steps(&mut self) {
         for (l, layer) in self.layers.iter_mut().enumerate() {
             if let Layer::Packed(heads) = layer {
@@ -334,6 +338,26 @@ impl KvCache {
                 }
             }
         }
+        self.close_layered();
+    }
+
+    fn close_layered(&mut self) {
+        let start = Instant::now();
+        let KvCache { layers, closings, learning, .. } = self;
+        closings.retain(|(l, closing)| match &mut layers[*l] {
+            Layer::Layered(heads) => !closing.swap(heads),
+            _ => unreachable!("a closing of layer {l}, which is not layered"),
+        });
+        for (l, layer) in layers.iter_mut().enumerate() {
+            if let Layer::Layered(heads) = layer
+                && let Some(closing) = Closing::begin(heads)
+            {
+                let closing = Arc::new(closing);
+                learning.hand_over(l, &closing);
+                closings.push((l, closing));
+            }
+        }
+        self.phases.flush += start.elapsed();
     }
 
     /// What has become of segments that grew while tokens were generated.
@@ -398,11 +422,6 @@ impl KvCache {
                 let is_due = heads[0].is_full();
                 let append = |head: &mut LayeredHead, key: &[f32], value: &[f32]| head.append(key, value);
                 self.phases.flush += append_one(pool, (heads, is_due), (keys, values), append);
-                if heads[0].leaving() > 0 {
-                    let start = Instant::now();
-                    layered::close(pool, heads);
-                    self.phases.flush += start.elapsed();
-                }
             }
             Layer::Baseline(heads) => {
                 let is_due = heads[0].is_due();
@@ -498,6 +517,8 @@ impl KvCache {
                 }
             }
         }
+        bytes.lists += self.closings.capacity() * size_of::<(usize, Arc<Closing>)>();
+        self.closings.iter().for_each(|(_, closing)| closing.count(&mut bytes));
         if let Some(recent) = &self.recent {
             bytes.lists += recent.capacity() * size_of::<RecentQueries>();
             bytes.queries = recent.iter().map(RecentQueries::bytes).sum();

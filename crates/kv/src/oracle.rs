@@ -233,7 +233,7 @@ impl LayeredHead {
 
     /// All pages: whose they are, and which.
     fn pages(&self) -> impl Iterator<Item = (&Pages, usize)> {
-        let segments = [&self.prompt.pages, &self.tail.pages, &self.window.pages];
+        let segments = self.segments().map(|segment| &segment.pages);
         segments.into_iter().flat_map(|pages| (0..pages.pages().len()).map(move |page| (pages, page)))
     }
 }

@@ -3,7 +3,9 @@
 mod common;
 
 use mosaickv_kernels::{Isa, Pool};
-use mosaickv_kv::{Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target};
+use mosaickv_kv::{
+    Background, Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target, Timing,
+};
 use std::sync::Arc;
 
 const D: usize = 64;
@@ -75,6 +77,7 @@ fn grow(cache: &mut KvCache, pool: &Pool, tokens: usize) {
     let (keys, values) = (rows(11, tokens, KV_ROW), rows(12, tokens, KV_ROW));
     for (key, value) in keys.chunks_exact(KV_ROW).zip(values.chunks_exact(KV_ROW)) {
         (0..SHAPE.layers).for_each(|layer| cache.append(pool, layer, key, value).unwrap());
+        cache.between_steps();
         cache.check().unwrap();
     }
 }
@@ -273,6 +276,7 @@ fn inspection_counts_every_token_and_every_byte_of_the_pages() {
                 head.prompt.windows(2).all(|pair| pair[0].tokens == 64),
                 "only the last page is not full"
             );
+            assert!(!head.fell_back(), "{:?}", head.distortion);
             assert!(head.tail.last().is_some_and(|page| page.keys.channels == [D, 0, 0]), "{:?}", head.tail);
             for half in pages().flat_map(|page| [page.keys, page.values]) {
                 assert!(half.bits() <= 8 * D && half.channels.iter().sum::<usize>() <= D, "{half:?}");
@@ -337,6 +341,7 @@ fn what_leaves_the_window_is_planned_like_a_prompt() {
                 cache.append(&pool, layer, key, value).unwrap();
                 cache.attend(&pool, layer, query, &mut vec![0.0; Q_ROW]);
             }
+            cache.between_steps();
         }
     }
     copy.check().unwrap();
@@ -373,6 +378,81 @@ fn the_same_tokens_give_the_same_cache() {
             "{threads} threads, chunks of {step}, copy: {is_copy}"
         );
     }
+}
+
+/// Who closes the segments, and when, changes nothing; neither does being copied while one is closing.
+#[test]
+fn closing_in_the_background_gives_the_same_cache() {
+    let pool = Pool::new(2);
+    let mut prompt = cache(KvFormat::Exact).remember_queries();
+    read(&mut prompt, &pool, 2100, 2100);
+    let (keys, values, queries) = (rows(11, 700, KV_ROW), rows(12, 700, KV_ROW), asking(13, 700));
+    let go_on = |cache: &mut KvCache, from: usize, to: usize| {
+        let mut outs = vec![];
+        for t in from..to {
+            let (kv, q) = (t * KV_ROW..(t + 1) * KV_ROW, t * Q_ROW..(t + 1) * Q_ROW);
+            for layer in 0..SHAPE.layers {
+                cache.append(&pool, layer, &keys[kv.clone()], &values[kv.clone()]).unwrap();
+                let mut out = vec![0.0; Q_ROW];
+                cache.attend(&pool, layer, &queries[q.clone()], &mut out);
+                outs.push(out);
+            }
+            cache.between_steps();
+            cache.check().unwrap();
+        }
+        outs
+    };
+    // Lists of a copy have no room for more.
+    let stored = |cache: &KvCache| {
+        let mut heads = cache.layered_heads();
+        heads.iter_mut().for_each(|head| head.other_bytes = 0);
+        heads
+    };
+    let fresh = || prompt.compressed(&pool, of_ratio(6.0)).unwrap();
+    let mut alone = fresh();
+    let mut copies = vec![];
+    let mut want = vec![];
+    for from in (0..700).step_by(10) {
+        copies.push((from, alone.clone()));
+        want.extend(go_on(&mut alone, from, from + 10));
+    }
+    let closed = alone.layered_heads().iter().filter(|head| head.tail.len() > 8).count();
+    assert_eq!(closed, 4, "every head's tail has closed segments");
+    for threads in [1, 3] {
+        let background = Arc::new(Background::new(threads, usize::MAX));
+        let mut shared = fresh().with_background(background.clone(), Timing::Fixed);
+        assert!(go_on(&mut shared, 0, 700) == want, "{threads} background threads");
+        assert_eq!(shared.layered_heads(), alone.layered_heads(), "{threads} background threads");
+        assert_eq!(shared.bytes(), alone.bytes());
+        // Between segments, and while one of the first or of the second layer is closing.
+        for (from, copy) in copies.iter().filter(|(from, _)| [30, 150, 230, 410].contains(from)) {
+            let mut copy = copy.clone().with_background(background.clone(), Timing::Live);
+            assert!(go_on(&mut copy, *from, 700) == want[2 * from..], "a copy after {from} tokens");
+            assert_eq!(stored(&copy), stored(&alone), "a copy after {from} tokens");
+        }
+    }
+}
+
+/// While a segment is closing, every token is in one place, and its bytes count.
+#[test]
+fn what_is_closing_is_attended_to_and_counted() {
+    let pool = Pool::new(1);
+    let mut cache = cache(of_ratio(6.0));
+    read(&mut cache, &pool, 2100, 2100);
+    end(&mut cache, &pool);
+    let (mut before, mut most) = (cache.bytes().total(), 0);
+    for _ in 0..600 {
+        grow(&mut cache, &pool, 1);
+        let now = cache.bytes().total();
+        most = most.max(before.saturating_sub(now));
+        before = now;
+        for head in cache.layered_heads() {
+            let in_pages: usize = head.prompt.iter().chain(&head.tail).map(|page| page.tokens).sum();
+            assert_eq!(head.sinks + in_pages + head.dropped + head.buffer, cache.tokens());
+        }
+    }
+    // The step where a segment of 256 tokens takes its final form.
+    assert!(most > 2 * 256 * D * 2 / 4, "{most} bytes less at most");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Five jobs of the pool, each over all heads of all caches that take the step together: turn the queries (and attend to
 //! the exact tokens), sketch, select, attend to what was selected, merge. Tiles of a head's prompt and tail compete with each
-//! other; the window is always read. Where all is read, nothing is sketched. Partial states are merged in order in the
+//! other; newer pages are always read. Where all is read, nothing is sketched. Partial states are merged in order in the
 //! calibration's channels, then leave them and meet the exact tokens. Runs are cut by pages and tiles alone, so that
 //! results depend neither on threads nor on the other caches.
 
@@ -128,7 +128,7 @@ impl Lane<'_> {
     fn select(&mut self, isa: Isa) {
         let (head, Work { sketched, chosen, whole, reads, read, .. }) = (self.head, &mut *self.work);
         *read += reads.iter().sum::<usize>() as u64;
-        let pages = [&head.prompt, &head.tail, &head.window].map(|segment| segment.pages.pages().len());
+        let pages = head.segments().map(|segment| segment.pages.pages().len());
         match head.settings.select.needed(head.in_pages()) {
             None => chosen.all(pages),
             Some(needed) => {

@@ -123,7 +123,7 @@ mod tests {
     use mosaickv_kernels::Pool;
 
     const D: usize = 64;
-    const TOKENS: usize = 1280;
+    const TOKENS: usize = 2560;
 
     /// About normal.
     fn normal(seed: u64) -> impl FnMut() -> f32 {
@@ -148,11 +148,45 @@ mod tests {
     }
 
     fn usual(c: usize) -> f32 {
-        0.5 / (1.0 + c as f32).powi(2)
+        0.05 * (-(c as f32) / 8.0).exp()
     }
 
+    /// Whether a token is one of the few that are asked for.
     fn counts(t: usize) -> bool {
         t.is_multiple_of(20)
+    }
+
+    fn weight(t: usize) -> f32 {
+        if counts(t) { 0.01f32.powf((t as f32 * 0.031).fract()) } else { 1e-5 }
+    }
+
+    fn head((x, spread): &(Vec<f32>, Vec<f16>)) -> Head {
+        let weights: Vec<f32> = (0..TOKENS).map(weight).collect();
+        // Less unlike each other than those of keys, so that both have the same order in a plan.
+        let of_values = weights.iter().map(|w| w.powf(0.9)).collect();
+        Head {
+            keys: channels(x, spread, 1.0),
+            values: channels(x, spread, 1.0),
+            weights: Weights { keys: weights, values: of_values },
+            guarded: vec![true; TOKENS],
+        }
+    }
+
+    fn store(heads: &[Head], rows: &[(Vec<f32>, Vec<f16>)], budget: f32) -> Vec<(HeadPlan, Pages)> {
+        let of_head = |(plan, (x, _)): (HeadPlan, &(Vec<f32>, Vec<f16>))| {
+            let mut pages = Pages::new(D);
+            push(&mut pages, (x, x), &plan);
+            (plan, pages)
+        };
+        plan(&Pool::new(2), heads, budget).into_iter().zip(rows).map(of_head).collect()
+    }
+
+    fn distortion(
+        (plan, pages): &(HeadPlan, Pages),
+        (x, _): &(Vec<f32>, Vec<f16>),
+        head: &Head,
+    ) -> Distortion {
+        Distortion::of(pages, (x, x), (head, plan))
     }
 
     /// What the errors of keys really weigh.
@@ -168,57 +202,43 @@ mod tests {
         sum
     }
 
-    /// Three heads: an ordinary one, one whose channels come in the wrong order, and one where the tokens that count have 100 times
-    /// the variance of the others in channels that are quiet.
+    /// Of ten heads the last one's tokens that count have 100 times the variance of the others in channels that are quiet.
     #[test]
     fn a_head_that_is_stored_worse_than_planned_falls_back() {
-        let quiet = |c: usize| (40..48).contains(&c);
-        let rows = [
-            made(1, |_, c| usual(c)),
-            made(2, |_, c| usual(D - 1 - c)),
-            made(3, |t, c| usual(c) * if counts(t) && quiet(c) { 100.0 } else { 1.0 }),
-        ];
-        let weight = |t: usize| if counts(t) { 1.0 } else { 1e-3 };
-        let mut heads = rows.each_ref().map(|(x, spread)| Head {
-            keys: channels(x, spread, 1.0),
-            values: channels(x, spread, 1.0),
-            weights: Weights {
-                keys: (0..TOKENS).map(weight).collect(),
-                values: (0..TOKENS).map(weight).collect(),
-            },
-            guarded: vec![true; TOKENS],
-        });
-        let (pool, budget) = (Pool::new(2), 60_000.0);
-        let store = |heads: &[Head]| -> Vec<(HeadPlan, Pages)> {
-            let of_head = |(plan, (x, _)): (HeadPlan, &(Vec<f32>, Vec<f16>))| {
-                let mut pages = Pages::new(D);
-                push(&mut pages, (x, x), &plan);
-                (plan, pages)
-            };
-            plan(&pool, heads, budget).into_iter().zip(&rows).map(of_head).collect()
+        let factor = |t: usize, c: usize| if counts(t) && c >= 48 { 100.0 } else { 1.0 };
+        let mut rows: Vec<_> = (1..10).map(|seed| made(seed, |_, c| usual(c))).collect();
+        rows.push(made(10, |t, c| usual(c) * factor(t, c)));
+        let mut heads: Vec<Head> = rows.iter().map(head).collect();
+        let errors = |stored: &[(HeadPlan, Pages)], heads: &[Head]| -> Vec<f32> {
+            let of_head = |i: usize| error(&stored[i].1, (&rows[i].0, &rows[i].1), (&heads[i], &stored[i].0));
+            (0..10).map(of_head).collect()
         };
-        let errors = |stored: &[(HeadPlan, Pages)], heads: &[Head]| -> [f32; 3] {
-            [0, 1, 2].map(|i| error(&stored[i].1, (&rows[i].0, &rows[i].1), (&heads[i], &stored[i].0)))
-        };
-        let stored = store(&heads);
+        let budget = 38_000.0;
+        let stored = store(&heads, &rows, budget);
         let before = errors(&stored, &heads);
-        let mut ratios = vec![];
-        for (((plan, pages), (x, _)), head) in stored.iter().zip(&rows).zip(&mut heads) {
-            let distortion = Distortion::of(pages, (x, x), (head, plan));
-            ratios.push(distortion.ratios());
-            distortion.amend(head);
-        }
-        let is_out: Vec<bool> =
-            ratios.iter().map(|ratios| ratios.iter().any(|r| is_out_of_line(*r))).collect();
-        assert_eq!(is_out, [false, false, true], "{ratios:?}");
-        assert!(ratios[..2].as_flattened().iter().all(|r| (0.7..1.4).contains(r)), "{ratios:?}");
-        let again = store(&heads);
+        let all: Vec<Distortion> = (0..10).map(|i| distortion(&stored[i], &rows[i], &heads[i])).collect();
+        let ratios: Vec<[f32; 2]> = all.iter().map(Distortion::ratios).collect();
+        assert!(ratios[..9].as_flattened().iter().all(|r| (0.7..1.4).contains(r)), "{ratios:?}");
+        assert!(is_out_of_line(ratios[9][0]), "{ratios:?}");
+        let usual_channels = heads[0].keys.variances.clone();
+        all.iter().zip(&mut heads).for_each(|(distortion, head)| distortion.amend(head));
+        assert_eq!(heads[0].keys.variances, usual_channels, "an ordinary head stays as it is");
+        let again = store(&heads, &rows, budget);
         let after = errors(&again, &heads);
-        assert!(after[2] < 0.4 * before[2], "{before:?}, then {after:?}");
-        assert!(after[0] < 1.5 * before[0] && after[1] < 1.5 * before[1], "{before:?}, then {after:?}");
-        let bytes: usize = again.iter().map(|(_, pages)| pages.bytes()).sum();
+        let sum = |errors: &[f32]| errors.iter().sum::<f32>();
+        assert!(after[9] < 0.3 * before[9] && sum(&after) < sum(&before), "{before:?}, then {after:?}");
+        assert!(sum(&after[..9]) < 2.0 * sum(&before[..9]), "{before:?}, then {after:?}");
         let planned: f32 = again.iter().map(|(plan, _)| plan.bytes).sum();
         assert!(planned <= budget && planned > 0.98 * budget, "{planned} of {budget}");
-        assert!(bytes > 0, "{bytes}");
+    }
+
+    /// Variances are the prompt's own, whatever the calibration took for the first channels.
+    #[test]
+    fn channels_in_the_wrong_order_are_planned_right() {
+        let rows = [made(5, |_, c| usual(D - 1 - c))];
+        let heads = [head(&rows[0])];
+        let stored = store(&heads, &rows, 8000.0);
+        let ratios = distortion(&stored[0], &rows[0], &heads[0]).ratios();
+        assert!(ratios.iter().all(|r| (0.6..1.6).contains(r)), "{ratios:?}");
     }
 }

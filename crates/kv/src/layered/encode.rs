@@ -125,7 +125,7 @@ fn fall_back(stored: &[(Stored, Option<(LayeredHead, Distortion)>)], heads: &mut
 fn fixed_bytes(d: usize) -> usize {
     let sinks = SINKS * 2 * d * size_of::<f16>();
     let scales = Scales { numbers: vec![f16::ZERO; 4 * d].into_boxed_slice() }.bytes();
-    sinks + scales + size_of::<LayeredHead>() + 3 * (crate::exact::ARC_BYTES + size_of::<Segment>())
+    sinks + scales + size_of::<LayeredHead>() + 4 * (crate::exact::ARC_BYTES + size_of::<Segment>())
 }
 
 /// Every token's weight gets a share of the mean.
@@ -217,6 +217,7 @@ impl Job<'_> {
             scales: scales.clone(),
             prompt: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             tail: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
+            leaving: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             window: Arc::new(Segment { pages: Pages::new(d), dropped: 0 }),
             profiles: *profiles,
             rate: plan.bytes / self.middle().len() as f32,

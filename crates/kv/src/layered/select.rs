@@ -76,8 +76,8 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
 /// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
 #[derive(Debug, Default)]
 pub(crate) struct Chosen {
-    /// Of the prompt, the tail and the window.
-    visits: [Vec<(u32, u8)>; 3],
+    /// Of the head's segments.
+    visits: [Vec<(u32, u8)>; 4],
     /// Weights of all tiles, `[R, N]`.
     rows: Vec<f32>,
     /// `[N]`
@@ -85,28 +85,28 @@ pub(crate) struct Chosen {
 }
 
 impl Chosen {
-    /// Of the head's prompt, its tail and its window.
-    pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 3] {
-        let [prompt, tail, window] = &self.visits;
-        [(&head.prompt.pages, prompt), (&head.tail.pages, tail), (&head.window.pages, window)]
+    /// Of each of the head's segments.
+    pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 4] {
+        let mut visits = self.visits.iter();
+        head.segments().map(|segment| (&segment.pages, visits.next().map_or(&[][..], Vec::as_slice)))
     }
 
     /// All tiles of so many pages of each.
-    pub(super) fn all(&mut self, pages: [usize; 3]) {
+    pub(super) fn all(&mut self, pages: [usize; 4]) {
         for (visits, pages) in self.visits.iter_mut().zip(pages) {
             visits.clear();
             visits.extend((0..pages as u32).map(|page| (page, ALL_TILES)));
         }
     }
 
-    /// Those of the sketched tiles that are `needed`, and all of the window's. `sketched` are the runs' weights, `[R, tiles]` of
+    /// Those of the sketched tiles that are `needed`, and all of the newest. `sketched` are the runs' weights, `[R, tiles]` of
     /// each, over that of what is attended to without pages.
     pub(super) fn some(
         &mut self,
         isa: Isa,
         (sketched, rows): (&[&[f32]], usize),
         needed: Needed,
-        [of_prompt, of_tail, of_window]: [usize; 3],
+        [of_prompt, of_tail, of_leaving, of_window]: [usize; 4],
     ) {
         let tiles = (of_prompt + of_tail) * TILES;
         self.rows.clear();
@@ -119,7 +119,7 @@ impl Chosen {
         self.wanted.resize(tiles, 0.0);
         wanted(isa, (&self.rows, rows), needed, &mut self.wanted);
         let cut = cut(isa, &self.wanted, bounds(tiles));
-        let [prompt, tail, window] = &mut self.visits;
+        let [prompt, tail, newest @ ..] = &mut self.visits;
         prompt.clear();
         tail.clear();
         for (page, wanted) in self.wanted.chunks_exact(TILES).enumerate() {
@@ -130,7 +130,9 @@ impl Chosen {
                 Some(page) => tail.push((page as u32, mask)),
             }
         }
-        window.clear();
-        window.extend((0..of_window as u32).map(|page| (page, ALL_TILES)));
+        for (visits, pages) in newest.iter_mut().zip([of_leaving, of_window]) {
+            visits.clear();
+            visits.extend((0..pages as u32).map(|page| (page, ALL_TILES)));
+        }
     }
 }

@@ -4,12 +4,20 @@
 //! bytes, and tokens of like weights share pages. A token may be dropped from a head there too: a head that
 //! looks at what is near gives its prompt hardly any bits, and keys of next to none are no better than the mean key, which
 //! is worse than none (KL after 1,000 generated tokens: 0.3 in place of 0.02).
+//!
+//! That work is a [`Closing`], handed over between two steps and due [`SWAP_AFTER`] tokens later. Until then the pages are
+//! attended to as they were. A background thread does it meanwhile; who needs a closing that nobody has done does it himself. So
+//! what is generated depends neither on threads nor on time, and copies of a cache share the work that was in flight.
 
+use super::asked::Asked;
 use super::encode::{channels, guard, lift, push};
 use super::plan::{Head, HeadPlan, plan};
-use super::{LayeredHead, SINKS};
+use super::{Dropping, LayeredHead, SINKS, Scales, Segment};
+use crate::KvBytes;
+use crate::exact::ARC_BYTES;
 use mosaickv_kernels::Pool;
-use std::sync::Arc;
+use mosaickv_kernels::layered::Pages;
+use std::sync::{Arc, OnceLock};
 
 /// Share of a head's mean weight that every token of a segment gets: fewer queries than a prompt's judge them.
 const FLOOR: f32 = 1.0;
@@ -17,61 +25,125 @@ const FLOOR: f32 = 1.0;
 /// A segment takes this many times the bytes of as many tokens of the prompt at least and at most.
 const BOUNDS: (f32, f32) = (0.9, 1.1);
 
-/// Tokens of a head that leave the window.
+/// Tokens after a segment left the window at which it is in the tail.
+const SWAP_AFTER: usize = 16;
+
+/// A segment that has left the windows of a layer's heads.
+#[derive(Debug)]
+pub(crate) struct Closing {
+    /// Tokens in the cache when it left.
+    since: usize,
+    heads: Vec<Leaving>,
+    drop: Dropping,
+    /// What the heads' tails get.
+    stored: OnceLock<Vec<Segment>>,
+}
+
+/// Tokens of a head that have left the window.
+#[derive(Debug)]
 struct Leaving {
-    /// `[n, D]` over spreads.
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    /// Shared with the head.
+    segment: Arc<Segment>,
+    scales: Arc<Scales>,
+    /// Position of the first token, and what was asked up to now.
+    first: usize,
+    asked: Asked,
     /// Bytes that they take at the prompt's rate, and that are left for them if the tail is to keep it.
     usual: f32,
     left: f32,
 }
 
-/// The oldest pages of the windows of a layer's `heads` become a segment of their tails.
-pub(crate) fn close(pool: &Pool, heads: &mut [LayeredHead]) {
-    let mut found: Vec<(&mut LayeredHead, Option<(Leaving, Head)>)> =
-        heads.iter_mut().map(|head| (head, None)).collect();
-    pool.for_each(&mut found, |_, (head, found)| *found = Some(head.leave()));
-    let (heads, found): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-    let (segments, mut observed): (Vec<Leaving>, Vec<Head>) = found.into_iter().flatten().unzip();
-    guard(&mut observed, heads[0].settings.drop);
-    let usual: f32 = segments.iter().map(|segment| segment.usual).sum();
-    let left: f32 = segments.iter().map(|segment| segment.left).sum();
-    let plans = plan(pool, &observed, left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual));
-    let mut made: Vec<_> = heads.into_iter().zip(segments.iter().zip(&plans)).collect();
-    pool.for_each(&mut made, |_, (head, (segment, plan))| head.join(segment, plan));
+impl Closing {
+    /// Takes the oldest pages out of the windows of a layer's `heads`, if there are enough.
+    pub(crate) fn begin(heads: &mut [LayeredHead]) -> Option<Closing> {
+        let first = heads.first().filter(|head| head.to_leave() > 0)?;
+        let (since, drop) = (first.tokens(), first.settings.drop);
+        let heads = heads.iter_mut().map(LayeredHead::leave).collect();
+        Some(Closing { since, heads, drop, stored: OnceLock::new() })
+    }
+
+    /// Does the work, or waits for the one who is at it; nothing if it is done.
+    pub(crate) fn stored(&self) -> &[Segment] {
+        self.stored.get_or_init(|| {
+            let (rows, mut observed): (Vec<_>, Vec<Head>) = self.heads.iter().map(Leaving::observe).unzip();
+            guard(&mut observed, self.drop);
+            let usual: f32 = self.heads.iter().map(|head| head.usual).sum();
+            let left: f32 = self.heads.iter().map(|head| head.left).sum();
+            let budget = left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual);
+            let plans = plan(&Pool::new(1), &observed, budget);
+            let heads = self.heads.iter().zip(rows).zip(plans);
+            heads.map(|((head, (keys, values)), plan)| head.store((&keys, &values), &plan)).collect()
+        })
+    }
+
+    /// Whether it was due, and is now in the tails of the layer's `heads`.
+    pub(crate) fn swap(&self, heads: &mut [LayeredHead]) -> bool {
+        if heads[0].tokens() < self.since + SWAP_AFTER {
+            return false;
+        }
+        for (head, segment) in heads.iter_mut().zip(self.stored()) {
+            let tail = Arc::make_mut(&mut head.tail);
+            tail.dropped += segment.dropped;
+            tail.pages.append(&segment.pages);
+            tail.pages.shrink();
+            head.leaving = Arc::new(Segment { pages: Pages::new(tail.pages.head_dim()), dropped: 0 });
+        }
+        true
+    }
+
+    /// Bytes allocated beside the pages that the heads still have.
+    pub(crate) fn count(&self, bytes: &mut KvBytes) {
+        bytes.lists += ARC_BYTES + size_of::<Closing>() + self.heads.capacity() * size_of::<Leaving>();
+        bytes.queries += self.heads.iter().map(|head| head.asked.bytes()).sum::<usize>();
+        if let Some(stored) = self.stored.get() {
+            bytes.lists += stored.capacity() * size_of::<Segment>();
+            bytes.packed += stored.iter().map(|segment| segment.pages.bytes()).sum::<usize>();
+        }
+    }
 }
 
-impl LayeredHead {
-    /// Takes the pages out of the window, and says what they hold and what it is worth.
-    fn leave(&mut self) -> (Leaving, Head) {
-        let d = self.head_dim();
-        let before = [&self.prompt, &self.tail].map(|segment| segment.tokens());
-        let first = SINKS + before.iter().sum::<usize>();
-        let count = self.leaving();
-        let window = &mut Arc::make_mut(&mut self.window).pages;
-        let (keys, values): (Vec<_>, Vec<_>) = window.take_first(count).into_iter().unzip();
-        window.shrink();
+impl Leaving {
+    /// Keys and values `[n, D]` over spreads, and what they are worth.
+    fn observe(&self) -> ((Vec<f32>, Vec<f32>), Head) {
+        let pages = &self.segment.pages;
+        let d = pages.head_dim();
+        let decoded = (0..pages.pages().len()).map(|index| pages.decode(index));
+        let (keys, values): (Vec<_>, Vec<_>) = decoded.unzip();
         let (keys, values) = (keys.concat(), values.concat());
-        let tokens = keys.len() / d;
-        let mut weights = self.asked.weigh(first, (&keys, &values), self.scales.value_spread());
+        let mut weights = self.asked.weigh(self.first, (&keys, &values), self.scales.value_spread());
         lift(&mut weights, FLOOR);
-        self.asked.forget(first + tokens);
         let head = Head {
             keys: channels(&keys, self.scales.key_spread(), (d as f32).sqrt().recip()),
             values: channels(&values, self.scales.value_spread(), 1.0),
             weights,
-            guarded: vec![false; tokens],
+            guarded: vec![false; pages.tokens()],
         };
-        let usual = self.rate * tokens as f32;
-        let left = usual + self.rate * self.tail.tokens() as f32 - self.tail.pages.bytes() as f32;
-        (Leaving { keys, values, usual, left }, head)
+        ((keys, values), head)
     }
 
-    fn join(&mut self, segment: &Leaving, plan: &HeadPlan) {
-        let tail = Arc::make_mut(&mut self.tail);
-        tail.dropped += segment.keys.len() / tail.pages.head_dim() - plan.order.len();
-        push(&mut tail.pages, (&segment.keys, &segment.values), plan);
-        tail.pages.shrink();
+    /// Keys and values `[n, D]` over spreads as they are planned.
+    fn store(&self, rows: (&[f32], &[f32]), plan: &HeadPlan) -> Segment {
+        let mut pages = Pages::new(self.segment.pages.head_dim());
+        push(&mut pages, rows, plan);
+        pages.shrink();
+        Segment { pages, dropped: self.segment.tokens() - plan.order.len() }
+    }
+}
+
+impl LayeredHead {
+    /// Takes the pages that are to leave out of the window.
+    fn leave(&mut self) -> Leaving {
+        let first = SINKS + self.prompt.tokens() + self.tail.tokens();
+        let count = self.to_leave();
+        let window = &mut Arc::make_mut(&mut self.window).pages;
+        let pages = window.split_first(count);
+        window.shrink();
+        self.leaving = Arc::new(Segment { pages, dropped: 0 });
+        let tokens = self.leaving.tokens();
+        let asked = self.asked.clone();
+        self.asked.forget(first + tokens);
+        let usual = self.rate * tokens as f32;
+        let left = usual + self.rate * self.tail.tokens() as f32 - self.tail.pages.bytes() as f32;
+        Leaving { segment: self.leaving.clone(), scales: self.scales.clone(), first, asked, usual, left }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The update buffer is exact. A full one is added to a page at 8 bits; when that has no room it becomes one of the window's
 //! pages, whose profiles the prompt's statistics gave for [`MORE`] times the bits of the prompt's mean element. When the
-//! window has [`SEGMENT`] pages more than stay in it, these go to the [tail](super::tail). Some of the steps' queries are
+//! window has [`SEGMENT`] pages more than stay in it, these leave it for the [tail](super::tail). Some of the steps' queries are
 //! remembered until then.
 //!
 //! A prompt's newest tokens are kept the same way, in layers at different points between two such events: their
@@ -121,7 +121,7 @@ impl LayeredHead {
     }
 
     /// Pages that are to leave the window.
-    pub(crate) fn leaving(&self) -> usize {
+    pub(super) fn to_leave(&self) -> usize {
         let more = (self.window.pages.pages().len() - 1).saturating_sub(self.stay.into());
         if more < SEGMENT { 0 } else { more }
     }
