@@ -18,8 +18,9 @@ pub struct BudgetArgs {
     /// what was dropped can't be answered. This is --kv layered:drop=any
     #[arg(long)]
     allow_drop: bool,
-    /// What a step reads of the layered format: all, mass=0.99 (of each query's attention) or relative=0.001 (of the best token's
-    /// weight). Less than all is faster in long contexts and can miss what a question needs. This is --kv layered@mass=0.99
+    /// What a step reads of the layered format where a head has 8,192 tokens or more: all, mass=0.99 (of each query's attention) or
+    /// relative=0.001 (of the heaviest tile's weight). Less than all is faster and can miss what a question needs. This is --kv
+    /// layered@all [default: mass=0.99]
     #[arg(long, value_name = "WHAT")]
     select: Option<Select>,
 }

@@ -64,7 +64,7 @@ struct RunArgs {
     /// A text to ask about; it is put before the question
     #[arg(long, value_name = "DOC")]
     file: Option<PathBuf>,
-    /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes, or layered:24MB; layered@mass=0.99 reads less of it), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
+    /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes, or layered:24MB; layered@all reads all of it at every step), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
     /// (kept, group and block are chosen segment by segment unless given), segment=65536, loss=0.25, grouping=0.01,
     /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2 [default: exact]
     #[arg(long, env = "MOSAICKV_KV")]
