@@ -327,7 +327,7 @@ pub(super) fn turned(x: &[f32], matrix: &[f16]) -> Vec<f32> {
     multiply(x, &matrix, d)
 }
 
-/// Vectors `[T, D]` less the means, over the spreads.
+/// Takes the means from vectors `[T, D]` and divides them by the spreads, in place.
 pub(super) fn normalize(x: &mut [f32], mean: &[f16], spread: &[f16]) {
     let mean: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
     let inverse: Vec<f32> = spread.iter().map(|x| x.to_f32().recip()).collect();
