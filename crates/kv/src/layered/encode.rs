@@ -22,6 +22,9 @@ use std::sync::Arc;
 /// Share of a head's mean weight that every token gets: what nobody has asked for yet may be asked for later.
 const FLOOR: f32 = 0.3;
 
+/// The same of all layers' mean weight, where layers have one head.
+const ALIKE: f32 = 10.0;
+
 /// A layer that is to be compressed.
 pub(crate) struct Prompt<'a> {
     pub(crate) layer: usize,
@@ -61,6 +64,9 @@ pub(crate) fn compress(
             keys.iter_mut().chain(values).for_each(|w| *w = (*w * weight).max(1e-30));
         }
         guard(heads, settings.drop);
+    }
+    if shape.kv_heads == 1 {
+        share_alike(&mut heads);
     }
     let scales: Vec<Arc<Scales>> = scales.into_iter().map(Arc::new).collect();
     let share = |heads: &[Head]| share(pool, &jobs, heads, budget);
@@ -135,6 +141,21 @@ pub(super) fn lift(weights: &mut Weights, share: f32) {
         // Where no query judged any token all weigh the same.
         let floor = if mean > 1e-20 { share * mean } else { 1e-6 };
         weights.iter_mut().for_each(|w| *w += floor);
+    }
+}
+
+/// Tokens weigh nearly alike in all layers: where a layer has one head, no other stands in for one of which plain text asks
+/// little. (Gemma 3 270M at a ratio of 4: needles' KL 0.014 in place of 0.061.)
+fn share_alike(heads: &mut [Head]) {
+    let mean_of = |of: fn(&Weights) -> &[f32]| {
+        let all = heads.iter().map(|head| of(&head.weights));
+        all.clone().flatten().sum::<f32>() / all.map(<[f32]>::len).sum::<usize>() as f32
+    };
+    let (keys, values) =
+        (ALIKE * mean_of(|weights| &weights.keys), ALIKE * mean_of(|weights| &weights.values));
+    for Weights { keys: of_keys, values: of_values } in heads.iter_mut().map(|head| &mut head.weights) {
+        of_keys.iter_mut().for_each(|w| *w += keys);
+        of_values.iter_mut().for_each(|w| *w += values);
     }
 }
 
@@ -327,7 +348,7 @@ pub(super) fn turned(x: &[f32], matrix: &[f16]) -> Vec<f32> {
     multiply(x, &matrix, d)
 }
 
-/// Vectors `[T, D]` less the means, over the spreads.
+/// Takes the means from vectors `[T, D]` and divides them by the spreads, in place.
 pub(super) fn normalize(x: &mut [f32], mean: &[f16], spread: &[f16]) {
     let mean: Vec<f32> = mean.iter().map(|x| x.to_f32()).collect();
     let inverse: Vec<f32> = spread.iter().map(|x| x.to_f32().recip()).collect();
