@@ -25,6 +25,9 @@ const FLOOR: f32 = 0.3;
 /// The same of all layers' mean weight, where layers have one head.
 const ALIKE: f32 = 10.0;
 
+/// Bits an element below which such layers lose needles (Gemma 3 270M: KL 0.08 at 3.2, 0.14 at 2.7, 1.5 at 2).
+const SAFE_BITS: f32 = 3.0;
+
 /// A layer that is to be compressed.
 pub(crate) struct Prompt<'a> {
     pub(crate) layer: usize,
@@ -67,6 +70,12 @@ pub(crate) fn compress(
     }
     if shape.kv_heads == 1 {
         share_alike(&mut heads);
+        let bits = 16.0 * budget / exact as f32;
+        if bits < SAFE_BITS {
+            tracing::warn!(
+                "{bits:.1} bits an element, and layers of one KV head: a detail of the prompt may be lost; --kv layered:5 keeps more"
+            );
+        }
     }
     let scales: Vec<Arc<Scales>> = scales.into_iter().map(Arc::new).collect();
     let share = |heads: &[Head]| share(pool, &jobs, heads, budget);
