@@ -150,6 +150,7 @@ mod tests {
             tail: vec![],
             buffer: 0,
             other_bytes: 0,
+            distortion: [1.0; 2],
         }
     }
 
