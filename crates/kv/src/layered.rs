@@ -78,6 +78,11 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
+    /// Without tokens, of vectors of `d` channels.
+    fn empty(d: usize) -> Arc<Segment> {
+        Arc::new(Segment { pages: Pages::new(d), dropped: 0 })
+    }
+
     fn tokens(&self) -> usize {
         self.pages.tokens() + self.dropped
     }

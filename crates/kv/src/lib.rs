@@ -11,6 +11,9 @@
 #![deny(unsafe_code)]
 
 mod baselines;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
 mod compress;
 mod exact;
 mod format;

@@ -48,7 +48,8 @@ impl Kernel for Wanted<'_> {
                     total * highest::<10>(-30.0, |least| sum_below(s, row, least * total) <= missed)
                 }
             };
-            let by = s.splat(1.0 / least.max(f32::MIN_POSITIVE));
+            let least = least.max(f32::MIN_POSITIVE);
+            let by = s.splat(1.0 / least);
             let whole = row.len() / S::LANES * S::LANES;
             for i in (0..whole).step_by(S::LANES) {
                 // SAFETY: i + LANES is at most the length of both.
@@ -58,7 +59,7 @@ impl Kernel for Wanted<'_> {
                 }
             }
             for (out, x) in self.out[whole..].iter_mut().zip(&row[whole..]) {
-                *out = out.max(x / least.max(f32::MIN_POSITIVE));
+                *out = out.max(x / least);
             }
         }
     }

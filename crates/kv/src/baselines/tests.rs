@@ -7,19 +7,14 @@ use super::quest::{Quest, QuestHead};
 use super::snapkv::{SnapKv, SnapKvHead, WINDOW};
 use super::strawman::{Strawman, StrawmanHead};
 use super::{Head, pack, unpack};
+use crate::common::uniform;
 use crate::exact::ExactHead;
 use half::f16;
 use mosaickv_kernels::Isa;
 
 fn noise(seed: u64, len: usize) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = move || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        f16::from_f32((x >> 40) as f32 / (1u64 << 23) as f32 - 1.0).to_f32()
-    };
-    (0..len).map(|_| next()).collect()
+    let mut uniform = uniform(seed);
+    (0..len).map(|_| f16::from_f32(uniform()).to_f32()).collect()
 }
 
 fn exact(seed: u64, tokens: usize, d: usize) -> (ExactHead, Vec<f32>, Vec<f32>) {

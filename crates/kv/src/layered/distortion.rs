@@ -119,6 +119,7 @@ mod tests {
     use super::super::importance::Weights;
     use super::super::plan::plan;
     use super::*;
+    use crate::common::uniform;
     use half::f16;
     use mosaickv_kernels::Pool;
 
@@ -127,14 +128,8 @@ mod tests {
 
     /// About normal.
     fn normal(seed: u64) -> impl FnMut() -> f32 {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        let mut uniform = move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-        };
-        move || (0..12).map(|_| uniform()).sum()
+        let mut uniform = uniform(seed);
+        move || (0..12).map(|_| 0.5 * uniform()).sum()
     }
 
     /// Keys or values `[T, D]` over their spreads, and these. A channel's variance is what `of` says of token and channel.

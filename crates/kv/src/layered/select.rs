@@ -94,8 +94,8 @@ pub(crate) struct Chosen {
 impl Chosen {
     /// Of each of the head's segments.
     pub(crate) fn of<'a>(&'a self, head: &'a LayeredHead) -> [(&'a Pages, &'a [(u32, u8)]); 4] {
-        let mut visits = self.visits.iter();
-        head.segments().map(|segment| (&segment.pages, visits.next().map_or(&[][..], Vec::as_slice)))
+        let segments = head.segments();
+        std::array::from_fn(|i| (&segments[i].pages, &self.visits[i][..]))
     }
 
     /// All tiles of so many pages of each.

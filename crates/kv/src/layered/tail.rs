@@ -86,7 +86,7 @@ impl Closing {
             tail.dropped += segment.dropped;
             tail.pages.append(&segment.pages);
             tail.pages.shrink();
-            head.leaving = Arc::new(Segment { pages: Pages::new(tail.pages.head_dim()), dropped: 0 });
+            head.leaving = Segment::empty(tail.pages.head_dim());
         }
         true
     }
@@ -133,6 +133,7 @@ impl Leaving {
 impl LayeredHead {
     /// Takes the pages that are to leave out of the window.
     fn leave(&mut self) -> Leaving {
+        assert_eq!(self.leaving.tokens(), 0, "tokens of another segment are still on their way to the tail");
         let first = SINKS + self.prompt.tokens() + self.tail.tokens();
         let count = self.to_leave();
         let window = &mut Arc::make_mut(&mut self.window).pages;
