@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mosaickv_model::{Model, ModelError};
 use serde_json::{Map, Value, json};
@@ -201,7 +202,11 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn of(family: &str, test: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("mosaickv-bad-input-{}-{test}", std::process::id()));
+        // Tests run side by side, and may give the same name.
+        static MADE: AtomicUsize = AtomicUsize::new(0);
+        let made = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mosaickv-bad-input-{}-{made}-{test}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).unwrap();
         for file in std::fs::read_dir(data(family)).unwrap() {
             let file = file.unwrap();
