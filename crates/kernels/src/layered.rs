@@ -3,21 +3,24 @@
 //! Vectors come in channels of falling variance, less their mean and divided by each channel's spread, so that an element
 //! is a number of about unit variance. Groups of 8 neighbouring channels share a width. Since variances fall, widths do
 //! too, and a page's [`Profile`] is three counts of groups: so many of 8 bits, then of 4, then of 2, the rest of none.
-//! A page is up to 64 tokens, in any order, with one profile for keys and one for values. Elements beyond a width's range are
+//! A page is up to 64 tokens, in any order, with one profile for keys and one for values: four *tiles* of 16 tokens. Elements beyond a width's range are
 //! *escapes*: what the code lacks is stored apart.
 //!
 //! Levels of 2 and 4 bits are those of Lloyd and Max for the normal distribution (Max 1960, "Quantizing for minimum
 //! distortion", table I) but for rounding, 8 bits are evenly spaced. All are multiples of one unit by a number in -127..=127, so that
 //! attention is a sum of products of bytes.
 //!
-//! **Layout.** A group of 64 tokens is eight *blocks* of 64 codes, in the order in which attention multiplies: a block of keys is
-//! 16 tokens of 4 channels (`[16, 4]`), two such for each 16 tokens; a block of values is 8 tokens, `[2, 8, 4]`: four tokens
-//! together, of 8 channels, twice. With 8 bits a block is 64 bytes; with 4 bits two blocks share 64 bytes, the first in the
-//! low halves; with 2 bits four do. Groups follow each other, keys first: a page has no padding but that of its last tokens.
-//! The first [`SKETCH`] groups of keys lie apart, those of all pages together: a sketch of all scores is one stream.
+//! **Layout.** What a tile's codes of a group are is two *blocks* of 64 codes, in the order in which attention multiplies: a
+//! block of keys is 16 tokens of 4 channels (`[16, 4]`); a block of values is 8 tokens, `[2, 8, 4]`: four tokens
+//! together, of 8 channels, twice. Lines have 64 bytes. With 8 bits a block is a line; with 4 bits the two blocks share one, the
+//! first in the low halves; with 2 bits those of two groups do, which is why 2-bit groups come in pairs. A tile's lines lie
+//! together, keys before values: what is chosen is one short stream. But the first [`SKETCH`] groups of keys lie apart, those of all
+//! pages together: a sketch of all scores is one stream too. They follow each other group by group, and with 2 bits two
+//! tiles share a line.
 
 use crate::isa::Isa;
 use half::f16;
+use std::ops::Range;
 
 mod attend;
 mod choose;
@@ -48,9 +51,6 @@ const UNIT: f32 = 4.8 / 127.0;
 
 /// Codes of a block, and bytes of the lines that pages are made of.
 const LINE: usize = 64;
-
-/// Blocks of a group.
-const BLOCKS: usize = PAGE_TOKENS * GROUP / LINE;
 
 /// Bits of an element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,7 @@ impl Width {
 
     /// Lines of a group of a page.
     const fn lines(self) -> usize {
-        self.bits() * BLOCKS / 8
+        self.bits() * PAGE_TOKENS * GROUP / 8 / LINE
     }
 }
 
@@ -174,17 +174,41 @@ impl Profile {
         Profile { eight: eight as u8, four: four as u8, two: two as u8 }
     }
 
-    /// The groups of a key that lie apart, and the others.
+    /// The first `apart` groups, and the others.
     #[inline]
-    fn split(self) -> [Profile; 2] {
-        let first = self.first(SKETCH);
+    fn split(self, apart: usize) -> [Profile; 2] {
+        let first = self.first(apart);
         let (eight, four) = (self.eight - first.eight, self.four - first.four);
         [first, Profile { eight, four, two: self.two - first.two }]
     }
 
+    /// Whether its groups of 2 bits come in pairs, those among the first `apart` aside: [`SKETCH`] for keys, 0 for values.
+    pub fn is_paired(self, apart: usize) -> bool {
+        self.split(apart)[1].two.is_multiple_of(2)
+    }
+
+    /// What is stored in place of this profile of vectors of `groups` groups: itself if its groups of 2 bits come in pairs; else with one of these
+    /// less, and one more or one of 4 bits in its place.
+    pub fn paired(self, groups: usize, apart: usize) -> impl Iterator<Item = Profile> {
+        let Profile { eight, four, two } = self;
+        let less = Profile { eight, four, two: two.saturating_sub(1) };
+        let more = Profile { eight, four, two: two + 1 };
+        let finer = Profile { eight, four: four + 1, two: two.saturating_sub(1) };
+        let all = if self.is_paired(apart) { [self; 3] } else { [less, more, finer] };
+        let count = if self.is_paired(apart) { 1 } else { 3 };
+        all.into_iter().take(count).filter(move |p| p.is_paired(apart) && p.groups() <= groups)
+    }
+
+    /// Lines of a page.
     #[inline]
     fn lines(self) -> usize {
         self.bits() * PAGE_TOKENS / 8 / LINE
+    }
+
+    /// Lines of a tile, of groups that lie with it.
+    #[inline]
+    fn lines_of_tile(self) -> usize {
+        2 * usize::from(self.eight) + usize::from(self.four) + usize::from(self.two) / 2
     }
 }
 
@@ -282,11 +306,28 @@ impl Pages {
             "{of_keys:?}, {of_values:?}: more than {} groups",
             d / GROUP
         );
+        assert!(
+            of_keys.is_paired(SKETCH) && of_values.is_paired(0),
+            "{of_keys:?}, {of_values:?}: 2-bit groups that are no pairs"
+        );
         let (first, leading) = (self.lines.len() as u32, self.leading.len() as u32);
         let key_escapes = self.escapes.len() as u32;
-        self.encode(keys, (of_keys, SKETCH), key_place);
+        let of_keys_codes = self.encode(keys, of_keys, key_place);
         let value_escapes = self.escapes.len() as u32;
-        self.encode(values, (of_values, 0), value_place);
+        let of_values_codes = self.encode(values, of_values, value_place);
+        let (apart, of_keys_codes) = of_keys_codes.split_at(of_keys_codes.len().min(SKETCH));
+        for (width, codes) in apart {
+            self.leading.extend((0..width.lines()).map(|line| pack(codes, *width, line)));
+        }
+        for tile in 0..TILES {
+            pack_tile(of_keys_codes, tile, &mut self.lines);
+            pack_tile(&of_values_codes, tile, &mut self.lines);
+        }
+        let (keys, values) =
+            self.escapes[key_escapes as usize..].split_at_mut((value_escapes - key_escapes) as usize);
+        for escapes in [keys, values] {
+            escapes.sort_by_key(|escape| usize::from(escape.token) / TILE_TOKENS);
+        }
         let tokens = tokens as u8;
         self.pages.push(Page {
             first,
@@ -299,16 +340,17 @@ impl Pages {
         });
     }
 
-    /// The first `leading` groups lie apart.
+    /// Codes of the groups that have bits, in the order of the blocks; escapes are added.
     fn encode(
         &mut self,
         vectors: &[f32],
-        (profile, leading): (Profile, usize),
+        profile: Profile,
         place: impl Fn(usize, usize) -> usize,
-    ) {
+    ) -> Vec<(Width, Codes)> {
         let (d, isa) = (self.head_dim, Isa::current());
+        let mut all = Vec::with_capacity(profile.groups());
         for (group, width) in profile.widths().enumerate() {
-            // Codes in the order of the blocks; what no token fills is the level next to 0.
+            // What no token fills is the level next to 0.
             let mut codes = [width.code(0.0); PAGE_TOKENS * GROUP];
             let elements = vectors.chunks_exact(d).map(|vector| &vector[group * GROUP..][..GROUP]);
             let mut of_tokens = [[0; GROUP]; PAGE_TOKENS];
@@ -323,9 +365,9 @@ impl Pages {
                 self.escape(&vectors[token * d + group * GROUP..][..GROUP], width, (token, group * GROUP));
                 beyond &= beyond - 1;
             }
-            let lines = if group < leading { &mut self.leading } else { &mut self.lines };
-            lines.extend((0..width.lines()).map(|line| pack(&codes, width, line)));
+            all.push((width, codes));
         }
+        all
     }
 
     #[cold]
@@ -341,34 +383,47 @@ impl Pages {
     /// without bits are 0.
     pub fn decode(&self, index: usize) -> (Vec<f32>, Vec<f32>) {
         let page = &self.pages[index];
-        let [leading, keys, values] = self.lines_of(page);
+        let (apart, lines) = self.lines_of(page);
+        let [of_apart, of_keys] = page.keys.split(SKETCH);
+        let mut keys = vec![];
+        let mut rest = apart;
+        for width in of_apart.widths() {
+            let (group, after) = rest.split_at(width.lines());
+            rest = after;
+            keys.push((width, unpack_group(group, width)));
+        }
+        // Of each tile, keys and values.
+        let of_tiles: Vec<_> = lines.chunks_exact((lines.len() / TILES).max(1)).collect();
+        let half = of_keys.lines_of_tile();
+        let parts = |range: Range<usize>| -> Vec<&[Line]> {
+            of_tiles.iter().map(|tile| &tile[range.start..range.end]).collect()
+        };
+        keys.extend(unpack_tiles(&parts(0..half), of_keys));
+        let values = unpack_tiles(&parts(half..half + page.values.lines_of_tile()), page.values);
         let [of_keys, of_values] = self.escapes_of(index);
-        let keys = [leading, keys].concat();
+        let tokens = page.tokens();
         (
-            self.decode_half((&keys, of_keys), (page.keys, page.tokens()), key_place),
-            self.decode_half((values, of_values), (page.values, page.tokens()), value_place),
+            self.decode_half((&keys, of_keys), tokens, key_place),
+            self.decode_half((&values, of_values), tokens, value_place),
         )
     }
 
     fn decode_half(
         &self,
-        (lines, escapes): (&[Line], &[Escape]),
-        (profile, tokens): (Profile, usize),
+        (groups, escapes): (&[(Width, Codes)], &[Escape]),
+        tokens: usize,
         place: impl Fn(usize, usize) -> usize,
     ) -> Vec<f32> {
         let d = self.head_dim;
         let mut out = vec![0.0; tokens * d];
-        let mut rest = lines;
-        for (group, width) in profile.widths().enumerate() {
-            let (lines, after) = rest.split_at(width.lines());
-            rest = after;
+        for (group, (width, codes)) in groups.iter().enumerate() {
             let mut levels = [0.0; 256];
             for (code, level) in levels.iter_mut().take(1 << width.bits()).enumerate() {
                 *level = f32::from(width.level(code as u8)) * UNIT;
             }
             for (token, vector) in out.chunks_exact_mut(d).enumerate() {
                 for (c, x) in vector[group * GROUP..][..GROUP].iter_mut().enumerate() {
-                    *x = levels[usize::from(code_at(lines, width, place(token, c)))];
+                    *x = levels[usize::from(codes[place(token, c)])];
                 }
             }
         }
@@ -378,13 +433,12 @@ impl Pages {
         out
     }
 
-    /// The lines of a page: of its keys those apart and the others, and of its values.
+    /// The lines of a page: those apart, and those of its tiles.
     #[inline]
-    fn lines_of(&self, page: &Page) -> [&[Line]; 3] {
-        let [leading, keys] = page.keys.split();
-        let lines = &self.lines[page.first as usize..][..keys.lines() + page.values.lines()];
-        let (keys, values) = lines.split_at(keys.lines());
-        [&self.leading[page.leading as usize..][..leading.lines()], keys, values]
+    fn lines_of(&self, page: &Page) -> (&[Line], &[Line]) {
+        let [apart, keys] = page.keys.split(SKETCH);
+        let lines = TILES * (keys.lines_of_tile() + page.values.lines_of_tile());
+        (&self.leading[page.leading as usize..][..apart.lines()], &self.lines[page.first as usize..][..lines])
     }
 
     /// Of the keys and of the values of page `index`.
@@ -487,8 +541,11 @@ fn value_place(token: usize, c: usize) -> usize {
     token / 8 * LINE + (token / 4 % 2 * GROUP + c) * 4 + token % 4
 }
 
-/// Line `line` of a group.
-fn pack(codes: &[u8; PAGE_TOKENS * GROUP], width: Width, line: usize) -> Line {
+/// Codes of a group of a page.
+type Codes = [u8; PAGE_TOKENS * GROUP];
+
+/// Line `line` of a group that lies apart.
+fn pack(codes: &Codes, width: Width, line: usize) -> Line {
     let shared = 8 / width.bits();
     let blocks = &codes[line * shared * LINE..][..shared * LINE];
     let mut out = [0; LINE];
@@ -498,11 +555,56 @@ fn pack(codes: &[u8; PAGE_TOKENS * GROUP], width: Width, line: usize) -> Line {
     Line(out)
 }
 
-/// The code at `place` of a group.
-fn code_at(lines: &[Line], width: Width, place: usize) -> u8 {
-    let (block, byte, shared) = (place / LINE, place % LINE, 8 / width.bits());
-    let code = lines[block / shared].0[byte] >> (block % shared * width.bits());
-    if width == Width::Eight { code } else { code & ((1 << width.bits()) - 1) }
+/// The reverse: the codes of a group from its lines.
+fn unpack_group(lines: &[Line], width: Width) -> Codes {
+    let (shared, mask) = (8 / width.bits(), (u16::pow(2, width.bits() as u32) - 1) as u8);
+    std::array::from_fn(|i| {
+        let block = i / LINE;
+        lines[block / shared].0[i % LINE] >> (block % shared * width.bits()) & mask
+    })
+}
+
+/// The lines of a tile of groups that lie with it, those of 2 bits in pairs.
+fn pack_tile(groups: &[(Width, Codes)], tile: usize, out: &mut Vec<Line>) {
+    let block = |codes: &Codes, block: usize| -> [u8; LINE] {
+        codes[(2 * tile + block) * LINE..][..LINE].try_into().expect("a block")
+    };
+    let mut rest = groups;
+    while let [(width, codes), after @ ..] = rest {
+        rest = after;
+        let [first, second] = [block(codes, 0), block(codes, 1)];
+        match width {
+            Width::Eight => out.extend([Line(first), Line(second)]),
+            Width::Four => out.push(Line(std::array::from_fn(|i| first[i] | second[i] << 4))),
+            Width::Two => {
+                let [(_, codes), after @ ..] = rest else { unreachable!("2-bit groups come in pairs") };
+                rest = after;
+                let [third, fourth] = [block(codes, 0), block(codes, 1)];
+                out.push(Line(std::array::from_fn(|i| {
+                    first[i] | second[i] << 2 | third[i] << 4 | fourth[i] << 6
+                })));
+            }
+        }
+    }
+}
+
+/// The reverse: the codes of groups of `profile` from the lines of all tiles.
+fn unpack_tiles(tiles: &[&[Line]], profile: Profile) -> Vec<(Width, Codes)> {
+    let mut groups: Vec<(Width, Codes)> =
+        profile.widths().map(|width| (width, [0; PAGE_TOKENS * GROUP])).collect();
+    for (tile, lines) in tiles.iter().enumerate() {
+        let (mut at, mut shift) = (0, 0);
+        for (width, codes) in &mut groups {
+            let blocks = codes[2 * tile * LINE..][..2 * LINE].chunks_exact_mut(LINE);
+            for block in blocks {
+                let mask = (u16::pow(2, width.bits() as u32) - 1) as u8;
+                block.iter_mut().zip(&lines[at].0).for_each(|(code, byte)| *code = byte >> shift & mask);
+                shift += width.bits();
+                (at, shift) = (at + shift / 8, shift % 8);
+            }
+        }
+    }
+    groups
 }
 
 #[cfg(test)]
@@ -521,12 +623,19 @@ mod tests {
         (0..len).map(|_| (0..12).map(|_| next()).sum::<f32>() - 6.0).collect()
     }
 
-    const PROFILES: [Profile; 5] = [
+    /// Profiles of keys and values that can be stored, like those given.
+    pub(super) fn storable(d: usize, (keys, values): (Profile, Profile)) -> (Profile, Profile) {
+        let like = |profile: Profile, apart| profile.paired(d / GROUP, apart).next().unwrap();
+        (like(keys, SKETCH), like(values, 0))
+    }
+
+    const PROFILES: [Profile; 6] = [
         Profile { eight: 0, four: 0, two: 0 },
         Profile { eight: 8, four: 0, two: 0 },
         Profile { eight: 0, four: 8, two: 0 },
         Profile { eight: 0, four: 0, two: 8 },
         Profile { eight: 1, four: 2, two: 3 },
+        Profile { eight: 0, four: 2, two: 4 },
     ];
 
     #[test]
@@ -540,7 +649,8 @@ mod tests {
                     keys[3] = 25.0;
                     keys[(tokens - 1) * d + 9] = -11.0;
                     let mut pages = Pages::new(d);
-                    pages.push((&values, &keys), (of_values, of_keys));
+                    pages.push((&values, &keys), storable(d, (of_values, of_keys)));
+                    let (of_keys, of_values) = storable(d, (of_keys, of_values));
                     pages.push((&keys, &values), (of_keys, of_values));
                     pages.shrink();
                     let (k, v) = pages.decode(1);
@@ -574,10 +684,10 @@ mod tests {
     fn pages_that_are_taken_away_or_come_back_are_as_they_were() {
         let d = 64;
         let mut pages = Pages::new(d);
-        for (i, profile) in PROFILES.into_iter().enumerate() {
+        for (i, profile) in PROFILES[1..].iter().copied().enumerate() {
             let mut x = normal(i as u64, (40 + i) * d);
             x[5] = 9.0;
-            pages.push((&x, &x), (profile, PROFILES[4 - i]));
+            pages.push((&x, &x), storable(d, (profile, PROFILES[5 - i])));
         }
         let decoded = |pages: &Pages| -> Vec<(Vec<f32>, Vec<f32>)> {
             (0..pages.pages().len()).map(|index| pages.decode(index)).collect()
@@ -614,6 +724,28 @@ mod tests {
             let escapes = pages.escapes.len() * Pages::BYTES_OF_ESCAPE;
             assert_eq!(pages.bytes(), Pages::bytes_of_page(profile, profile) + escapes);
             assert_eq!(pages.bytes() - escapes - size_of::<Page>(), 64 * 2 * d * width.bits() / 8);
+        }
+    }
+
+    #[test]
+    fn profiles_have_pairs_of_two_bits_like_them() {
+        for groups in [1, 2, 5, 8, 16] {
+            for (apart, (eight, four, two)) in [0, SKETCH].into_iter().flat_map(|apart| {
+                let counts = move |i: u8| (i / 36 % 6, i / 6 % 6, i % 6);
+                (0..216).map(move |i| (apart, counts(i)))
+            }) {
+                let profile = Profile { eight, four, two };
+                if profile.groups() > groups {
+                    continue;
+                }
+                let like: Vec<Profile> = profile.paired(groups, apart).collect();
+                assert!(!like.is_empty() && like.iter().all(|p| p.is_paired(apart) && p.groups() <= groups));
+                assert!(
+                    like.iter().all(|p| p.bits().abs_diff(profile.bits()) <= 2 * GROUP),
+                    "{profile:?}: {like:?}"
+                );
+                assert_eq!(like.contains(&profile), profile.is_paired(apart));
+            }
         }
     }
 

@@ -95,6 +95,14 @@ pub(crate) struct Scales {
 }
 
 impl Scales {
+    /// Keys and values `[T, D]` in the channels of a head, less means and over spreads.
+    fn coordinates(&self, head: &HeadCalibration, keys: &[f32], values: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (mut keys, mut values) = (encode::turned(keys, &head.keys), encode::turned(values, &head.values));
+        encode::normalize(&mut keys, self.key_mean(), self.key_spread());
+        encode::normalize(&mut values, self.value_mean(), self.value_spread());
+        (keys, values)
+    }
+
     fn quarter(&self, index: usize) -> &[f16] {
         let d = self.numbers.len() / 4;
         &self.numbers[index * d..][..d]
@@ -166,16 +174,6 @@ impl LayeredHead {
     /// In order of tokens.
     pub(crate) fn segments(&self) -> [&Segment; 4] {
         [&self.prompt, &self.tail, &self.leaving, &self.window]
-    }
-
-    /// Keys and values `[T, D]` less means and over spreads.
-    fn coordinates(&self, keys: &[f32], values: &[f32]) -> (Vec<f32>, Vec<f32>) {
-        let head = &self.calibration.heads[self.index];
-        let scales = &self.scales;
-        let (mut keys, mut values) = (encode::turned(keys, &head.keys), encode::turned(values, &head.values));
-        encode::normalize(&mut keys, scales.key_mean(), scales.key_spread());
-        encode::normalize(&mut values, scales.value_mean(), scales.value_spread());
-        (keys, values)
     }
 
     pub(crate) fn count(&self, bytes: &mut KvBytes) {

@@ -1,10 +1,10 @@
 //! How does a step attend to layered pages?
 //!
-//! A page at a time, for up to four queries at once. Scores are integers of the keys' and the queries' bytes. They
-//! become weights relative to the page's largest, integers of 14 bits in two halves, which meet the values' bytes the
-//! same way. What a page adds goes to f32 sums in the order of lanes, and those to the state once in a run of pages.
+//! Four tiles at a time, for up to four queries at once: a page's, or some of several pages that have the same profiles. Scores are integers of the keys' and the queries' bytes. They
+//! become weights relative to the batch's largest, integers of 14 bits in two halves, which meet the values' bytes the
+//! same way. What a batch adds goes to f32 sums in the order of lanes, and those to the state once in a run of batches.
 //!
-//! What failed: a loop of known length over a page's tiles (unrolled, all its weights are loaded before the first group
+//! What failed: chosen tiles page by page (one tile costs nearly what four do, since sums, maxima and exponentials are a page's); a loop of known length over a page's tiles (unrolled, all its weights are loaded before the first group
 //! and spill: a fifth slower); one group of values at a time where there are 32 registers
 //! (7 % slower than two).
 
@@ -14,24 +14,20 @@
 )]
 
 use super::queries::Queries;
-use super::score::{At, Levels, Scorer, TILE_TOKENS, TILES, count_of, levels, unpack};
-use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, UNIT};
+use super::score::{Levels, Scorer, Strip, TILE_TOKENS, TILES, count_of, levels, lines_of, of_tile, unpack};
+use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, SKETCH, UNIT};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::AttnState;
 use half::f16;
 use std::f32::consts::LOG2_E;
 use std::hint::black_box;
-use std::ops::Range;
 
 /// The bits of all tiles of a page.
 pub const ALL_TILES: u8 = (1 << TILES) - 1;
 
-/// Pages after which sums go to the state: few enough to be in the second cache for the next four rows.
+/// Batches after which sums go to the state: few enough to be in the second cache for the next four rows.
 const RUN: usize = 64;
-
-/// Visits after which a page is whose chosen tiles are asked for.
-const TILES_AHEAD: usize = 3;
 
 /// Most groups of a vector.
 const GROUPS: usize = 256 / GROUP;
@@ -63,81 +59,152 @@ pub fn attend_tiles(
     let (rows, d) = (queries.rows(), queries.head_dim());
     assert_eq!(d, pages.head_dim(), "queries and pages of other widths");
     assert_eq!((state.rows(), state.channels()), (rows, d), "state of another shape");
-    dispatch(isa, Attend { queries, pages, visits: chosen, state, read: 0 })
+    dispatch(isa, Attend { queries, pages, visits: chosen, state })
 }
 
-/// What attention needs of a page.
-struct View<'a> {
-    page: &'a Page,
-    leading: *const u8,
-    keys: *const u8,
-    values: *const u8,
+/// What attention needs of a tile.
+#[derive(Clone, Copy)]
+struct Tile<'a> {
+    /// The page's keys in the groups that lie apart.
+    apart: *const u8,
+    /// The tile's other keys and its values.
+    lines: *const u8,
+    /// Of keys and of values.
     escapes: [&'a [Escape]; 2],
-    tiles: u8,
-    /// Bytes to the next page's lines, of those of keys that lie apart and of the others, if all of them will be met; else 0.
-    ahead: [usize; 2],
+    /// Which of the page's.
+    index: usize,
+    /// From the tile's first on; 0: it is not attended to.
+    tokens: usize,
 }
 
-impl<'a> View<'a> {
-    /// With the tiles of `tiles` that have tokens.
+impl<'a> Tile<'a> {
+    /// Without escapes.
     #[inline(always)]
-    fn new(pages: &'a Pages, (index, tiles): (u32, u8)) -> View<'a> {
-        let page = &pages.pages[index as usize];
-        let [leading, keys, values] = pages.lines_of(page);
-        View {
-            page,
-            leading: leading.as_ptr().cast(),
-            keys: keys.as_ptr().cast(),
-            values: values.as_ptr().cast(),
-            escapes: pages.escapes_of(index as usize),
-            tiles: tiles & ((1 << page.tokens().div_ceil(TILE_TOKENS)) - 1),
-            ahead: [0; 2],
+    fn new(pages: &'a Pages, page: &Page, index: usize) -> Tile<'a> {
+        let (apart, lines) = pages.lines_of(page);
+        let lines = &lines[lines.len() / TILES * index..];
+        let tokens = page.tokens().saturating_sub(index * TILE_TOKENS).min(TILE_TOKENS);
+        Tile { apart: apart.as_ptr().cast(), lines: lines.as_ptr().cast(), escapes: [&[]; 2], index, tokens }
+    }
+
+    /// With those of its escapes among a page's, which are in order of tiles.
+    #[inline(always)]
+    fn with_escapes(self, of_page: [&'a [Escape]; 2]) -> Tile<'a> {
+        let mut escapes = of_page;
+        for half in 0..2 {
+            // Few, and counted without a branch.
+            let (mut before, mut last) = (0, 0);
+            for escape in of_page[half] {
+                before += usize::from(usize::from(escape.token) < self.index * TILE_TOKENS);
+                last += usize::from(usize::from(escape.token) < (self.index + 1) * TILE_TOKENS);
+            }
+            escapes[half] = &of_page[half][before..last];
         }
+        Tile { escapes, ..self }
     }
 
-    /// Bytes that the tiles take, and all escapes.
+    /// What is added to a token of its page for where it is as the batch's tile `slot`; modulo a page.
     #[inline(always)]
-    fn bytes(&self) -> usize {
-        let lines = self.page.keys.lines() + self.page.values.lines();
-        let escapes = self.escapes[0].len() + self.escapes[1].len();
-        lines * LINE * self.tiles.count_ones() as usize / TILES
-            + escapes * size_of::<Escape>()
-            + size_of::<Page>()
+    fn shift(&self, slot: usize) -> usize {
+        (slot + TILES - self.index) * TILE_TOKENS
+    }
+}
+
+/// Four tiles whose pages have the same profiles.
+#[derive(Clone, Copy)]
+struct Batch<'a> {
+    of_keys: Profile,
+    of_values: Profile,
+    tiles: [Tile<'a>; TILES],
+}
+
+impl<'a> Batch<'a> {
+    /// The whole page, all escapes with its first tile.
+    #[inline(always)]
+    fn of_page(pages: &'a Pages, index: usize) -> Batch<'a> {
+        let page = &pages.pages[index];
+        let none = Tile::new(pages, page, 0);
+        let mut tiles = [none; TILES];
+        for t in 0..TILES {
+            tiles[t] = Tile::new(pages, page, t);
+        }
+        tiles[0].escapes = pages.escapes_of(index);
+        Batch { of_keys: page.keys, of_values: page.values, tiles }
     }
 
-    /// Asks for the tiles' lines of keys and for all escapes.
+    /// Asks for what a tile has.
     #[inline(always)]
-    fn ask_for_keys<S: Simd>(&self, s: S) {
-        let [leading, keys] = self.page.keys.split();
-        self.ask(s, self.leading, leading);
-        self.ask(s, self.keys, keys);
-        for escapes in self.escapes {
+    fn ask<S: Simd>(&self, s: S, slot: usize) {
+        let tile = &self.tiles[slot];
+        let [apart, keys] = self.of_keys.split(SKETCH);
+        let mut at = 0;
+        for _ in 0..apart.eight {
+            let (line, _) = of_tile::<8>(tile.index);
+            s.prefetch(tile.apart, at + line * LINE);
+            s.prefetch(tile.apart, at + (line + 1) * LINE);
+            at += 8 * LINE;
+        }
+        for _ in 0..apart.four {
+            s.prefetch(tile.apart, at + of_tile::<4>(tile.index).0 * LINE);
+            at += 4 * LINE;
+        }
+        for _ in 0..apart.two {
+            s.prefetch(tile.apart, at + of_tile::<2>(tile.index).0 * LINE);
+            at += 2 * LINE;
+        }
+        for line in 0..keys.lines_of_tile() + self.of_values.lines_of_tile() {
+            s.prefetch(tile.lines, line * LINE);
+        }
+        for escapes in tile.escapes {
             s.prefetch_near(escapes.as_ptr(), 0);
         }
     }
+}
 
-    /// Asks for the tiles' lines of groups of `profile`.
-    #[inline(always)]
-    fn ask<S: Simd>(&self, s: S, lines: *const u8, profile: Profile) {
-        let t = u32::from(self.tiles);
-        let either = t | t >> 1;
-        // Bit `i`: line `i` of a group; with 8 bits a tile has two lines, with 2 bits two tiles have one.
-        let eight = [0b11, 0b1100, 0b11_0000, 0b1100_0000];
-        let eight: u32 = eight.iter().enumerate().map(|(i, lines)| (t >> i & 1) * lines).sum();
-        let masks = [eight, t, either & 1 | (either >> 2 & 1) << 1];
-        let counts = [profile.eight, profile.four, profile.two];
-        let mut at = 0;
-        for ((count, mask), bits) in counts.into_iter().zip(masks).zip([8, 4, 2]) {
-            for _ in 0..count {
-                let mut left = mask;
-                while left != 0 {
-                    s.prefetch_near(lines, at + left.trailing_zeros() as usize * LINE);
-                    left &= left - 1;
-                }
-                at += bits * LINE;
+/// What is attended to, in batches: whole pages in order, and other tiles as soon as there are four of the same profiles. Also
+/// the bytes of it.
+#[inline(always)]
+fn batches<'a, S: Simd>(s: S, pages: &'a Pages, visits: &[(u32, u8)]) -> (Vec<Batch<'a>>, usize) {
+    for &(index, tiles) in visits {
+        if tiles != ALL_TILES {
+            s.prefetch_near(pages.escapes_of(index as usize)[0].as_ptr(), 0);
+        }
+    }
+    let (mut batches, mut open, mut read) = (vec![], Vec::<(Batch, usize)>::new(), 0);
+    for &(index, tiles) in visits {
+        let page = &pages.pages[index as usize];
+        let escapes = pages.escapes_of(index as usize);
+        let held = tiles & ((1 << page.tokens().div_ceil(TILE_TOKENS)) - 1);
+        read += (page.keys.lines() + page.values.lines()) * LINE * held.count_ones() as usize / TILES;
+        read += (escapes[0].len() + escapes[1].len()) * size_of::<Escape>() + size_of::<Page>();
+        if tiles == ALL_TILES {
+            batches.push(Batch::of_page(pages, index as usize));
+            continue;
+        }
+        let mut left = held;
+        while left != 0 {
+            let tile = Tile::new(pages, page, left.trailing_zeros() as usize).with_escapes(escapes);
+            left &= left - 1;
+            let mut at = 0;
+            while at < open.len() && (open[at].0.of_keys, open[at].0.of_values) != (page.keys, page.values) {
+                at += 1;
+            }
+            if at == open.len() {
+                // Until there are others, with lines that can be read.
+                let none = Tile { tokens: 0, escapes: [&[]; 2], ..tile };
+                let batch = Batch { of_keys: page.keys, of_values: page.values, tiles: [none; TILES] };
+                open.push((batch, 0));
+            }
+            let (batch, count) = &mut open[at];
+            batch.tiles[*count] = tile;
+            *count += 1;
+            if *count == TILES {
+                batches.push(open.swap_remove(at).0);
             }
         }
     }
+    batches.extend(open.into_iter().map(|(batch, _)| batch));
+    (batches, read)
 }
 
 struct Attend<'a> {
@@ -146,58 +213,41 @@ struct Attend<'a> {
     /// Pages, and which of their tiles.
     visits: &'a [(u32, u8)],
     state: &'a mut AttnState,
-    /// Bytes.
-    read: usize,
 }
 
 impl Kernel for Attend<'_> {
+    /// Bytes read.
     type Output = usize;
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) -> usize {
-        let (rows, visits) = (self.queries.rows(), self.visits.len());
-        for from in (0..visits).step_by(RUN) {
-            let run = from..visits.min(from + RUN);
+        let (batches, read) = batches(s, self.pages, self.visits);
+        let rows = self.queries.rows();
+        for run in batches.chunks(RUN) {
             let mut first = 0;
             while first < rows {
                 first += match rows - first {
-                    1 => attend_rows::<S, 1>(s, &mut self, run.clone(), first),
-                    2 => attend_rows::<S, 2>(s, &mut self, run.clone(), first),
-                    3 => attend_rows::<S, 3>(s, &mut self, run.clone(), first),
-                    _ => attend_rows::<S, 4>(s, &mut self, run.clone(), first),
+                    1 => attend_rows::<S, 1>(s, &mut self, run, first),
+                    2 => attend_rows::<S, 2>(s, &mut self, run, first),
+                    3 => attend_rows::<S, 3>(s, &mut self, run, first),
+                    _ => attend_rows::<S, 4>(s, &mut self, run, first),
                 };
             }
         }
-        self.read / rows.div_ceil(4)
+        read
     }
 }
 
-/// Folds visits `run` into rows `first..first + R`; returns `R`.
+/// Folds batches into rows `first..first + R`; returns `R`.
 #[inline(always)]
-fn attend_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, run: Range<usize>, first: usize) -> usize {
+fn attend_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, batches: &[Batch], first: usize) -> usize {
     let d = a.queries.head_dim();
     let rows = first..first + R;
     let mut fold = Fold::<S, R>::new(s, a.queries, first);
     fold.max.copy_from_slice(&a.state.max[rows.clone()]);
     fold.sum.copy_from_slice(&a.state.sum[rows.clone()]);
-    for at in run {
-        let visit = a.visits[at];
-        let mut view = View::new(a.pages, visit);
-        a.read += view.bytes();
-        if let Some(&(next, ALL_TILES)) = a.visits.get(at + 1) {
-            let next = View::new(a.pages, (next, ALL_TILES));
-            view.ahead = [
-                (next.leading as usize).wrapping_sub(view.leading as usize),
-                (next.keys as usize).wrapping_sub(view.keys as usize),
-            ];
-        }
-        let later = a.visits.get(at + TILES_AHEAD).filter(|later| later.1 != ALL_TILES);
-        let later = later.map(|later| View::new(a.pages, *later));
-        match view.tiles {
-            0 => {}
-            ALL_TILES => fold.page::<true>(s, &view, later.as_ref()),
-            _ => fold.page::<false>(s, &view, later.as_ref()),
-        }
+    for (at, batch) in batches.iter().enumerate() {
+        fold.batch(s, batch, batches.get(at + 1));
     }
     let old = &mut a.state.max[rows.clone()];
     fold.flush::<S>(old, &mut a.state.acc[first * d..(first + R) * d]);
@@ -210,7 +260,7 @@ fn attend_rows<S: Simd, const R: usize>(s: S, a: &mut Attend, run: Range<usize>,
 #[repr(align(64))]
 struct Spread<const R: usize>([[[[u8; LINE]; 2]; R]; PAGE_TOKENS / GROUP]);
 
-/// A run of pages for `R` rows: what was summed up and what a page needs on the way.
+/// A run of batches for `R` rows: what was summed up and what a batch needs on the way.
 struct Fold<'a, S: Simd, const R: usize> {
     scorer: Scorer<'a, S, R>,
     levels: Levels<S::I>,
@@ -220,16 +270,13 @@ struct Fold<'a, S: Simd, const R: usize> {
     acc: [[[f32; LANES]; GROUPS]; R],
     /// What escapes add to that.
     escaped: [[f32; GROUPS * GROUP]; R],
-    /// Of a page: what is added to scores, then weights relative to the page's largest.
+    /// Of a batch: what is added to scores, then weights relative to the batch's largest.
     weights: [[f32; PAGE_TOKENS]; R],
     /// Weights as integers: high and low seven bits.
     bytes: [[[u8; PAGE_TOKENS]; 2]; R],
     spread: Spread<R>,
-    /// What the page's weights must be multiplied by to be relative to `max`.
+    /// What the batch's weights must be multiplied by to be relative to `max`.
     factors: [f32; R],
-    /// Tokens of strips that are visited, in units of the lanes.
-    strips: [u8; PAGE_TOKENS / 8],
-    strip_count: usize,
     /// Strips whose values are weighed.
     weighed: usize,
 }
@@ -248,104 +295,82 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
             bytes: [[[0; PAGE_TOKENS]; 2]; R],
             spread: Spread([[[[0; LINE]; 2]; R]; PAGE_TOKENS / GROUP]),
             factors: [0.0; R],
-            strips: [0; PAGE_TOKENS / 8],
-            strip_count: 0,
             weighed: 0,
         }
     }
 
-    /// Folds a page's tiles in (`ALL`: these are all four), and asks for a later one's: half before and half after the
-    /// scores, since a core waits where it has asked for too much.
+    /// Folds a batch in, and asks for the next one tile by tile, since a core waits where it has asked for too much.
     #[inline(always)]
-    fn page<const ALL: bool>(&mut self, s: S, view: &View, later: Option<&View>) {
-        if let Some(later) = later {
-            later.ask_for_keys(s);
-        }
-        if !ALL {
-            self.choose(view.tiles);
-        }
-        self.add_to_scores(view);
-        self.score::<ALL>(s, view);
-        if let Some(later) = later {
-            later.ask(s, later.values, later.page.values);
-        }
-        self.soften::<ALL>(s);
-        self.spread::<ALL>(s);
-        self.weigh::<ALL>(s, view);
-        self.weigh_escapes::<ALL>(view);
-    }
-
-    /// Lists the strips of `tiles`.
-    #[inline(always)]
-    fn choose(&mut self, tiles: u8) {
-        self.strip_count = 0;
-        for strip in 0..PAGE_TOKENS / S::LANES {
-            self.strips[self.strip_count] = strip as u8;
-            self.strip_count += usize::from(tiles >> (strip * S::LANES / TILE_TOKENS) & 1);
-        }
-    }
-
-    #[inline(always)]
-    fn count<const ALL: bool>(&self) -> usize {
-        if ALL { PAGE_TOKENS / S::LANES } else { self.strip_count }
-    }
-
-    #[inline(always)]
-    fn strip<const ALL: bool>(&self, i: usize) -> usize {
-        if ALL { i } else { usize::from(self.strips[i]) }
+    fn batch(&mut self, s: S, batch: &Batch, next: Option<&Batch>) {
+        let next = next.unwrap_or(batch);
+        next.ask(s, 0);
+        self.add_to_scores(batch);
+        next.ask(s, 1);
+        self.score(s, batch);
+        next.ask(s, 2);
+        self.soften(s);
+        next.ask(s, 3);
+        self.spread(s);
+        self.weigh(s, batch);
+        self.weigh_escapes(batch);
     }
 
     /// What is added to scores: offsets and escapes, `-inf` where there is no token.
     #[inline(always)]
-    fn add_to_scores(&mut self, view: &View) {
+    fn add_to_scores(&mut self, batch: &Batch) {
         let (queries, first) = (self.scorer.queries, self.scorer.first);
         let mut rows: [&[f32]; R] = [&[]; R];
         for r in 0..R {
             rows[r] = queries.exact(first + r);
             self.weights[r] = [queries.scale_and_offset(first + r).1; PAGE_TOKENS];
         }
-        for escape in view.escapes[0] {
-            let (token, channel, rest) = parts(escape);
-            for r in 0..R {
-                self.weights[r][token] += rows[r][channel] * rest;
+        for (slot, tile) in batch.tiles.iter().enumerate() {
+            let shift = tile.shift(slot);
+            for escape in tile.escapes[0] {
+                let (token, channel, rest) = parts(escape, shift);
+                for r in 0..R {
+                    self.weights[r][token] += rows[r][channel] * rest;
+                }
             }
-        }
-        if view.page.tokens() < PAGE_TOKENS {
-            for r in 0..R {
-                self.weights[r][view.page.tokens()..].fill(f32::NEG_INFINITY);
+            if tile.tokens < TILE_TOKENS {
+                for r in 0..R {
+                    self.weights[r][slot * TILE_TOKENS..][tile.tokens..TILE_TOKENS].fill(f32::NEG_INFINITY);
+                }
             }
         }
     }
 
     #[inline(always)]
-    fn score<const ALL: bool>(&mut self, s: S, view: &View) {
-        self.scorer.set_profile(view.page.keys);
-        let count = self.count::<ALL>();
+    fn score(&mut self, s: S, batch: &Batch) {
+        self.scorer.set_profile(batch.of_keys);
         let mut i = 0;
-        while i < count {
-            let strip = [0, 1, 2, 3].map(|next| self.strip::<ALL>((i + next).min(count - 1)));
-            if ALL && S::TILE >= 4 {
-                self.score_strips(s, view, strip);
+        while i < PAGE_TOKENS / S::LANES {
+            if S::TILE >= 4 {
+                self.score_strips::<4>(s, batch, i);
                 i += 4;
-            } else if i + 2 <= count {
-                self.score_strips(s, view, [strip[0], strip[1]]);
-                i += 2;
             } else {
-                self.score_strips(s, view, [strip[0]]);
-                i += 1;
+                self.score_strips::<2>(s, batch, i);
+                i += 2;
             }
         }
     }
 
+    /// Strips `first..first + T` of the batch.
     #[inline(always)]
-    fn score_strips<const T: usize>(&mut self, s: S, view: &View, strips: [usize; T]) {
-        let lines = [(view.leading, view.ahead[0]), (view.keys, view.ahead[1])];
-        // SAFETY: a view's lines are those of its page's profile; strips are below 64 / LANES.
-        let scores = unsafe { self.scorer.scores::<T>(s, lines, strips) };
+    fn score_strips<const T: usize>(&mut self, s: S, batch: &Batch, first: usize) {
+        let of_tile = TILE_TOKENS / S::LANES;
+        let none = Strip { apart: std::ptr::null(), lines: std::ptr::null(), tile: 0, part: 0 };
+        let mut strips = [none; T];
+        for t in 0..T {
+            let Tile { apart, lines, index, .. } = batch.tiles[(first + t) / of_tile];
+            strips[t] = Strip { apart, lines, tile: index, part: (first + t) % of_tile };
+        }
+        // SAFETY: a batch's lines are those of its pages' profile, which have four tiles.
+        let scores = unsafe { self.scorer.scores::<T>(s, strips, 0) };
         for r in 0..R {
             let (scale, _) = self.scorer.queries.scale_and_offset(self.scorer.first + r);
             for t in 0..T {
-                let to = self.weights[r][strips[t] * S::LANES..][..S::LANES].as_mut_ptr();
+                let to = self.weights[r][(first + t) * S::LANES..][..S::LANES].as_mut_ptr();
                 // SAFETY: of LANES elements.
                 unsafe {
                     let more = s.load(to);
@@ -355,15 +380,15 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
         }
     }
 
-    /// Scores become weights relative to the page's largest and integers; maxima, sums and `factors` follow.
+    /// Scores become weights relative to the batch's largest and integers; maxima, sums and `factors` follow.
     #[inline(always)]
-    fn soften<const ALL: bool>(&mut self, s: S) {
-        let count = self.count::<ALL>();
+    fn soften(&mut self, s: S) {
+        let count = PAGE_TOKENS / S::LANES;
         let mut tops = [0.0; R];
         for r in 0..R {
             let mut top = s.splat(f32::NEG_INFINITY);
             for i in 0..count {
-                let from = self.weights[r][self.strip::<ALL>(i) * S::LANES..][..S::LANES].as_ptr();
+                let from = self.weights[r][i * S::LANES..][..S::LANES].as_ptr();
                 // SAFETY: of LANES elements.
                 top = s.max(top, unsafe { s.load(from) });
             }
@@ -373,7 +398,7 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
         for r in 0..R {
             let shift = s.splat(-LOG2_E * tops[r]);
             for i in 0..count {
-                let at = self.strip::<ALL>(i) * S::LANES;
+                let at = i * S::LANES;
                 let row = self.weights[r][at..][..S::LANES].as_mut_ptr();
                 // SAFETY: of LANES elements.
                 let weight = exp2(s, s.fma(unsafe { s.load(row) }, s.splat(LOG2_E), shift));
@@ -422,9 +447,8 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
 
     /// Puts the integer weights in the order in which values meet them.
     #[inline(always)]
-    fn spread<const ALL: bool>(&mut self, s: S) {
-        for i in 0..self.count::<ALL>() {
-            let strip = self.strip::<ALL>(i);
+    fn spread(&mut self, s: S) {
+        for strip in 0..PAGE_TOKENS / S::LANES {
             let tile = strip * S::LANES / TILE_TOKENS * TILE_TOKENS;
             let part = strip % (TILE_TOKENS / S::LANES) * 4;
             for block in 0..2 {
@@ -449,58 +473,85 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
     }
 
     #[inline(always)]
-    fn weigh<const ALL: bool>(&mut self, s: S, view: &View) {
-        let mut at = At { lines: view.values, group: 0, ahead: view.ahead[1] };
+    fn weigh(&mut self, s: S, batch: &Batch) {
         // A loop of known length would be unrolled, all weights loaded before the first group: they spill.
-        self.weighed = black_box(self.count::<ALL>());
-        // SAFETY: a view's lines are those of its page's profile: groups of more bits first.
+        self.weighed = black_box(PAGE_TOKENS / S::LANES);
+        let [_, keys] = batch.of_keys.split(SKETCH);
+        let (mut at, mut group) = (keys.lines_of_tile() * LINE, 0);
+        // SAFETY: a batch's lines are those of its pages' profiles: values after keys, groups of more bits first.
         unsafe {
-            self.weigh_groups::<ALL, 8>(s, &mut at, view.page.values);
-            self.weigh_groups::<ALL, 4>(s, &mut at, view.page.values);
-            self.weigh_groups::<ALL, 2>(s, &mut at, view.page.values);
+            self.weigh_groups::<8>(s, batch, (&mut at, &mut group));
+            self.weigh_groups::<4>(s, batch, (&mut at, &mut group));
+            self.weigh_groups::<2>(s, batch, (&mut at, &mut group));
         }
     }
 
     /// # Safety
-    /// At `at` are the lines of the groups of `BITS` bits of the `profile`, of at most [`GROUPS`] groups.
+    /// `at` bytes into the tiles' lines are the groups of `BITS` bits of the batch's values, the first of them `group`, of at most
+    /// [`GROUPS`] groups.
     #[inline(always)]
-    unsafe fn weigh_groups<const ALL: bool, const BITS: usize>(
+    unsafe fn weigh_groups<const BITS: usize>(
         &mut self,
         s: S,
-        at: &mut At,
-        profile: Profile,
+        batch: &Batch,
+        (at, group): (&mut usize, &mut usize),
     ) {
-        let mut left = count_of::<BITS>(profile);
+        let mut left = count_of::<BITS>(batch.of_values);
         // SAFETY: by the caller's promise, as many as are left.
         unsafe {
             while S::TILE >= 4 && left >= 2 {
-                self.weigh_some::<ALL, BITS, 2>(s, at);
+                let bit = [0, if BITS == 2 { 4 } else { 0 }];
+                let line = [0, if BITS == 2 { 0 } else { lines_of::<BITS>() * LINE }];
+                self.weigh_some::<BITS, 2>(s, batch, *at, (line, bit), *group);
+                *at += line[1] + lines_of::<BITS>() * LINE;
+                *group += 2;
                 left -= 2;
             }
             while left > 0 {
-                self.weigh_some::<ALL, BITS, 1>(s, at);
+                // The second of a pair, if the number left is odd.
+                let second = BITS == 2 && left % 2 == 1;
+                let bit = if second { 4 } else { 0 };
+                self.weigh_some::<BITS, 1>(s, batch, *at, ([0], [bit]), *group);
+                *at += if BITS == 2 && !second { 0 } else { lines_of::<BITS>() * LINE };
+                *group += 1;
                 left -= 1;
             }
         }
     }
 
     /// # Safety
-    /// At `at` are the lines of `N` groups of `BITS` bits, of at most [`GROUPS`] groups altogether.
+    /// `at` bytes into the tiles' lines, and `lines` bytes from there, are `N` groups of `BITS` bits, from group `group` on, of at
+    /// most [`GROUPS`] groups altogether.
     #[inline(always)]
-    unsafe fn weigh_some<const ALL: bool, const BITS: usize, const N: usize>(&mut self, s: S, at: &mut At) {
-        if at.ahead != 0 {
-            for line in 0..N * BITS {
-                s.prefetch_near(at.lines, at.ahead.wrapping_add(line * LINE));
-            }
-        }
+    unsafe fn weigh_some<const BITS: usize, const N: usize>(
+        &mut self,
+        s: S,
+        batch: &Batch,
+        at: usize,
+        (lines, bits): ([usize; N], [i32; N]),
+        group: usize,
+    ) {
         let mut sums = [[[s.splat_i32(0); 2]; R]; N];
-        // Strips that share a line of 2-bit codes are met together, where both are.
-        let together = if ALL { 2 * TILE_TOKENS / S::LANES } else { 1 };
-        for i in 0..self.weighed / together {
-            for j in 0..together {
-                let strip = self.strip::<ALL>(i * together + j);
-                // SAFETY: by the caller's promise; strips are below 64 / LANES.
-                unsafe { self.weigh_strip::<BITS, N>(s, at.lines, strip, &mut sums) };
+        let of_tile = TILE_TOKENS / S::LANES;
+        for strip in 0..self.weighed {
+            let tile = batch.tiles[strip / of_tile % TILES].lines.wrapping_add(at);
+            let part = strip % of_tile * (4 * S::LANES);
+            let mut codes = [[s.splat_i32(0); 2]; N];
+            for n in 0..N {
+                let line = tile.wrapping_add(lines[n] + part);
+                // SAFETY: by the caller's promise.
+                codes[n] = unsafe { unpack::<S, BITS>(s, &self.levels, line, bits[n]) };
+            }
+            for block in 0..2 {
+                for r in 0..R {
+                    for half in 0..2 {
+                        // SAFETY: `spread_at` points to a vector.
+                        let w = unsafe { s.load_bytes(self.spread_at(strip * 2 + block, r, half)) };
+                        for n in 0..N {
+                            sums[n][r][half] = s.dot_low(sums[n][r][half], w, codes[n][block]);
+                        }
+                    }
+                }
             }
         }
         for r in 0..R {
@@ -508,57 +559,22 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
             for n in 0..N {
                 let [high, low] = sums[n][r];
                 let sum = s.fma(s.to_f32(high), s.splat(128.0), s.to_f32(low));
-                let to = self.acc[r][at.group + n].as_mut_ptr();
+                let to = self.acc[r][group + n].as_mut_ptr();
                 // SAFETY: a group has room for the widest vector.
                 unsafe { s.store(to, s.fma(sum, factor, s.load(to))) };
             }
         }
-        at.lines = at.lines.wrapping_add(N * BITS * LINE);
-        at.group += N;
-    }
-
-    /// # Safety
-    /// At `lines` are those of `N` groups of `BITS` bits; `strip` is below `64 / LANES`.
-    #[inline(always)]
-    unsafe fn weigh_strip<const BITS: usize, const N: usize>(
-        &mut self,
-        s: S,
-        lines: *const u8,
-        strip: usize,
-        sums: &mut [[[S::I; 2]; R]; N],
-    ) {
-        let mut codes = [[s.splat_i32(0); 2]; N];
-        for n in 0..N {
-            // SAFETY: by the caller's promise.
-            codes[n] =
-                unsafe { unpack::<S, BITS>(s, &self.levels, lines.wrapping_add(n * BITS * LINE), strip) };
-        }
-        for block in 0..2 {
-            for r in 0..R {
-                for half in 0..2 {
-                    // SAFETY: `spread_at` points to a vector.
-                    let w = unsafe { s.load_bytes(self.spread_at(strip * 2 + block, r, half)) };
-                    for n in 0..N {
-                        sums[n][r][half] = s.dot_low(sums[n][r][half], w, codes[n][block]);
-                    }
-                }
-            }
-        }
     }
 
     #[inline(always)]
-    fn weigh_escapes<const ALL: bool>(&mut self, view: &View) {
-        if !ALL && !view.escapes[1].is_empty() {
-            for tile in (0..TILES).filter(|tile| view.tiles >> tile & 1 == 0) {
+    fn weigh_escapes(&mut self, batch: &Batch) {
+        for (slot, tile) in batch.tiles.iter().enumerate() {
+            let shift = tile.shift(slot);
+            for escape in tile.escapes[1] {
+                let (token, channel, rest) = parts(escape, shift);
                 for r in 0..R {
-                    self.weights[r][tile * TILE_TOKENS..][..TILE_TOKENS].fill(0.0);
+                    self.escaped[r][channel] += self.weights[r][token] * (self.factors[r] * rest);
                 }
-            }
-        }
-        for escape in view.escapes[1] {
-            let (token, channel, rest) = parts(escape);
-            for r in 0..R {
-                self.escaped[r][channel] += self.weights[r][token] * (self.factors[r] * rest);
             }
         }
     }
@@ -594,10 +610,12 @@ fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     s.mul(p, s.exp2i(n))
 }
 
-/// Token, channel and number of an escape, within what arrays have.
+/// Token of a batch, channel and number of an escape, within what arrays have. `shift` is added to the token: how far its tile
+/// is from where it is in its page.
 #[inline(always)]
-fn parts(escape: &Escape) -> (usize, usize, f32) {
-    (usize::from(escape.token) % PAGE_TOKENS, usize::from(escape.channel), finite(escape.rest))
+fn parts(escape: &Escape, shift: usize) -> (usize, usize, f32) {
+    let token = usize::from(escape.token).wrapping_add(shift) % PAGE_TOKENS;
+    (token, usize::from(escape.channel), finite(escape.rest))
 }
 
 /// `f16::to_f32` of a finite number, without its run-time choice of instructions.

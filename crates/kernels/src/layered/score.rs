@@ -9,7 +9,7 @@
 )]
 
 use super::queries::Queries;
-use super::{GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, Width};
+use super::{GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, SKETCH, Width};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use std::ops::Range;
@@ -23,7 +23,7 @@ const AHEAD: usize = 48;
 /// Tiles of a page.
 pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
 
-/// The weight of each tile, `[R, 4 * pages]`: the sum of its tokens' `e^(score - shift)`, as far as the first
+/// The weight of each tile, `[R, 4 * pages]` by rows: the sum of its tokens' `e^(score - shift)`, as far as the first
 /// [`SKETCH`](super::SKETCH) groups of the keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes
 /// not. A token's weight is within 4 % of that, and at most `e^60`: `shifts` `[R]` should be near what scores come to. Returns
 /// the bytes read.
@@ -34,7 +34,7 @@ pub fn sketch(
     isa: Isa,
     (queries, shifts): (&Queries, &[f32]),
     (pages, range): (&Pages, Range<usize>),
-    out: &mut [f32],
+    out: &mut [&mut [f32]],
 ) -> usize {
     assert_eq!(queries.head_dim(), pages.head_dim(), "queries and pages of other widths");
     assert_eq!(queries.rows(), shifts.len(), "shifts of other queries");
@@ -43,21 +43,22 @@ pub fn sketch(
         "pages {range:?} of {}",
         pages.pages.len()
     );
-    assert_eq!(out.len(), queries.rows() * range.len() * TILES, "weights of the wrong length");
+    let fits = |row: &&mut [f32]| row.len() == range.len() * TILES;
+    assert!(out.len() == queries.rows() && out.iter().all(fits), "weights of another shape");
     dispatch(isa, Sketch { queries, shifts, pages, range, out, read: 0 })
 }
 
-struct Sketch<'a> {
+struct Sketch<'a, 'o> {
     queries: &'a Queries,
     shifts: &'a [f32],
     pages: &'a Pages,
     range: Range<usize>,
-    out: &'a mut [f32],
+    out: &'a mut [&'o mut [f32]],
     /// Bytes.
     read: usize,
 }
 
-impl Kernel for Sketch<'_> {
+impl Kernel for Sketch<'_, '_> {
     type Output = usize;
 
     #[inline(always)]
@@ -85,19 +86,20 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         let (scale, offset) = a.queries.scale_and_offset(first + r);
         weighers[r] = Weigher::new(s, scale, offset - a.shifts[first + r]);
     }
-    let stride = a.range.len() * TILES;
     for (i, index) in a.range.clone().enumerate() {
         let page = &a.pages.pages[index];
-        let [profile, _] = page.keys.split();
-        let [leading, ..] = a.pages.lines_of(page);
-        a.read += size_of_val(leading) + size_of::<Page>();
-        let nothing = (std::ptr::null(), 0);
-        let lines = [(leading.as_ptr().cast(), AHEAD * LINE), nothing];
+        let [profile, _] = page.keys.split(SKETCH);
+        let (apart, _) = a.pages.lines_of(page);
+        a.read += size_of_val(apart) + size_of::<Page>();
+        let of_tile = TILE_TOKENS / S::LANES;
+        let apart = apart.as_ptr().cast();
+        let strip = |i| Strip { apart, lines: std::ptr::null(), tile: i / of_tile, part: i % of_tile };
+        let ahead = AHEAD * LINE;
         scorer.set_profile(profile);
         let mut of_tiles = [[s.splat(0.0); TILES]; R];
         if S::LANES == TILE_TOKENS {
-            // SAFETY: the profile's lines were sliced; strips are below 64 / LANES.
-            let scores = unsafe { scorer.scores::<4>(s, lines, [0, 1, 2, 3]) };
+            // SAFETY: the profile's lines were sliced; a page has 64 / LANES strips.
+            let scores = unsafe { scorer.scores::<4>(s, [strip(0), strip(1), strip(2), strip(3)], ahead) };
             for r in 0..R {
                 for t in 0..TILES {
                     of_tiles[r][t] = weighers[r].weigh(s, scores[t][r]);
@@ -109,7 +111,7 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         } else {
             for tile in 0..TILES {
                 // SAFETY: as above.
-                let scores = unsafe { scorer.scores::<2>(s, lines, [2 * tile, 2 * tile + 1]) };
+                let scores = unsafe { scorer.scores::<2>(s, [strip(2 * tile), strip(2 * tile + 1)], ahead) };
                 for r in 0..R {
                     let mut halves = [weighers[r].weigh(s, scores[0][r]), weighers[r].weigh(s, scores[1][r])];
                     if let Some((_, tokens)) = page.last_part().filter(|(last, _)| *last == tile) {
@@ -122,7 +124,7 @@ fn sketch_rows<S: Simd, const R: usize>(s: S, a: &mut Sketch, first: usize) -> u
         }
         let held = page.tokens().div_ceil(TILE_TOKENS);
         for r in 0..R {
-            let to = &mut a.out[(first + r) * stride + i * TILES..][..TILES];
+            let to = &mut a.out[first + r][i * TILES..][..TILES];
             to.copy_from_slice(&s.sum_lanes4(of_tiles[r]));
             to[held..].fill(0.0);
         }
@@ -201,32 +203,24 @@ pub(super) fn levels<S: Simd>(s: S, flip: u8) -> Levels<S::I> {
     }
 }
 
-/// The levels of strip `strip` of the group at `group`: of its tile's two blocks, `LANES` times four codes each. A
-/// tile has `16 / LANES` strips.
+/// The levels of a strip of a group: of its tile's two blocks, `LANES` times four codes each. `line` is where the strip's bytes
+/// begin in the tile's first line of the group; with 2 bits its codes are those from bit `shift` on.
 ///
 /// # Safety
-/// The group's lines, as many as [`Width::lines`] says, are readable; `strip` is below `64 / LANES`.
+/// The strip's bytes are readable: a vector, with 8 bits another one a line further.
 #[inline(always)]
 pub(super) unsafe fn unpack<S: Simd, const BITS: usize>(
     s: S,
     l: &Levels<S::I>,
-    group: *const u8,
-    strip: usize,
+    line: *const u8,
+    shift: i32,
 ) -> [S::I; 2] {
-    let tile = strip * S::LANES / TILE_TOKENS;
-    let part = strip % (TILE_TOKENS / S::LANES) * (4 * S::LANES);
-    let line = match BITS {
-        8 => tile * 2,
-        4 => tile,
-        _ => tile / 2,
-    };
-    let at = group.wrapping_add(line * LINE + part);
-    // SAFETY: the line is one of the group's; `part` and a vector after it lie within.
-    let first = unsafe { s.load_bytes(at) };
+    // SAFETY: by the caller's promise.
+    let first = unsafe { s.load_bytes(line) };
     match BITS {
         8 => {
-            // SAFETY: as above, of the line that follows.
-            let second = unsafe { s.load_bytes(at.wrapping_add(LINE)) };
+            // SAFETY: as above.
+            let second = unsafe { s.load_bytes(line.wrapping_add(LINE)) };
             [s.xor(first, l.flip), s.xor(second, l.flip)]
         }
         4 => {
@@ -234,7 +228,7 @@ pub(super) unsafe fn unpack<S: Simd, const BITS: usize>(
             [s.lookup(l.four, low), s.lookup(l.four, high)]
         }
         _ => {
-            let both = s.and(s.shift(first, (tile % 2 * 4) as i32), l.nibble);
+            let both = s.and(s.shift(first, shift), l.nibble);
             [s.lookup(l.two[0], both), s.lookup(l.two[1], both)]
         }
     }
@@ -250,12 +244,17 @@ pub(super) fn count_of<const BITS: usize>(profile: Profile) -> usize {
     })
 }
 
-/// The group that a walk over a page's keys or values is at.
-pub(super) struct At {
+/// A strip of tokens to be scored: `LANES` tokens of a tile, which has `16 / LANES` strips.
+#[derive(Clone, Copy)]
+pub(super) struct Strip {
+    /// The groups that lie apart, of the whole page.
+    pub(super) apart: *const u8,
+    /// The tile's lines of the others.
     pub(super) lines: *const u8,
-    pub(super) group: usize,
-    /// Bytes to what should be in the cache next; 0: nothing.
-    pub(super) ahead: usize,
+    /// Which of the page's tiles.
+    pub(super) tile: usize,
+    /// Which of the tile's strips.
+    pub(super) part: usize,
 }
 
 /// Rows `first..first + R` of the queries, and what meets keys of one profile.
@@ -286,17 +285,17 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
         }
     }
 
-    /// The integer scores of the tokens of `strips`. `lines` are those of the groups that lie apart and of the others, each
-    /// with how far ahead to ask for what comes next (0: nothing).
+    /// The integer scores of the tokens of `strips`. Of the groups that lie apart, the lines `ahead` bytes after the first strip's
+    /// are asked for (0: nothing).
     ///
     /// # Safety
-    /// The lines of keys of `self.profile` are readable at `lines`; each strip is below `64 / LANES`.
+    /// The lines of keys of `self.profile` are readable where the strips say, whose tiles and parts exist.
     #[inline(always)]
     pub(super) unsafe fn scores<const T: usize>(
         &self,
         s: S,
-        lines: [(*const u8, usize); 2],
-        strips: [usize; T],
+        strips: [Strip; T],
+        ahead: usize,
     ) -> [[S::I; R]; T] {
         let mut acc = [[s.splat_i32(0); R]; T];
         for r in 0..R {
@@ -305,57 +304,127 @@ impl<'a, S: Simd, const R: usize> Scorer<'a, S, R> {
                 acc[t][r] = start;
             }
         }
-        let mut at = At { lines: lines[0].0, group: 0, ahead: 0 };
-        for ((lines, ahead), profile) in lines.into_iter().zip(self.profile.split()) {
-            (at.lines, at.ahead) = (lines, ahead);
-            // SAFETY: the profile's groups follow each other, those of more bits first.
-            unsafe {
-                self.add_groups::<T, 8>(s, (&mut at, profile), strips, &mut acc);
-                self.add_groups::<T, 4>(s, (&mut at, profile), strips, &mut acc);
-                self.add_groups::<T, 2>(s, (&mut at, profile), strips, &mut acc);
-            }
+        let mut queries = [std::ptr::null(); R];
+        for r in 0..R {
+            queries[r] = self.queries.bytes(self.first + r).as_ptr();
+        }
+        let [apart, others] = self.profile.split(SKETCH);
+        // SAFETY: groups of more bits first; those that lie apart follow each other, and so do a tile's lines of the others.
+        unsafe {
+            let mut at = 0;
+            let mut group = 0;
+            self.add_apart::<T, 8>(s, &queries, (&mut at, &mut group), (apart, ahead), &strips, &mut acc);
+            self.add_apart::<T, 4>(s, &queries, (&mut at, &mut group), (apart, ahead), &strips, &mut acc);
+            self.add_apart::<T, 2>(s, &queries, (&mut at, &mut group), (apart, ahead), &strips, &mut acc);
+            at = 0;
+            self.add_others::<T, 8>(s, &queries, (&mut at, &mut group), others, &strips, &mut acc);
+            self.add_others::<T, 4>(s, &queries, (&mut at, &mut group), others, &strips, &mut acc);
+            self.add_others::<T, 2>(s, &queries, (&mut at, &mut group), others, &strips, &mut acc);
         }
         acc
     }
 
     /// # Safety
-    /// As for `scores`, with the groups of `BITS` bits at `at`.
+    /// As for `scores`, with the groups of `BITS` bits that lie apart, the first of them `group`, `at` bytes after those of more.
     #[inline(always)]
-    unsafe fn add_groups<const T: usize, const BITS: usize>(
+    unsafe fn add_apart<const T: usize, const BITS: usize>(
         &self,
         s: S,
-        (at, profile): (&mut At, Profile),
-        strips: [usize; T],
+        queries: &[*const i8; R],
+        (at, group): (&mut usize, &mut usize),
+        (profile, ahead): (Profile, usize),
+        strips: &[Strip; T],
         acc: &mut [[S::I; R]; T],
     ) {
-        let mut queries = [std::ptr::null(); R];
-        for r in 0..R {
-            queries[r] = self.queries.bytes(self.first + r).as_ptr();
-        }
         for _ in 0..count_of::<BITS>(profile) {
             // Once, if strips are scored in several calls.
-            if at.ahead != 0 && strips[0] == 0 {
+            if ahead != 0 && strips[0].tile == 0 && strips[0].part == 0 {
                 for line in 0..BITS {
-                    s.prefetch_near(at.lines, at.ahead.wrapping_add(line * LINE));
+                    s.prefetch_near(strips[0].apart, ahead.wrapping_add(*at + line * LINE));
                 }
             }
             let mut codes = [[s.splat_i32(0); 2]; T];
             for t in 0..T {
+                let Strip { apart, tile, part, .. } = strips[t];
+                let (line, shift) = of_tile::<BITS>(tile);
+                let line = apart.wrapping_add(*at + line * LINE + part * (4 * S::LANES));
                 // SAFETY: by the caller's promise.
-                codes[t] = unsafe { unpack::<S, BITS>(s, &self.levels, at.lines, strips[t]) };
+                codes[t] = unsafe { unpack::<S, BITS>(s, &self.levels, line, shift) };
             }
-            for half in 0..2 {
-                for r in 0..R {
-                    let four = queries[r].wrapping_add(at.group * GROUP + half * 4).cast::<i32>();
-                    // SAFETY: the profile has no more groups than the queries (`set_profile`).
-                    let q = s.splat_i32(unsafe { four.read_unaligned() });
-                    for t in 0..T {
-                        acc[t][r] = s.dot_full(acc[t][r], codes[t][half], q);
-                    }
-                }
-            }
-            at.lines = at.lines.wrapping_add(BITS * LINE);
-            at.group += 1;
+            // SAFETY: the profile has no more groups than the queries (`set_profile`).
+            unsafe { meet(s, queries, *group, &codes, acc) };
+            *at += BITS * LINE;
+            *group += 1;
         }
     }
+
+    /// # Safety
+    /// As for `scores`, with the groups of `BITS` bits that lie with their tiles.
+    #[inline(always)]
+    unsafe fn add_others<const T: usize, const BITS: usize>(
+        &self,
+        s: S,
+        queries: &[*const i8; R],
+        (at, group): (&mut usize, &mut usize),
+        profile: Profile,
+        strips: &[Strip; T],
+        acc: &mut [[S::I; R]; T],
+    ) {
+        // Groups that share lines.
+        let shared = if BITS == 2 { 2 } else { 1 };
+        for _ in 0..count_of::<BITS>(profile) / shared {
+            for i in 0..shared {
+                let mut codes = [[s.splat_i32(0); 2]; T];
+                for t in 0..T {
+                    let line = strips[t].lines.wrapping_add(*at + strips[t].part * (4 * S::LANES));
+                    // SAFETY: by the caller's promise.
+                    codes[t] = unsafe { unpack::<S, BITS>(s, &self.levels, line, 4 * i as i32) };
+                }
+                // SAFETY: the profile has no more groups than the queries (`set_profile`).
+                unsafe { meet(s, queries, *group, &codes, acc) };
+                *group += 1;
+            }
+            *at += lines_of::<BITS>() * LINE;
+        }
+    }
+}
+
+/// Adds the products of codes and the group `group` of the bytes of `queries`.
+///
+/// # Safety
+/// The queries have such a group.
+#[inline(always)]
+unsafe fn meet<S: Simd, const R: usize, const T: usize>(
+    s: S,
+    queries: &[*const i8; R],
+    group: usize,
+    codes: &[[S::I; 2]; T],
+    acc: &mut [[S::I; R]; T],
+) {
+    for half in 0..2 {
+        for r in 0..R {
+            let four = queries[r].wrapping_add(group * GROUP + half * 4).cast::<i32>();
+            // SAFETY: by the caller's promise.
+            let q = s.splat_i32(unsafe { four.read_unaligned() });
+            for t in 0..T {
+                acc[t][r] = s.dot_full(acc[t][r], codes[t][half], q);
+            }
+        }
+    }
+}
+
+/// In a group that lies apart: the first line of a tile, and the bit from which its codes are where two tiles share that.
+#[inline(always)]
+pub(super) fn of_tile<const BITS: usize>(tile: usize) -> (usize, i32) {
+    match BITS {
+        8 => (tile * 2, 0),
+        4 => (tile, 0),
+        _ => (tile / 2, (tile % 2 * 4) as i32),
+    }
+}
+
+/// Lines of a tile of one group that lies with it, or of two where they share one.
+#[inline(always)]
+pub(super) const fn lines_of<const BITS: usize>() -> usize {
+    if BITS == 8 { 2 } else { 1 }
 }

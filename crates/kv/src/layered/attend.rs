@@ -17,8 +17,8 @@ use mosaickv_kernels::{AttnState, Isa};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Tiles that one task attends to: as many tokens as 16 pages have.
-const ATTENDED_PER_TASK: u32 = 64;
+/// Tiles that one task attends to: as many tokens as 32 pages have.
+const ATTENDED_PER_TASK: u32 = 128;
 
 /// Pages that one task sketches.
 const SKETCHED_PER_TASK: usize = 256;
@@ -36,7 +36,7 @@ pub(crate) struct Work {
     pub(crate) queries: Queries,
     /// `[R]`: logarithms of the weight of the exact tokens, which sketched weights are relative to.
     pub(crate) shifts: Vec<f32>,
-    /// Of each sketched run of pages, `[R, tiles]`: the tiles' weights.
+    /// `[R, tiles]`: the weights of the tiles that may be left out.
     sketched: Vec<f32>,
     /// What is to be read.
     pub(crate) chosen: select::Chosen,
@@ -115,14 +115,14 @@ impl Lane<'_> {
         reads.resize(runs.len(), 0);
         shifts.clear();
         shifts.extend((0..queries.rows()).map(|r| whole[0].log_sum(r)));
-        let (mut rest, rows, queries) = (&mut sketched[..], queries.rows(), (&*queries, &shifts[..]));
-        let mut tasks = Vec::with_capacity(runs.len());
-        for ((pages, range), read) in runs.into_iter().zip(reads) {
-            let (out, after) = rest.split_at_mut(range.len() * TILES * rows);
-            rest = after;
-            tasks.push(Sketching { queries, pages, range, out, read });
-        }
-        tasks
+        let mut rest: Vec<&mut [f32]> = sketched.chunks_exact_mut(tiles.max(1)).collect();
+        let queries = (&*queries, &shifts[..]);
+        let with_rows = runs.into_iter().zip(reads).map(|((pages, range), read)| {
+            let of_run = rest.iter_mut().map(|row| row.split_off_mut(..range.len() * TILES));
+            let out = of_run.map(|row| row.expect("a row has all runs' tiles")).collect();
+            Sketching { queries, pages, range, out, read }
+        });
+        with_rows.collect()
     }
 
     fn select(&mut self, isa: Isa) {
@@ -132,14 +132,7 @@ impl Lane<'_> {
         match head.settings.select.needed(head.in_pages()) {
             None => chosen.all(pages),
             Some(needed) => {
-                let rows = whole[0].rows();
-                let starts = head.sketched_runs().into_iter().scan(0, |end, (_, range)| {
-                    let start = *end;
-                    *end += range.len() * TILES * rows;
-                    Some(start..*end)
-                });
-                let runs: Vec<&[f32]> = starts.map(|run| &sketched[run]).collect();
-                chosen.some(isa, (&runs, rows), needed, pages);
+                chosen.some(isa, (sketched, whole[0].rows()), needed, pages);
             }
         }
     }
@@ -185,14 +178,14 @@ struct Sketching<'a> {
     queries: (&'a Queries, &'a [f32]),
     pages: &'a Pages,
     range: Range<usize>,
-    /// `[R, tiles]`
-    out: &'a mut [f32],
+    /// `[R, tiles]`, by rows.
+    out: Vec<&'a mut [f32]>,
     read: &'a mut usize,
 }
 
 impl Sketching<'_> {
     fn run(&mut self, isa: Isa) {
-        *self.read = sketch(isa, self.queries, (self.pages, self.range.clone()), self.out);
+        *self.read = sketch(isa, self.queries, (self.pages, self.range.clone()), &mut self.out);
     }
 }
 

@@ -3,7 +3,7 @@
 //! Means, spreads and variances are the prompt's own, so a prompt unlike the calibration's texts takes more bytes but is planned
 //! right. But a plan takes channels for normal and for the same in all tokens. Tokens that count and have much where
 //! the others have next to nothing, a channel of two values, or many elements between a width's last level and its range lose more.
-//! So what the codes really lost is compared with what was planned; where it is out of line, the groups of channels
+//! So a sample of the pages is stored, and what the codes really lose is compared with what was planned; where it is out of line, the groups of channels
 //! that lost more get the variances that would have told, and all is planned once more under the same budget.
 
 use super::plan::{Channels, Head, HeadPlan};
@@ -26,7 +26,7 @@ impl Errors {
         Errors { made: vec![0.0; d / GROUP], planned: vec![0.0; d / GROUP] }
     }
 
-    /// Adds a page of `tokens`, of whose vectors `x` `[T, D]` the codes give `decoded` `[n, D]`.
+    /// Adds a page of `tokens`, of whose vectors `x` `[n, D]` the codes give `decoded` `[n, D]`.
     fn add(
         &mut self,
         (tokens, weights): (&[u32], &[f32]),
@@ -35,8 +35,8 @@ impl Errors {
     ) {
         let d = channels.variances.len();
         let (mut squares, mut weight) = (vec![0.0f32; d], 0.0);
-        for (&t, decoded) in tokens.iter().zip(decoded.chunks_exact(d)) {
-            let (w, x) = (weights[t as usize], &x[t as usize * d..][..d]);
+        for ((&t, decoded), x) in tokens.iter().zip(decoded.chunks_exact(d)).zip(x.chunks_exact(d)) {
+            let w = weights[t as usize];
             weight += w;
             for ((sum, got), want) in squares.iter_mut().zip(decoded).zip(x) {
                 *sum += w * (got - want) * (got - want);
@@ -76,7 +76,7 @@ pub(super) struct Distortion {
 }
 
 impl Distortion {
-    /// Of the plan's pages of `keys` and `values` `[T, D]` over spreads.
+    /// Of the plan's pages of `keys` and `values` `[n, D]` over spreads, in the plan's order.
     pub(super) fn of(
         pages: &Pages,
         (keys, values): (&[f32], &[f32]),
@@ -87,8 +87,9 @@ impl Distortion {
         let planned = plan.order.chunks(PAGE_TOKENS).zip(&plan.pages);
         for (i, (tokens, (of_keys, of_values))) in planned.enumerate() {
             let (k, v) = pages.decode(i);
-            all.keys.add((tokens, &head.weights.keys), (&k, keys), (&head.keys, *of_keys));
-            all.values.add((tokens, &head.weights.values), (&v, values), (&head.values, *of_values));
+            let at = i * PAGE_TOKENS * d;
+            all.keys.add((tokens, &head.weights.keys), (&k, &keys[at..]), (&head.keys, *of_keys));
+            all.values.add((tokens, &head.weights.values), (&v, &values[at..]), (&head.values, *of_values));
         }
         all
     }
@@ -115,7 +116,7 @@ pub(crate) fn is_out_of_line(ratio: f32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::encode::{channels, push};
+    use super::super::encode::{channels, gathered, push};
     use super::super::importance::Weights;
     use super::super::plan::plan;
     use super::*;
@@ -181,7 +182,8 @@ mod tests {
         (x, _): &(Vec<f32>, Vec<f16>),
         head: &Head,
     ) -> Distortion {
-        Distortion::of(pages, (x, x), (head, plan))
+        let x = gathered(x, &plan.order, D);
+        Distortion::of(pages, (&x, &x), (head, plan))
     }
 
     /// What the errors of keys really weigh.

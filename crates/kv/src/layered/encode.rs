@@ -1,5 +1,5 @@
-//! A prompt of all layers becomes pages: statistics of each head, one plan, then the codes, and a second time where a
-//! head turned out [worse than planned](super::distortion).
+//! A prompt of all layers becomes pages: statistics of each head, one plan, tried out on a sample of its pages, a second plan where a
+//! head turned out [worse than planned](super::distortion), then the codes.
 
 use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};
@@ -78,26 +78,18 @@ pub(crate) fn compress(
         }
     }
     let scales: Vec<Arc<Scales>> = scales.into_iter().map(Arc::new).collect();
-    let share = |heads: &[Head]| share(pool, &jobs, heads, budget);
-    let mut stored: Vec<_> = share(&heads).into_iter().map(|stored| (stored, None)).collect();
-    pool.for_each(&mut stored, |i, (stored, made)| {
-        *made = Some(jobs[i].encode(&scales[i], stored, &heads[i], settings));
-    });
-    if fall_back(&stored, &mut heads) {
-        let again = share(&heads);
-        pool.for_each(&mut stored, |i, (before, made)| {
-            if let Some((head, _)) = made
-                && again[i] != *before
-            {
-                let distortion = head.distortion;
-                *head = LayeredHead {
-                    distortion,
-                    ..jobs[i].encode(&scales[i], &again[i], &heads[i], settings).0
-                };
-            }
-        });
+    let mut stored = share(pool, &jobs, &heads, budget);
+    let mut tried: Vec<Option<Distortion>> = vec![None; jobs.len()];
+    pool.for_each(&mut tried, |i, out| *out = Some(jobs[i].try_out(&scales[i], &stored[i].1, &heads[i])));
+    let tried: Vec<Distortion> = tried.into_iter().flatten().collect();
+    if fall_back(&tried, &mut heads) {
+        stored = share(pool, &jobs, &heads, budget);
     }
-    let mut made = stored.into_iter().filter_map(|(_, made)| made).map(|(head, _)| head);
+    let mut made: Vec<Option<LayeredHead>> = jobs.iter().map(|_| None).collect();
+    pool.for_each(&mut made, |i, made| {
+        *made = Some(jobs[i].encode(&scales[i], &stored[i], (tried[i].ratios(), settings)));
+    });
+    let mut made = made.into_iter().flatten();
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
 }
 
@@ -114,23 +106,22 @@ fn share(pool: &Pool, jobs: &[Job], heads: &[Head], budget: f32) -> Vec<Stored> 
     windows.into_iter().zip(plan(pool, heads, budget - fixed as f32)).collect()
 }
 
-/// Whether a head is stored so much worse than planned that all must be planned once more, with what is now known of it.
-fn fall_back(stored: &[(Stored, Option<(LayeredHead, Distortion)>)], heads: &mut [Head]) -> bool {
+/// Whether a head would be stored so much worse than planned that all must be planned once more, with what is now known of it.
+fn fall_back(tried: &[Distortion], heads: &mut [Head]) -> bool {
     let (mut count, mut worst) = (0, (0.0, 0));
-    for ((_, made), head) in stored.iter().zip(&mut *heads) {
-        let Some((made, distortion)) = made else { continue };
-        let ratio = made.distortion.into_iter().fold(0.0, f32::max);
+    for (i, (distortion, head)) in tried.iter().zip(&mut *heads).enumerate() {
+        let ratio = distortion.ratios().into_iter().fold(0.0, f32::max);
         if is_out_of_line(ratio) {
             distortion.amend(head);
             count += 1;
-            worst = if ratio > worst.0 { (ratio, made.index) } else { worst };
+            worst = if ratio > worst.0 { (ratio, i) } else { worst };
         }
     }
     if count > 0 {
         let (ratio, index) = worst;
         let all = heads.len();
         tracing::info!(
-            "{count} of {all} heads fall back to safer profiles: their errors weigh up to {ratio:.1} times what was planned (head {index})"
+            "{count} of {all} heads fall back to safer profiles: their errors would weigh up to {ratio:.1} times what was planned (head {index})"
         );
     }
     count > 0
@@ -229,14 +220,28 @@ impl Job<'_> {
         (Scales { numbers: numbers.into_boxed_slice() }, head)
     }
 
-    /// The head as it is to be stored, and what its errors weigh where `observed` tells what tokens and channels do.
+    /// What errors weigh in a sample of the plan's pages, where `observed` tells what tokens and channels do.
+    fn try_out(&self, scales: &Scales, plan: &HeadPlan, observed: &Head) -> Distortion {
+        let (d, sample) = (self.shape.head_dim, plan.sample());
+        let (keys, values) = self.rows();
+        let first = self.middle().start;
+        let gather = |x: &[f32]| gathered(&x[first * d..], &sample.order, d);
+        let (keys, values) = scales.coordinates(self.matrices(), &gather(&keys), &gather(&values));
+        let mut pages = Pages::new(d);
+        let of_pages = keys.chunks(PAGE_TOKENS * d).zip(values.chunks(PAGE_TOKENS * d));
+        for (page, profiles) in of_pages.zip(&sample.pages) {
+            pages.push(page, *profiles);
+        }
+        Distortion::of(&pages, (&keys, &values), (observed, &sample))
+    }
+
+    /// The head as it is to be stored.
     fn encode(
         &self,
         scales: &Arc<Scales>,
         (profiles, plan): &Stored,
-        observed: &Head,
-        settings: Layered,
-    ) -> (LayeredHead, Distortion) {
+        (distortion, settings): ([f32; 2], Layered),
+    ) -> LayeredHead {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
         let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
@@ -251,7 +256,7 @@ impl Job<'_> {
             window: Segment::empty(d),
             profiles: *profiles,
             rate: plan.bytes / self.middle().len() as f32,
-            distortion: [1.0; 2],
+            distortion,
             asked: Asked::default(),
             stay: self.newest.stay as u8,
             settings,
@@ -260,13 +265,11 @@ impl Job<'_> {
         let middle = self.middle();
         let buffered = keys.len() - self.newest.buffered * d;
         head.fill(&keys[buffered..], &values[buffered..]);
-        let (keys, values) =
-            head.coordinates(&keys[middle.start * d..buffered], &values[middle.start * d..buffered]);
+        let rest = middle.start * d..buffered;
+        let (keys, values) = scales.coordinates(self.matrices(), &keys[rest.clone()], &values[rest]);
         let mut pages = Pages::new(d);
         push(&mut pages, (&keys, &values), plan);
         pages.shrink();
-        let distortion = Distortion::of(&pages, (&keys, &values), (observed, plan));
-        head.distortion = distortion.ratios();
         let mut window = Pages::new(d);
         let after = middle.len() * d;
         let of_page = PAGE_TOKENS * d;
@@ -279,21 +282,23 @@ impl Job<'_> {
         window.shrink();
         head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
         head.window = Arc::new(Segment { pages: window, dropped: 0 });
-        (head, distortion)
+        head
     }
 }
 
 /// Adds the plan's pages of `keys` and `values` `[T, D]` over spreads.
 pub(super) fn push(pages: &mut Pages, (keys, values): (&[f32], &[f32]), plan: &HeadPlan) {
     let d = pages.head_dim();
-    let gather = |x: &[f32], tokens: &[u32]| -> Vec<f32> {
-        let mut out = Vec::with_capacity(tokens.len() * d);
-        tokens.iter().for_each(|&t| out.extend_from_slice(&x[t as usize * d..][..d]));
-        out
-    };
     for (tokens, profiles) in plan.order.chunks(PAGE_TOKENS).zip(&plan.pages) {
-        pages.push((&gather(keys, tokens), &gather(values, tokens)), *profiles);
+        pages.push((&gathered(keys, tokens, d), &gathered(values, tokens, d)), *profiles);
     }
+}
+
+/// The rows of some tokens among those of `x` `[T, D]`.
+pub(super) fn gathered(x: &[f32], tokens: &[u32], d: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(tokens.len() * d);
+    tokens.iter().for_each(|&t| out.extend_from_slice(&x[t as usize * d..][..d]));
+    out
 }
 
 /// Means and spreads of the channels of `x` `[T, D]`, appended to `numbers`, and what is left, as which `x` returns.

@@ -8,7 +8,7 @@
 
 use super::importance::Weights;
 use mosaickv_kernels::Pool;
-use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
+use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, SKETCH, Width};
 
 /// A token is dropped from a head if keeping it costs this many times what its loss would.
 const MARGIN: f32 = 4.0;
@@ -18,6 +18,9 @@ const LEVELS: i32 = 24;
 
 /// Tokens of like importance that are ordered among each other by what their keys weigh against their values.
 const RUN: usize = 12 * PAGE_TOKENS;
+
+/// Share of the budget that may be left over.
+const FILLED: f32 = 0.005;
 
 /// Steps of the search at most; the bytes are then within a thousandth of the budget, or no lambda comes nearer.
 const STEPS: usize = 24;
@@ -53,30 +56,64 @@ pub(crate) struct HeadPlan {
     pub(crate) bytes: f32,
 }
 
+impl HeadPlan {
+    /// The pages by which a plan is tried out: the first four, whose tokens count most, and every eighth.
+    pub(super) fn sample(&self) -> HeadPlan {
+        let is_in = |page: usize| page < 4 || page.is_multiple_of(8);
+        let chosen = || (0..self.pages.len()).filter(|&page| is_in(page));
+        let tokens = |page: usize| self.order.chunks(PAGE_TOKENS).nth(page).into_iter().flatten();
+        HeadPlan {
+            order: chosen().flat_map(tokens).copied().collect(),
+            pages: chosen().map(|page| self.pages[page]).collect(),
+            bytes: 0.0,
+        }
+    }
+}
+
 /// The plan of all heads for about `budget` bytes of pages and escapes: never more if a plan without any bits fits.
 pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     let mut drafts: Vec<(Draft, HeadPlan)> =
         heads.iter().map(|_| (Draft::default(), HeadPlan::default())).collect();
     pool.for_each(&mut drafts, |i, (draft, _)| *draft = Draft::new(&heads[i]));
-    search(budget, |lambda| {
+    let mut plan_at = |lambda: f32| {
         pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
         drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
-    });
-    drafts.into_iter().map(|(_, plan)| plan).collect()
+    };
+    let (below, above) = search(budget, &mut plan_at);
+    let left = budget - plan_at(above);
+    let take = |drafts: &mut [(Draft, HeadPlan)]| -> Vec<HeadPlan> {
+        drafts.iter_mut().map(|(_, plan)| std::mem::take(plan)).collect()
+    };
+    let mut plans = take(&mut drafts);
+    if left > FILLED * budget {
+        pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], below));
+        fill(&mut plans, take(&mut drafts), left);
+    }
+    plans
 }
 
-/// Calls `bytes_at` with different lambdas, last with one that takes about `budget` bytes.
-fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) {
+/// Where many tokens weigh exactly alike all of them go or stay at one lambda, and no plan at one lambda is near the budget: as many heads as
+/// `left` bytes are enough for get their `larger` plan.
+fn fill(plans: &mut [HeadPlan], larger: Vec<HeadPlan>, mut left: f32) {
+    for (plan, larger) in plans.iter_mut().zip(larger) {
+        let more = larger.bytes - plan.bytes;
+        if more > 0.0 && more <= left {
+            left -= more;
+            *plan = larger;
+        }
+    }
+}
+
+/// Calls `bytes_at` with different lambdas. Returns the highest one that takes more than `budget` bytes, and the lowest that takes no more.
+fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) -> (f32, f32) {
     let budget = budget.max(1.0);
     // Logarithms of lambda, and of the bytes there over the budget: bytes fall as lambda rises.
     let (mut low, mut high) = ((1e-30f32.ln(), 9.0), (1e10f32.ln(), -9.0));
-    let mut last = None;
     for step in 0..STEPS {
         // Bytes go about like a power of lambda between; but where one end stays, halves get there.
         let share: f32 = if step < 3 || step % 3 == 2 { 0.5 } else { low.1 / (low.1 - high.1) };
         let middle = low.0 + share.clamp(0.02, 0.98) * (high.0 - low.0);
         let over = (bytes_at(middle.exp()) / budget).ln().clamp(-9.0, 9.0);
-        last = Some(middle);
         if over > 0.0 {
             low = (middle, over);
             continue;
@@ -86,9 +123,7 @@ fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) {
             break;
         }
     }
-    if last != Some(high.0) {
-        bytes_at(high.0.exp());
-    }
+    (low.0.exp(), high.0.exp())
 }
 
 fn mean_of(x: &[f32]) -> f32 {
@@ -117,15 +152,15 @@ impl Family {
     fn of_keys(channels: &Channels) -> Family {
         // A score that is off by a normal error of variance x multiplies its weight by e^error: the mean square of
         // what that adds.
-        Family::new(channels, |x| (2.0 * x).min(40.0).exp() - 2.0 * (0.5 * x).min(20.0).exp() + 1.0)
+        Family::new(channels, SKETCH, |x| (2.0 * x).min(40.0).exp() - 2.0 * (0.5 * x).min(20.0).exp() + 1.0)
     }
 
     fn of_values(channels: &Channels) -> Family {
-        Family::new(channels, |x| x)
+        Family::new(channels, 0, |x| x)
     }
 
-    /// `loss_of` turns a variance of errors into what it costs.
-    fn new(channels: &Channels, loss_of: impl Fn(f32) -> f32) -> Family {
+    /// `loss_of` turns a variance of errors into what it costs; 2-bit groups come in pairs but for the first `apart`.
+    fn new(channels: &Channels, apart: usize, loss_of: impl Fn(f32) -> f32) -> Family {
         let mut sums: Vec<f32> = channels.variances.chunks(GROUP).map(|group| group.iter().sum()).collect();
         let total: f32 = sums.iter().sum();
         let own = sums.clone();
@@ -139,26 +174,29 @@ impl Family {
         for level in 0..2 * LEVELS {
             let water = 2.0 * top * (-0.5 * level as f32).exp2();
             let mut profile = Profile::default();
-            let (mut error, mut escapes) = (total, 0.0);
-            for (g, sum) in sums.iter().enumerate() {
+            for sum in &sums {
                 let cost = |width: Width| sum / GROUP as f32 * width.loss() + water * width.bits() as f32;
                 let best =
                     Width::ALL.into_iter().min_by(|a, b| cost(*a).total_cmp(&cost(*b))).expect("three");
                 if cost(best) >= sum / GROUP as f32 {
                     break;
                 }
-                let (count, index) = match best {
-                    Width::Two => (&mut profile.two, 0),
-                    Width::Four => (&mut profile.four, 1),
-                    Width::Eight => (&mut profile.eight, 2),
-                };
-                *count += 1;
-                error -= own[g] * (1.0 - best.loss());
-                escapes += channels.escapes[g][index];
+                *match best {
+                    Width::Two => &mut profile.two,
+                    Width::Four => &mut profile.four,
+                    Width::Eight => &mut profile.eight,
+                } += 1;
             }
-            let bytes = (profile.bits() * PAGE_TOKENS) as f32 / 8.0
-                + escapes * (GROUP * PAGE_TOKENS * Pages::BYTES_OF_ESCAPE) as f32;
-            choices.push(Choice { profile, bytes, loss: loss_of(error.max(0.0)) });
+            for profile in profile.paired(sums.len(), apart) {
+                let (mut error, mut escapes) = (total, 0.0);
+                for ((width, own), escapes_of) in profile.widths().zip(&own).zip(&channels.escapes) {
+                    error -= own * (1.0 - width.loss());
+                    escapes += escapes_of[width as usize];
+                }
+                let bytes = (profile.bits() * PAGE_TOKENS) as f32 / 8.0
+                    + escapes * (GROUP * PAGE_TOKENS * Pages::BYTES_OF_ESCAPE) as f32;
+                choices.push(Choice { profile, bytes, loss: loss_of(error.max(0.0)) });
+            }
         }
         Family::hull(choices)
     }
@@ -281,6 +319,19 @@ mod tests {
             values: channels,
             weights: Weights { keys: weights.clone(), values: weights },
             guarded: (0..tokens).map(|t| t % 3 == 0).collect(),
+        }
+    }
+
+    /// Nobody was asked for any token.
+    #[test]
+    fn tokens_that_weigh_alike_fill_the_budget() {
+        let heads = vec![head(640); 40];
+        let all: f32 = plan(&Pool::new(2), &heads, 1e9).iter().map(|plan| plan.bytes).sum();
+        for share in [0.02, 0.05, 0.1, 0.2, 0.4, 0.8] {
+            let plans = plan(&Pool::new(2), &heads, share * all);
+            let bytes: f32 = plans.iter().map(|plan| plan.bytes).sum();
+            println!("{bytes} of {}", share * all);
+            assert!(bytes <= share * all && bytes > 0.97 * share * all, "{bytes} of {}", share * all);
         }
     }
 

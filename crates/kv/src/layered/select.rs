@@ -85,8 +85,6 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
 pub(crate) struct Chosen {
     /// Of the head's segments.
     visits: [Vec<(u32, u8)>; 4],
-    /// Weights of all tiles, `[R, N]`.
-    rows: Vec<f32>,
     /// `[N]`
     wanted: Vec<f32>,
 }
@@ -106,35 +104,35 @@ impl Chosen {
         }
     }
 
-    /// Those of the sketched tiles that are `needed`, and all of the newest. `sketched` are the runs' weights, `[R, tiles]` of
-    /// each, over that of what is attended to without pages.
+    /// Those of the sketched tiles that are `needed`, and all of the newest. `sketched` are the weights of the prompt's and the tail's tiles
+    /// `[R, N]`, over that of what is attended to without pages.
     pub(super) fn some(
         &mut self,
         isa: Isa,
-        (sketched, rows): (&[&[f32]], usize),
+        (sketched, rows): (&[f32], usize),
         needed: Needed,
         [of_prompt, of_tail, of_leaving, of_window]: [usize; 4],
     ) {
         let tiles = (of_prompt + of_tail) * TILES;
-        self.rows.clear();
-        for r in 0..rows {
-            for run in sketched {
-                let tiles = run.len() / rows;
-                self.rows.extend_from_slice(&run[r * tiles..][..tiles]);
-            }
-        }
         self.wanted.resize(tiles, 0.0);
-        wanted(isa, (&self.rows, rows), needed, &mut self.wanted);
+        wanted(isa, (sketched, rows), needed, &mut self.wanted);
         let cut = cut(isa, &self.wanted, bounds(tiles));
         let [prompt, tail, newest @ ..] = &mut self.visits;
         prompt.clear();
         tail.clear();
-        for (page, wanted) in self.wanted.chunks_exact(TILES).enumerate() {
-            let mask = wanted.iter().rev().fold(0, |mask, w| mask << 1 | u8::from(*w >= cut));
-            match page.checked_sub(of_prompt) {
-                _ if mask == 0 => {}
-                None => prompt.push((page as u32, mask)),
-                Some(page) => tail.push((page as u32, mask)),
+        // Few are chosen: bits of as many pages as fit are made without a branch.
+        for (i, of_pages) in self.wanted.chunks(32).enumerate() {
+            let bits = of_pages.iter().enumerate().map(|(i, wanted)| u32::from(*wanted >= cut) << i);
+            let mut bits = bits.fold(0, |all, bit| all | bit);
+            while bits != 0 {
+                let shift = bits.trailing_zeros() / TILES as u32 * TILES as u32;
+                let page = (i * 32 + shift as usize) / TILES;
+                let mask = (bits >> shift) as u8 & ALL_TILES;
+                match page.checked_sub(of_prompt) {
+                    None => prompt.push((page as u32, mask)),
+                    Some(page) => tail.push((page as u32, mask)),
+                }
+                bits &= !(u32::from(ALL_TILES) << shift);
             }
         }
         for (visits, pages) in newest.iter_mut().zip([of_leaving, of_window]) {

@@ -106,7 +106,8 @@ impl LayeredHead {
     fn seal(&mut self) {
         let buffer = self.buffer.take().expect("a full buffer");
         let (keys, values) = crate::packed::rows(&[&buffer]);
-        let (keys, values) = self.coordinates(&keys, &values);
+        let of_head = &self.calibration.heads[self.index];
+        let (keys, values) = self.scales.coordinates(of_head, &keys, &values);
         let pages = &mut Arc::make_mut(&mut self.window).pages;
         let (mut of_page, mut values_of_page) = pages.pop().unwrap_or_default();
         let d = pages.head_dim();

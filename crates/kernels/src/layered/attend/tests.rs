@@ -2,8 +2,9 @@
 
 use super::super::oracle;
 use super::super::score::sketch;
-use super::super::tests::normal;
+use super::super::tests::{normal, storable};
 use super::*;
+use std::ops::Range;
 
 const WIDTHS: [usize; 4] = [16, 64, 80, 128];
 const ROWS: [usize; 6] = [1, 2, 3, 4, 5, 8];
@@ -25,7 +26,7 @@ fn pages(d: usize) -> Pages {
         k[(i * 7) % (tokens * d)] = 7.5;
         v[(i * 31) % (tokens * d)] = -9.25;
         v[tokens * d - d] = 6.0;
-        pages.push((&k, &v), (profiles[i % 6], profiles[(i * 5 + i / 6 + 3) % 6]));
+        pages.push((&k, &v), storable(d, (profiles[i % 6], profiles[(i * 5 + i / 6 + 3) % 6])));
     }
     pages
 }
@@ -188,7 +189,7 @@ fn runs_longer_than_what_is_summed_up_at_once() {
     let mut pages = Pages::new(d);
     let profile = Profile { eight: 1, four: 0, two: 1 };
     for i in 0..2 * RUN as u64 + 5 {
-        pages.push((&normal(i, 3 * d), &normal(i + 500, 3 * d)), (profile, profile));
+        pages.push((&normal(i, 3 * d), &normal(i + 500, 3 * d)), storable(d, (profile, profile)));
     }
     let (q, offsets) = queries(d, 6, 3.0);
     let visits: Vec<_> = (0..pages.pages.len() as u32).map(|page| (page, ALL_TILES)).collect();
@@ -214,7 +215,9 @@ fn a_sketch_is_the_weights_by_the_first_groups() {
                 let stride = range.len() * TILES;
                 let mut out = vec![f32::NAN; rows * stride];
                 let shifts: Vec<f32> = (0..rows).map(|r| r as f32 - 2.0).collect();
-                sketch(isa, (&queries, &shifts), (&pages, range.clone()), &mut out);
+                let mut by_rows: Vec<&mut [f32]> = out.chunks_exact_mut(stride.max(1)).collect();
+                by_rows.resize_with(rows, || &mut []);
+                sketch(isa, (&queries, &shifts), (&pages, range.clone()), &mut by_rows);
                 for (at, got) in out.iter().enumerate() {
                     let (r, index, tile) = (at / stride, range.start + at % stride / TILES, at % TILES);
                     let want = oracle::sketch(&queries, (r, f64::from(shifts[r])), &pages, index)[tile];
@@ -236,8 +239,8 @@ fn sketched_weights_stay_numbers_whatever_the_scores() {
     for &isa in Isa::available() {
         let queries = Queries::new(isa, &q, &[1e6, -1e6]);
         let mut out = vec![f32::NAN; 2 * 9 * TILES];
-        sketch(isa, (&queries, &[0.0; 2]), (&pages, 0..9), &mut out);
-        let (heavy, light) = out.split_at(9 * TILES);
+        let (heavy, light) = out.split_at_mut(9 * TILES);
+        sketch(isa, (&queries, &[0.0; 2]), (&pages, 0..9), &mut [&mut *heavy, &mut *light]);
         assert!(heavy.iter().all(|w| (0.0..2e27).contains(w)) && heavy[0] > 1e26, "{isa:?}: {heavy:?}");
         assert!(light.iter().all(|w| (0.0..1e-36).contains(w)), "{isa:?}: {light:?}");
     }
