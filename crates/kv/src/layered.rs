@@ -39,10 +39,6 @@ pub use target::{ByteCount, Target};
 /// First tokens of a sequence, always exact and always attended to.
 pub(crate) const SINKS: usize = 4;
 
-/// Tokens of a prompt below which it stays exact: a step is not faster with fewer, and what is kept of the newest tokens
-/// would be most of the bytes.
-const LEAST_TOKENS: usize = 2048;
-
 /// Our own format.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Layered {
@@ -52,6 +48,12 @@ pub struct Layered {
     pub drop: Dropping,
     /// What a decode step reads.
     pub select: Select,
+}
+
+impl Layered {
+    /// Tokens of a prompt below which it stays exact: a step is not faster with fewer, and what is kept of the newest tokens
+    /// would be most of the bytes.
+    pub const LEAST_TOKENS: usize = 2048;
 }
 
 /// Which tokens of a prompt may have no bits in which heads.
@@ -214,5 +216,5 @@ fn fine(d: usize) -> Profile {
 
 /// Whether a prompt of this many tokens is compressed.
 pub(crate) fn is_worth_it(head: &ExactHead) -> bool {
-    head.tokens() >= LEAST_TOKENS
+    head.tokens() >= Layered::LEAST_TOKENS
 }

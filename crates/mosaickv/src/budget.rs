@@ -26,22 +26,29 @@ pub struct BudgetArgs {
 }
 
 impl BudgetArgs {
-    /// The format that was asked for; `default` if none was, and no budget either.
-    pub fn format(self, asked: Option<KvFormat>, default: KvFormat) -> Result<KvFormat> {
-        let layered = KvFormat::Layered(Layered::default());
-        let format = asked.unwrap_or(if self.kv_budget.is_some() { layered } else { default });
+    /// The format that was asked for, `layered` if none was.
+    pub fn format(self, asked: Option<KvFormat>) -> Result<KvFormat> {
+        let format = asked.unwrap_or(KvFormat::Layered(Layered::default()));
         if let (Some(flag), false) = (self.flag(), is_layered(&format)) {
-            bail!(
-                "{flag} is for the layered format, and --kv (or MOSAICKV_KV, or the default) is {format}; make it \
-                 layered"
-            );
+            bail!("{flag} is for the layered format, and --kv (or MOSAICKV_KV) is {format}; make it layered");
         }
         self.applied_to(format)
     }
 
-    /// The same of several formats, by default `exact` and another: every layered one gets the budget, and there must be one.
-    pub fn formats(self, asked: Option<&KvFormats>, default: KvFormat) -> Result<Vec<KvFormat>> {
-        let Some(asked) = asked else { return Ok(vec![KvFormat::Exact, self.format(None, default)?]) };
+    /// The same where `bytes` of text are all that will be read: without a format or a flag `exact` for a text that
+    /// `layered` would leave exact, so that no calibration is made for it.
+    pub fn format_for(self, asked: Option<KvFormat>, bytes: usize) -> Result<KvFormat> {
+        // A token is at least a byte; what a chat's template adds is less than this.
+        let is_short = bytes + 256 < Layered::LEAST_TOKENS;
+        if asked.is_none() && self.flag().is_none() && is_short {
+            return Ok(KvFormat::Exact);
+        }
+        self.format(asked)
+    }
+
+    /// The same of several formats, by default `exact` and `layered`: every layered one gets the budget, and there must be one.
+    pub fn formats(self, asked: Option<&KvFormats>) -> Result<Vec<KvFormat>> {
+        let Some(asked) = asked else { return Ok(vec![KvFormat::Exact, self.format(None)?]) };
         if let (Some(flag), false) = (self.flag(), asked.0.iter().any(is_layered)) {
             bail!("{flag} is for the layered format, and --kv {asked} has none; add layered");
         }

@@ -8,7 +8,7 @@ use crate::calibrate::load_for;
 use crate::fetch::{self, ALIAS};
 use anyhow::{Result, bail};
 use clap::Args;
-use mosaickv_kv::{KvFormat, Packed};
+use mosaickv_kv::KvFormat;
 use std::io::{self, Write};
 
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
@@ -27,7 +27,7 @@ pub struct DemoArgs {
     model: String,
     #[command(flatten)]
     threads: ThreadArgs,
-    /// The compressed cache to show beside the exact one [default: packed]
+    /// The compressed cache to show beside the exact one [default: layered]
     #[arg(long)]
     kv: Option<KvFormat>,
     #[command(flatten)]
@@ -35,9 +35,9 @@ pub struct DemoArgs {
 }
 
 pub fn demo(args: &DemoArgs) -> Result<()> {
-    let compressed = args.budget.format(args.kv, KvFormat::Packed(Packed::default()))?;
+    let compressed = args.budget.format(args.kv)?;
     if compressed == KvFormat::Exact {
-        bail!("--kv exact would compare the exact cache with itself; leave it out, or give packed:...");
+        bail!("--kv exact would compare the exact cache with itself; leave it out, or give layered:4");
     }
     let pool = args.threads.pool();
     let (model, text) = load_for((&fetch::resolve(&args.model)?, None), &pool, &[compressed])?;

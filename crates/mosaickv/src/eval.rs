@@ -52,8 +52,8 @@ pub fn eval(command: &EvalCommand) -> Result<()> {
 struct RunArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// KV formats to compare, separated by commas, such as exact,packed,packed:kept=0.5,q8_0,kivi4,snapkv
-    #[arg(long, default_value = "exact,packed", value_name = "FORMATS")]
+    /// KV formats to compare, separated by commas, such as exact,layered,layered:4,packed,q8_0,kivi4,snapkv
+    #[arg(long, default_value = "exact,layered", value_name = "FORMATS")]
     kv: KvFormats,
     /// Where results go, one JSON object a line; an interrupted run goes on from there
     /// [default: eval-SUITE-DIGEST.jsonl]

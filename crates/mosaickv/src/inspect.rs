@@ -9,7 +9,7 @@ use crate::{ModelArgs, read_document};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use mosaickv_eval::report::{mosaic, profiles};
-use mosaickv_kv::{KvCache, KvFormat, Packed};
+use mosaickv_kv::{KvCache, KvFormat};
 use mosaickv_model::{Sequence, Specials};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ pub struct InspectArgs {
     /// The text to read
     #[arg(long, value_name = "DOC")]
     file: PathBuf,
-    /// A packed format (smaller segments show more), or layered [default: packed]
+    /// A layered format, or a packed one (smaller segments show more) [default: layered]
     #[arg(long, env = "MOSAICKV_KV")]
     kv: Option<KvFormat>,
     #[command(flatten)]
@@ -42,7 +42,7 @@ pub struct InspectArgs {
 }
 
 pub fn inspect(args: &InspectArgs) -> Result<()> {
-    let format = args.budget.format(args.kv, KvFormat::Packed(Packed::default()))?;
+    let format = args.budget.format(args.kv)?;
     ensure!(
         matches!(format, KvFormat::Packed(_) | KvFormat::Layered(_)),
         "--kv {format}: only packed and layered formats choose anything; name one of them"

@@ -26,9 +26,9 @@ use std::process::ExitCode;
 #[command(name = "mosaickv", version, about, long_about = None)]
 #[command(after_help = "Examples:\n  \
     mosaickv demo\n  \
-    mosaickv run --model smollm2-135m --file report.txt --kv packed \"What was decided?\"\n  \
-    mosaickv eval kl --model smollm2-135m --text novel.txt --kv exact,packed,q8_0\n  \
-    mosaickv bench attention --context 4096,32768 --kv exact,packed")]
+    mosaickv run --model smollm2-135m --file report.txt \"What was decided?\"\n  \
+    mosaickv eval kl --model smollm2-135m --text novel.txt --kv exact,layered,q8_0\n  \
+    mosaickv bench attention --context 4096,32768 --kv exact,layered")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -55,7 +55,7 @@ enum Command {
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
     mosaickv run --model smollm2-135m \"Name three rivers.\"\n  \
-    mosaickv run --model ./model.gguf --file book.txt --kv packed \"Who is the captain?\"\n  \
+    mosaickv run --model ./model.gguf --file book.txt --kv layered:4 \"Who is the captain?\"\n  \
     mosaickv run --model ./model.gguf --file book.txt --kv-budget 24MB \"Who is the captain?\"\n  \
     mosaickv run --model ./Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
 struct RunArgs {
@@ -66,7 +66,7 @@ struct RunArgs {
     file: Option<PathBuf>,
     /// How keys and values are kept: exact, layered (or layered:4, for a quarter of the bytes, or layered:24MB; layered@all reads all of it at every step), packed, or packed with some of kept=0.25,group=1,block=8,selected=0.1
     /// (kept, group and block are chosen segment by segment unless given), segment=65536, loss=0.25, grouping=0.01,
-    /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2 [default: exact]
+    /// spread=0.4, close=512; and, to compare with, quest, strawman, snapkv, q8_0, q4_0, kivi4, kivi2 [default: layered; exact if document and question are too short to be compressed]
     #[arg(long, env = "MOSAICKV_KV")]
     kv: Option<KvFormat>,
     #[command(flatten)]
@@ -161,8 +161,9 @@ fn run(args: &RunArgs) -> Result<()> {
     if args.question.trim().is_empty() {
         bail!("the question is empty; write it as the last argument, in quotes");
     }
-    let format = args.budget.format(args.kv, KvFormat::Exact)?;
     let document = args.file.as_deref().map(read_document).transpose()?;
+    let bytes = document.as_ref().map_or(0, String::len) + args.question.len();
+    let format = args.budget.format_for(args.kv, bytes)?;
     let pool = args.model.threads.pool();
     let (model, text) = args.model.load(&pool, &[format])?;
     let asked = answer::Asked {

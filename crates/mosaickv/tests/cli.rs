@@ -96,8 +96,8 @@ fn budgets_that_cannot_be() {
     run(&["--kv-budget", "24XB"], &["24XB", "kB, MB, GB, KiB, MiB or GiB"]);
     run(&["--kv", "packed", "--kv-budget", "24MB"], &["packed", "make it layered"]);
     run(&["--kv", "layered:4", "--kv-budget", "24MB"], &["two budgets"]);
-    run(&["--allow-drop"], &["--allow-drop is for the layered format", "exact"]);
-    run(&["--select", "mass=0.99"], &["--select is for the layered format", "exact"]);
+    run(&["--kv", "exact", "--allow-drop"], &["--allow-drop is for the layered format", "exact"]);
+    run(&["--kv", "exact", "--select", "mass=0.99"], &["--select is for the layered format", "exact"]);
     run(&["--select", "mass=2"], &["mass=2", "between 0 and 1"]);
     run(&["--kv", "layered@mass=0.9", "--select", "mass=0.99"], &["two selections"]);
     run(&["--kv", "layered:drop=all"], &["drop=all", "guarded or any"]);

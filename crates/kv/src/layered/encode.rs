@@ -6,9 +6,7 @@ use super::distortion::{Distortion, is_out_of_line};
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
 use super::window::Newest;
-use super::{
-    Calibration, Dropping, HeadCalibration, LEAST_TOKENS, Layered, LayeredHead, SINKS, Scales, Segment, fine,
-};
+use super::{Calibration, Dropping, HeadCalibration, Layered, LayeredHead, SINKS, Scales, Segment, fine};
 use crate::KvShape;
 use crate::exact::ExactHead;
 use crate::packed::rows;
@@ -45,7 +43,7 @@ pub(crate) fn compress(
     (settings, others): (Layered, usize),
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
-    assert!(tokens >= LEAST_TOKENS, "a prompt of {tokens} tokens, wanted at least {LEAST_TOKENS}");
+    assert!(tokens >= Layered::LEAST_TOKENS, "a prompt of {tokens} tokens: too few");
     let heads = prompts.len() * shape.kv_heads;
     let exact = heads * tokens * shape.head_dim * 2 * size_of::<f16>();
     let budget = settings.target.budget(exact, others);

@@ -69,7 +69,7 @@ pub struct AttentionArgs {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: Vec<u16>,
     /// KV formats, one or several, as for run
-    #[arg(long, default_value = "exact,packed")]
+    #[arg(long, default_value = "exact,layered")]
     kv: KvFormats,
     /// Timed rounds of each format
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u16).range(1..))]

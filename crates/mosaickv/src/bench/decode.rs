@@ -8,7 +8,7 @@ use crate::budget::{self, BudgetArgs};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat, KvFormats, Packed, Timing};
+use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
 use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
@@ -22,7 +22,7 @@ const TEXT: &str = include_str!("../../demo/document.txt");
 #[command(
     after_help = "Columns: TBT is the time between tokens, a step of all sequences; attention its share; flush the part \
     of a step in which one sequence packs the oldest tokens of full update buffers.\n\nExamples:\n  \
-    mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,packed --json\n  \
+    mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,layered --json\n  \
     mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4"
 )]
 pub struct DecodeArgs {
@@ -32,7 +32,7 @@ pub struct DecodeArgs {
     /// next to nothing but the weights
     #[arg(long, value_delimiter = ',', default_values_t = [512, 2048, 8192])]
     depth: Vec<usize>,
-    /// KV formats, one or several, as for run [default: exact,packed; with --kv-budget exact,layered]
+    /// KV formats, one or several, as for run [default: exact,layered]
     #[arg(long)]
     kv: Option<KvFormats>,
     #[command(flatten)]
@@ -82,7 +82,7 @@ struct Row {
 
 pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
-    let formats = args.budget.formats(args.kv.as_ref(), KvFormat::Packed(Packed::default()))?;
+    let formats = args.budget.formats(args.kv.as_ref())?;
     let (model, text) = args.model.load(&pool, &formats)?;
     let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
     ensure!(

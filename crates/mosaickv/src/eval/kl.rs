@@ -12,7 +12,7 @@ use std::path::PathBuf;
     after_help = "Each text's first --prefix tokens are read exactly once; every format then predicts the next \
     --score tokens\nfrom a compressed copy of that cache.\n\nExamples:\n  \
     mosaickv eval kl --model smollm2-135m --text novel.txt --kv exact,q8_0,packed,packed:kept=0.5\n  \
-    mosaickv eval kl --model smollm2-135m --text a.txt b.txt --ask 8 --kv exact,packed,snapkv -o kl.jsonl\n  \
+    mosaickv eval kl --model smollm2-135m --text a.txt b.txt --ask 8 --kv exact,layered,snapkv -o kl.jsonl\n  \
     mosaickv eval kl --model smollm2-135m --text novel.txt --each-layer --kv packed"
 )]
 pub struct KlArgs {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
-    mosaickv eval longbench --model smollm2-135m --data ./LongBench/data --kv exact,packed,q4_0\n  \
+    mosaickv eval longbench --model smollm2-135m --data ./LongBench/data --kv exact,layered,q4_0\n  \
     mosaickv eval longbench --model smollm2-135m --data ./data --tasks qasper,hotpotqa_e --samples 10")]
 pub struct LongbenchArgs {
     #[command(flatten)]

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(Args)]
 #[command(after_help = "Examples:\n  \
-    mosaickv eval ruler --model smollm2-135m --length 4096 --samples 20 --kv exact,packed,q8_0,snapkv\n  \
-    mosaickv eval ruler --model smollm2-135m --length 2048,4096 --tasks niah_single_1,vt,cwe --kv exact,packed\n  \
+    mosaickv eval ruler --model smollm2-135m --length 4096 --samples 20 --kv exact,layered,q8_0,snapkv\n  \
+    mosaickv eval ruler --model smollm2-135m --length 2048,4096 --tasks niah_single_1,vt,cwe --kv exact,layered\n  \
     mosaickv eval ruler --model smollm2-135m --length 4096 --sources ./ruler-sources --tasks qa_1,qa_2\n  \
     mosaickv eval ruler --model smollm2-135m --data ./ruler --length 4096 --samples 10")]
 pub struct RulerArgs {
