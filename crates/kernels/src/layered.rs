@@ -3,7 +3,8 @@
 //! Vectors come in channels of falling variance, less their mean and divided by each channel's spread, so that an element
 //! is a number of about unit variance. Groups of 8 neighbouring channels share a width. Since variances fall, widths do
 //! too, and a page's [`Profile`] is three counts of groups: so many of 8 bits, then of 4, then of 2, the rest of none.
-//! A page is up to 64 tokens, in any order, with one profile for keys and one for values: four *tiles* of 16 tokens. Elements beyond a width's range are
+//! A page is up to 64 tokens, in any order, with one profile for keys and one for values: four *tiles* of 16 tokens.
+//! Elements beyond a width's range are
 //! *escapes*: what the code lacks is stored apart.
 //!
 //! Levels of 2 and 4 bits are those of Lloyd and Max for the normal distribution (Max 1960, "Quantizing for minimum
@@ -187,8 +188,8 @@ impl Profile {
         self.split(apart)[1].two.is_multiple_of(2)
     }
 
-    /// What is stored in place of this profile of vectors of `groups` groups: itself if its groups of 2 bits come in pairs; else with one of these
-    /// less, and one more or one of 4 bits in its place.
+    /// What can be stored in place of this profile of vectors of `groups` groups: itself if its groups of 2 bits come in pairs;
+    /// else one of these less, one more, or one of 4 bits in its place, as far as that makes pairs. At least one.
     pub fn paired(self, groups: usize, apart: usize) -> impl Iterator<Item = Profile> {
         let Profile { eight, four, two } = self;
         let less = Profile { eight, four, two: two.saturating_sub(1) };

@@ -1,10 +1,12 @@
 //! How does a step attend to layered pages?
 //!
-//! Four tiles at a time, for up to four queries at once: a page's, or some of several pages that have the same profiles. Scores are integers of the keys' and the queries' bytes. They
+//! Four tiles at a time, a page's or some of several pages that have the same profiles, for up to four queries at once.
+//! Scores are integers of the keys' and the queries' bytes. They
 //! become weights relative to the batch's largest, integers of 14 bits in two halves, which meet the values' bytes the
 //! same way. What a batch adds goes to f32 sums in the order of lanes, and those to the state once in a run of batches.
 //!
-//! What failed: chosen tiles page by page (one tile costs nearly what four do, since sums, maxima and exponentials are a page's); a loop of known length over a page's tiles (unrolled, all its weights are loaded before the first group
+//! What failed: chosen tiles page by page (one costs two thirds of what four do); all lines of a batch asked for at once, and
+//! to the first cache (docs/log.md); a loop of known length over a page's tiles (unrolled, all its weights are loaded before the first group
 //! and spill: a fifth slower); one group of values at a time where there are 32 registers
 //! (7 % slower than two).
 
@@ -40,8 +42,8 @@ const WEIGHT: f32 = 16383.0;
 
 /// Folds some tiles of 16 tokens into `state` of as many rows as the queries and `D` channels, in units of the values'
 /// spreads and less their means: `chosen` has for each page its index and a bit for each of its four tiles, the lowest for
-/// the first. Of other tiles nothing is read but escapes, and the lines of 2-bit codes, which two share. Returns the bytes
-/// read, such lines by halves.
+/// the first. Of other tiles nothing is read but lines of 2-bit codes of keys that two share. Returns the bytes
+/// read, such lines by halves, all of the pages' escapes.
 ///
 /// Error against attention in f64 over the decoded pages, by the largest value's magnitude: under 3e-4 (measured: 3e-5)
 /// with the queries as they are rounded; with the queries as given, 1e-2 for scores of a spread of 2, and more in

@@ -3,8 +3,8 @@
 //! Means, spreads and variances are the prompt's own, so a prompt unlike the calibration's texts takes more bytes but is planned
 //! right. But a plan takes channels for normal and for the same in all tokens. Tokens that count and have much where
 //! the others have next to nothing, a channel of two values, or many elements between a width's last level and its range lose more.
-//! So a sample of the pages is stored, and what the codes really lose is compared with what was planned; where it is out of line, the groups of channels
-//! that lost more get the variances that would have told, and all is planned once more under the same budget.
+//! So a sample of the pages is stored, and what the codes really lose is compared with what was planned; where it is out of
+//! line, the groups of channels that lost more get the variances that would have told, and all is planned once more under the same budget.
 
 use super::plan::{Channels, Head, HeadPlan};
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};

@@ -1,5 +1,5 @@
-//! A prompt of all layers becomes pages: statistics of each head, one plan, tried out on a sample of its pages, a second plan where a
-//! head turned out [worse than planned](super::distortion), then the codes.
+//! A prompt of all layers becomes pages: statistics of each head, one plan, which is tried out on a sample of its pages, a second
+//! plan where a head turned out [worse than planned](super::distortion), then the codes.
 
 use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};

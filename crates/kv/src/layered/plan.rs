@@ -92,8 +92,8 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     plans
 }
 
-/// Where many tokens weigh exactly alike all of them go or stay at one lambda, and no plan at one lambda is near the budget: as many heads as
-/// `left` bytes are enough for get their `larger` plan.
+/// Where many tokens weigh exactly alike, all of them go or stay at one lambda, and no plan at one lambda is near the budget: as
+/// many heads as `left` bytes are enough for get their `larger` plan.
 fn fill(plans: &mut [HeadPlan], larger: Vec<HeadPlan>, mut left: f32) {
     for (plan, larger) in plans.iter_mut().zip(larger) {
         let more = larger.bytes - plan.bytes;
@@ -104,7 +104,8 @@ fn fill(plans: &mut [HeadPlan], larger: Vec<HeadPlan>, mut left: f32) {
     }
 }
 
-/// Calls `bytes_at` with different lambdas. Returns the highest one that takes more than `budget` bytes, and the lowest that takes no more.
+/// Calls `bytes_at` with different lambdas. Returns the highest found that takes more than `budget` bytes, and the lowest that
+/// takes no more.
 fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) -> (f32, f32) {
     let budget = budget.max(1.0);
     // Logarithms of lambda, and of the bytes there over the budget: bytes fall as lambda rises.
@@ -330,7 +331,6 @@ mod tests {
         for share in [0.02, 0.05, 0.1, 0.2, 0.4, 0.8] {
             let plans = plan(&Pool::new(2), &heads, share * all);
             let bytes: f32 = plans.iter().map(|plan| plan.bytes).sum();
-            println!("{bytes} of {}", share * all);
             assert!(bytes <= share * all && bytes > 0.97 * share * all, "{bytes} of {}", share * all);
         }
     }
