@@ -81,28 +81,16 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
         drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
     };
     let (below, above) = search(budget, &mut plan_at);
-    let left = budget - plan_at(above);
-    let take = |drafts: &mut [(Draft, HeadPlan)]| -> Vec<HeadPlan> {
-        drafts.iter_mut().map(|(_, plan)| std::mem::take(plan)).collect()
-    };
-    let mut plans = take(&mut drafts);
+    let mut left = budget - plan_at(above);
     if left > FILLED * budget {
-        pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], below));
-        fill(&mut plans, take(&mut drafts), left);
-    }
-    plans
-}
-
-/// Where many tokens weigh exactly alike, all of them go or stay at one lambda, and no plan at one lambda is near the budget: as
-/// many heads as `left` bytes are enough for get their `larger` plan.
-fn fill(plans: &mut [HeadPlan], larger: Vec<HeadPlan>, mut left: f32) {
-    for (plan, larger) in plans.iter_mut().zip(larger) {
-        let more = larger.bytes - plan.bytes;
-        if more > 0.0 && more <= left {
-            left -= more;
+        // Where many tokens weigh exactly alike, all of them go or stay at one lambda, and no plan at one lambda is near the budget.
+        for ((draft, plan), head) in drafts.iter_mut().zip(heads) {
+            let larger = draft.between(head, below, (plan, left));
+            left -= larger.bytes - plan.bytes;
             *plan = larger;
         }
     }
+    drafts.into_iter().map(|(_, plan)| plan).collect()
 }
 
 /// Calls `bytes_at` with different lambdas. Returns the highest found that takes more than `budget` bytes, and the lowest that
@@ -269,7 +257,39 @@ impl Draft {
             last = (self.keys.best(key / per_token), self.values.best(value / per_token));
             is_worth_it(last)
         };
-        let order: Vec<u32> = self.order.iter().filter(is_kept).copied().collect();
+        self.paged(head, lambda, self.order.iter().filter(is_kept).copied().collect())
+    }
+
+    /// The plan at a `lambda` that takes too much, but with so many more tokens than the `smaller` plan has as `left` bytes are enough
+    /// for; that plan if for none.
+    fn between(&self, head: &Head, lambda: f32, (smaller, left): (&HeadPlan, f32)) -> HeadPlan {
+        let larger = self.plan(head, lambda);
+        let mut is_in = vec![false; self.order.len()];
+        smaller.order.iter().for_each(|&t| is_in[t as usize] = true);
+        let more: Vec<u32> = larger.order.iter().filter(|&&t| !is_in[t as usize]).copied().collect();
+        let fits = |plan: &HeadPlan| plan.bytes - smaller.bytes <= left;
+        if fits(&larger) {
+            return larger;
+        }
+        let (mut low, mut high, mut best) = (0, more.len(), smaller.clone());
+        while high - low > PAGE_TOKENS / 4 {
+            let middle = low.midpoint(high);
+            let mut is_in = is_in.clone();
+            more[..middle].iter().for_each(|&t| is_in[t as usize] = true);
+            let order = self.order.iter().filter(|&&t| is_in[t as usize]).copied().collect();
+            let plan = self.paged(head, lambda, order);
+            if fits(&plan) {
+                (low, best) = (middle, plan);
+            } else {
+                high = middle;
+            }
+        }
+        best
+    }
+
+    /// Pages of the tokens of `order`, at this lambda.
+    fn paged(&self, head: &Head, lambda: f32, order: Vec<u32>) -> HeadPlan {
+        let Weights { keys, values } = &head.weights;
         let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
         let (mut pages, mut bytes) = (Vec::with_capacity(order.len().div_ceil(PAGE_TOKENS)), 0.0);
         for page in order.chunks(PAGE_TOKENS) {
