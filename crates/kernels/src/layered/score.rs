@@ -24,7 +24,7 @@ const AHEAD: usize = 48;
 pub const TILES: usize = PAGE_TOKENS / TILE_TOKENS;
 
 /// The weight of each tile, `[R, 4 * pages]` by rows: the sum of its tokens' `e^(score - shift)`, as far as the first
-/// [`SKETCH`](super::SKETCH) groups of the keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes
+/// [`SKETCH`] groups of the keys' channels tell (fewer if a page's keys have fewer): offsets included, escapes
 /// not. A token's weight is within 4 % of that, and at most `e^60`: `shifts` `[R]` should be near what scores come to. Returns
 /// the bytes read.
 ///
