@@ -265,13 +265,13 @@ impl Draft {
     /// for; that plan if for none.
     fn between(&self, head: &Head, lambda: f32, (smaller, left): (&HeadPlan, f32)) -> HeadPlan {
         let larger = self.plan(head, lambda);
-        let mut is_in = vec![false; self.order.len()];
-        smaller.order.iter().for_each(|&t| is_in[t as usize] = true);
-        let more: Vec<u32> = larger.order.iter().filter(|&&t| !is_in[t as usize]).copied().collect();
         let fits = |plan: &HeadPlan| plan.bytes - smaller.bytes <= left;
         if fits(&larger) {
             return larger;
         }
+        let mut is_in = vec![false; self.order.len()];
+        smaller.order.iter().for_each(|&t| is_in[t as usize] = true);
+        let more: Vec<u32> = larger.order.iter().filter(|&&t| !is_in[t as usize]).copied().collect();
         let (mut low, mut high, mut best) = (0, more.len(), smaller.clone());
         while high - low > PAGE_TOKENS / 4 {
             let middle = low.midpoint(high);
