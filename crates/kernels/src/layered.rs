@@ -195,8 +195,7 @@ impl Profile {
         let less = Profile { eight, four, two: two.saturating_sub(1) };
         let more = Profile { eight, four, two: two + 1 };
         let finer = Profile { eight, four: four + 1, two: two.saturating_sub(1) };
-        let all = if self.is_paired(apart) { [self; 3] } else { [less, more, finer] };
-        let count = if self.is_paired(apart) { 1 } else { 3 };
+        let (all, count) = if self.is_paired(apart) { ([self; 3], 1) } else { ([less, more, finer], 3) };
         all.into_iter().take(count).filter(move |p| p.is_paired(apart) && p.groups() <= groups)
     }
 

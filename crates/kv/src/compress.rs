@@ -37,9 +37,9 @@ impl KvCache {
         self
     }
 
-    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages. A format that
-    /// observes queries needs the prompt's to have been attended ([`attend`](KvCache::attend)) before. A layer with a
-    /// sliding window stays exact, and forgets what is out of sight.
+    /// The layer's prompt is complete: compresses it, if the format does, and frees the exact pages; in the layered format that is
+    /// done for all layers at the end of the last one. A format that observes queries needs the prompt's to have been attended
+    /// ([`attend`](KvCache::attend)) before. A layer with a sliding window stays exact, and forgets what is out of sight.
     pub fn end_prompt(&mut self, pool: &Pool, layer: usize) {
         self.forget(layer);
         if self.encodes_alone(layer)
@@ -60,7 +60,8 @@ impl KvCache {
 
     /// Like [`end_prompt`](KvCache::end_prompt), but the work is done beside what follows (arXiv 2607.00760, s. 5: layer
     /// `i - 1` is encoded while layer `i` reads the prompt). One layer at a time: this waits for the one before. Until
-    /// [`finish_prompt`](KvCache::finish_prompt) no token may be added and nothing attended to in this layer.
+    /// [`finish_prompt`](KvCache::finish_prompt) no token may be added and nothing attended to in this layer. In the layered format
+    /// nothing begins here.
     pub fn begin_end_prompt(&mut self, layer: usize) {
         self.forget(layer);
         if !self.encodes_alone(layer) {
@@ -76,15 +77,20 @@ impl KvCache {
         self.encoding.0 = Some((layer, thread));
     }
 
-    /// Waits until every layer is encoded. Formats that share out bytes among the layers begin only now.
+    /// Waits until every layer is encoded. The layered format, which shares out bytes among the layers, begins only now.
     pub fn finish_prompt(&mut self, pool: &Pool) {
         self.join();
         self.end_layered(pool);
     }
 
-    /// Compresses the layers that the layered format is for, if it is this cache's.
+    /// Compresses the layers that the layered format is for, if it is this cache's. What is too short for that may go on as an
+    /// exact cache and be long enough at the end of another prompt: its queries stay sampled.
     fn end_layered(&mut self, pool: &Pool) {
         let KvFormat::Layered(settings) = self.format else { return };
+        let has_full_layers = (0..self.shape.layers).any(|layer| self.shape.window_of(layer).is_none());
+        if has_full_layers && self.tokens() < Layered::LEAST_TOKENS {
+            return;
+        }
         let Some(samples) = self.samples.take() else { return };
         self.compress_layered(pool, settings, &samples, |_| true);
     }

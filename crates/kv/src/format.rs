@@ -148,6 +148,9 @@ impl KvFormat {
             let most = if key == "kept" { most_kept } else { 1.0 };
             if x > 0.0 && x <= most { Ok(()) } else { Err(format!("{x} is not a share in (0, {most}]")) }
         };
+        if let KvFormat::Layered(Layered { select, .. }) = self {
+            select.check()?;
+        }
         for (key, parameter) in self.parameters() {
             let fits = match parameter {
                 Parameter::Share(x) => share(key, *x),

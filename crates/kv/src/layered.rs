@@ -56,13 +56,15 @@ impl Layered {
     pub const LEAST_TOKENS: usize = 2048;
 }
 
-/// Which tokens of a prompt may have no bits in which heads.
+/// Which tokens may have no bits in which heads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Dropping {
-    /// Each token stays in the head of each layer that would lose most by it.
+    /// Each token keeps a key of its own in the head of each compressed layer that would lose most by it, in at least 2 bits of 8
+    /// channels; its value there may be the mean of all. In the layer's other heads it may be dropped.
     #[default]
     Guarded,
-    /// A token may be dropped from all heads of a layer: what is asked of it later can't be answered.
+    /// A token may be dropped from all heads of a layer, or keep no more than the mean key: what is asked of it later can't be
+    /// answered.
     Any,
 }
 

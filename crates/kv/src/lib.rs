@@ -2,8 +2,9 @@
 //!
 //! A [`KvCache`] holds the keys and values of one sequence. Per layer and KV head they live one way:
 //! `update buffer -> sealed page -> compressed segment`. While a prompt is read, tokens gather in exact pages;
-//! [`KvCache::end_prompt`] compresses a layer's pages when its last prompt token is in; later tokens pass through
-//! the update buffer. Layers with a sliding window are never compressed; they keep their window, exact, and drop
+//! [`KvCache::end_prompt`] compresses a layer's pages when its last prompt token is in, but of the layered format those of all
+//! layers when the last layer's is, since they share one budget: until then all are exact, and some queries are remembered. Later
+//! tokens pass through the update buffer. Layers with a sliding window are never compressed; they keep their window, exact, and drop
 //! the pages that it has left. The cache knows no model, no request and no clock.
 //!
 //! Sealed pages are immutable and shared: cloning a cache copies only update buffers.
@@ -11,6 +12,7 @@
 #![deny(unsafe_code)]
 
 mod baselines;
+mod bound;
 #[cfg(test)]
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -169,16 +171,22 @@ pub enum KvError {
         format: String,
     },
     /// A calibration of a model of another shape.
-    #[error("a calibration of {got} heads in {got_layers} layers; wanted {wanted} in {layers}")]
+    #[error(
+        "a calibration of {got} heads of {got_dim} channels in {got_layers} layers; wanted {wanted} of {head_dim} in {layers}"
+    )]
     Calibration {
         /// Heads that it has.
         got: usize,
         /// Layers that it has.
         got_layers: usize,
+        /// Channels of its heads; 0 if they differ, or there are none.
+        got_dim: usize,
         /// Heads that the cache has.
         wanted: usize,
         /// Layers that the cache has.
         layers: usize,
+        /// `D` of the cache.
+        head_dim: usize,
     },
     /// A key or value is NaN or infinite; nothing was stored.
     #[error(
@@ -237,7 +245,7 @@ pub struct KvCache {
     recent: Option<Vec<RecentQueries>>,
     /// What the layered format knows of the model.
     calibration: Option<Arc<Calibration>>,
-    /// Of each layer, if they are to be remembered.
+    /// Of each layer, if they are to be remembered; of the layered format's own prompts until they are compressed.
     samples: Option<Vec<Samples>>,
     /// Strategies for what is generated.
     learning: Learning,
@@ -321,10 +329,12 @@ impl KvCache {
 
     /// The same cache of a model with this calibration, which the layered format needs.
     pub fn with_calibration(mut self, calibration: Arc<Calibration>) -> Result<KvCache, KvError> {
-        let (wanted, layers) = (self.shape.layers * self.shape.kv_heads, self.shape.layers);
+        let KvShape { layers, kv_heads, head_dim, .. } = self.shape;
+        let wanted = layers * kv_heads;
         let (got, got_layers) = (calibration.heads.len(), calibration.layer_weights.len());
-        if (got, got_layers) != (wanted, layers) {
-            return Err(KvError::Calibration { got, got_layers, wanted, layers });
+        let got_dim = calibration.head_dim().unwrap_or(0);
+        if (got, got_layers, got_dim) != (wanted, layers, head_dim) {
+            return Err(KvError::Calibration { got, got_layers, got_dim, wanted, layers, head_dim });
         }
         self.calibration = Some(calibration);
         Ok(self)

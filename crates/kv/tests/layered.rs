@@ -55,9 +55,19 @@ fn asking(seed: u64, tokens: usize) -> Vec<f32> {
     rows(seed, tokens, Q_ROW).into_iter().map(|x| 0.25 * x).collect()
 }
 
-/// Reads a prompt, all but the tokens that `step` takes at a time.
+/// Reads a prompt, so many tokens at a time.
 fn read(cache: &mut KvCache, pool: &Pool, tokens: usize, step: usize) {
-    let (keys, values, queries) = (rows(1, tokens, KV_ROW), rows(2, tokens, KV_ROW), asking(3, tokens));
+    let prompt = (rows(1, tokens, KV_ROW), rows(2, tokens, KV_ROW), asking(3, tokens));
+    read_some(cache, pool, (&prompt.0, &prompt.1, &prompt.2), step);
+}
+
+/// Reads keys, values and queries, so many tokens at a time.
+fn read_some(
+    cache: &mut KvCache,
+    pool: &Pool,
+    (keys, values, queries): (&[f32], &[f32], &[f32]),
+    step: usize,
+) {
     for layer in 0..SHAPE.layers {
         let all =
             keys.chunks(step * KV_ROW).zip(values.chunks(step * KV_ROW)).zip(queries.chunks(step * Q_ROW));
@@ -293,12 +303,14 @@ fn inspection_counts_every_token_and_every_byte_of_the_pages() {
     }
 }
 
-/// Where tokens may go from all heads, fewer than all stay in a layer, and what stays is still attended to.
+/// Where tokens may go from all heads, fewer than all keep a key of their own in a layer, and what stays is still attended to.
 #[test]
 fn only_where_it_is_allowed_is_a_token_dropped_from_all_heads() {
     let pool = Pool::new(2);
     let mut exact = cache(KvFormat::Exact).remember_queries();
-    read(&mut exact, &pool, 2500, 2500);
+    // Keys so much alike that the mean key would do, if bytes alone counted.
+    let keys: Vec<f32> = rows(1, 2500, KV_ROW).into_iter().map(|x| 0.05 * x).collect();
+    read_some(&mut exact, &pool, (&keys, &rows(2, 2500, KV_ROW), &asking(3, 2500)), 2500);
     let kept = |drop: Dropping| {
         let least = Layered { target: Target::Bytes(1), ..Layered::default() };
         let format = KvFormat::Layered(Layered { drop, ..least });
@@ -308,7 +320,8 @@ fn only_where_it_is_allowed_is_a_token_dropped_from_all_heads() {
         let heads = copy.layered_heads();
         [0, 1].map(|layer| {
             let of_layer = heads.iter().filter(|head| head.layer == layer).flat_map(|head| &head.prompt);
-            of_layer.map(|page| page.tokens).sum::<usize>()
+            // Keys without bits are the mean of all.
+            of_layer.filter(|page| page.keys.bits() > 0).map(|page| page.tokens).sum::<usize>()
         })
     };
     // All but the sinks, the window and, in the second layer, the buffer.
@@ -482,9 +495,61 @@ fn short_prompts_stay_exact_and_what_is_missing_is_said() {
         exact.compressed(&pool, format).unwrap_err(),
         KvError::NoCalibration { format: "layered".to_owned() }
     );
-    let other = Calibration { heads: vec![], layer_weights: vec![1.0] };
-    let error = KvCache::new(SHAPE, format).unwrap().with_calibration(Arc::new(other)).unwrap_err();
-    assert_eq!(error, KvError::Calibration { got: 0, got_layers: 1, wanted: 4, layers: 2 });
+    let error = |other| KvCache::new(SHAPE, format).unwrap().with_calibration(Arc::new(other)).unwrap_err();
+    let none = Calibration { heads: vec![], layer_weights: vec![1.0] };
+    let numbers = |got, got_layers, got_dim| KvError::Calibration {
+        got,
+        got_layers,
+        got_dim,
+        wanted: 4,
+        layers: 2,
+        head_dim: D,
+    };
+    assert_eq!(error(none), numbers(0, 1, 0));
+    let narrow = Moments::new(D / 2).learn(&vec![0.0; D * D / 4]);
+    let narrow = Calibration { heads: vec![narrow; 4], layer_weights: vec![1.0; 2] };
+    assert_eq!(error(narrow.clone()), numbers(4, 2, D / 2));
+    let mut mixed = Calibration::clone(&calibration());
+    mixed.heads[2] = narrow.heads[0].clone();
+    assert_eq!(error(mixed), numbers(4, 2, 0));
+}
+
+/// What comes after a prompt that was too short is read exactly, and compressed with it to the byte as one prompt would be.
+#[test]
+fn a_prompt_that_was_too_short_is_compressed_when_it_has_grown() {
+    let pool = Pool::new(2);
+    let (keys, values, queries) = (rows(1, 4000, KV_ROW), rows(2, 4000, KV_ROW), asking(3, 4000));
+    let part = |from: usize, to: usize| {
+        (
+            &keys[from * KV_ROW..to * KV_ROW],
+            &values[from * KV_ROW..to * KV_ROW],
+            &queries[from * Q_ROW..to * Q_ROW],
+        )
+    };
+    let mut whole = cache(of_ratio(8.0));
+    read_some(&mut whole, &pool, part(0, 4000), 4000);
+    end(&mut whole, &pool);
+
+    let mut cache = cache(of_ratio(8.0));
+    read_some(&mut cache, &pool, part(0, 1000), 1000);
+    end(&mut cache, &pool);
+    assert!(!cache.is_compressed() && cache.bytes().queries > 0);
+    // Some tokens of an answer.
+    read_some(&mut cache, &pool, part(1000, 1020), 1);
+    cache.between_steps();
+    read_some(&mut cache, &pool, part(1020, 4000), 2980);
+    // As a sequence ends it.
+    (0..SHAPE.layers).for_each(|layer| cache.begin_end_prompt(layer));
+    cache.finish_prompt(&pool);
+    cache.check().unwrap();
+    assert!(cache.is_compressed());
+    assert_eq!(cache.bytes().queries, 0, "samples of a compressed cache");
+    let reached = SHAPE.exact_bytes(4000) as f64 / cache.bytes().total() as f64;
+    assert!((reached / 8.0 - 1.0).abs() < 0.02, "{reached}");
+    assert_eq!(cache.layered_heads(), whole.layered_heads());
+    for layer in 0..SHAPE.layers {
+        assert_eq!(attend(&mut cache, &pool, layer), attend(&mut whole, &pool, layer));
+    }
 }
 
 #[test]

@@ -11,6 +11,8 @@ use mosaickv_kv::{Calibration, HeadCalibration, KvCache, KvFormat, KvShape, Mome
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 /// What the file's numbers mean: changes when files of before can't be used any more.
@@ -21,6 +23,15 @@ const QUERY_STRIDE: usize = 4;
 
 /// Tokens of a document that say nothing of the others.
 const FIRST: usize = 8;
+
+/// Changes when the same documents give other numbers for another reason than one of the constants here.
+const LEARNING: u32 = 1;
+
+/// What the numbers depend on beside model and documents, as a text that changes with it.
+pub fn recipe() -> String {
+    let ridge = Calibration::RIDGE;
+    format!("{CODEC} {LEARNING}: one query in {QUERY_STRIDE} from token {FIRST} on, ridge {ridge}")
+}
 
 /// Learns from documents of tokens, each of at most the model's context. `progress` is called with layers done and layers in all.
 pub fn calibrate(
@@ -42,10 +53,10 @@ pub fn calibrate(
             squares[l].extend(rows.map(|row| row.iter().map(|x| x * x).sum::<f32>()));
             let of_layer = &mut moments[l * shape.kv_heads..][..shape.kv_heads];
             pool.for_each(of_layer, |g, moments| {
-                let head = Rows { shape, g };
-                let keys = head.of(&projected.keys, (shape.kv_heads, 1), 1);
-                let values = head.of(&projected.values, (shape.kv_heads, 1), 1);
-                let queries = head.of(&projected.queries, (shape.heads, shape.group()), QUERY_STRIDE);
+                let head = KvHead { shape, g };
+                let keys = head.rows(&projected.keys, (shape.kv_heads, 1), 1);
+                let values = head.rows(&projected.values, (shape.kv_heads, 1), 1);
+                let queries = head.rows(&projected.queries, (shape.heads, shape.group()), QUERY_STRIDE);
                 moments.add(&keys, &values, &queries);
             });
             progress(i * shape.layers + l + 1, documents.len() * shape.layers);
@@ -65,15 +76,14 @@ pub fn calibrate(
     })
 }
 
-/// One KV head.
-struct Rows {
+struct KvHead {
     shape: KvShape,
     g: usize,
 }
 
-impl Rows {
+impl KvHead {
     /// Its vectors `[N, D]` of `x` `[T, heads, D]`, of which it has `group`, of every `stride`-th token from the ninth on.
-    fn of(&self, x: &[f32], (heads, group): (usize, usize), stride: usize) -> Vec<f32> {
+    fn rows(&self, x: &[f32], (heads, group): (usize, usize), stride: usize) -> Vec<f32> {
         let d = self.shape.head_dim;
         let rows = x.chunks_exact(heads * d).skip(FIRST).step_by(stride);
         rows.flat_map(|row| &row[self.g * group * d..][..group * d]).copied().collect()
@@ -122,27 +132,44 @@ pub enum CalibrationError {
         /// What should be.
         wanted: String,
     },
-}
-
-/// The matrices of a head, in the order in which they are written.
-fn matrices(head: &HeadCalibration) -> [&[f16]; 4] {
-    [&head.keys, &head.queries, &head.values, &head.outputs]
+    /// One that nobody could use is not written.
+    #[error(
+        "the calibration {path} is not written: it has numbers that are not finite, or weights of layers not above 0; learn \
+         from other texts, or check the model"
+    )]
+    NotFinite {
+        /// Which file.
+        path: String,
+    },
 }
 
 /// Names of the tensors, each `[L * G, D, D]`.
 const NAMES: [&str; 4] = ["keys", "queries", "values", "outputs"];
 
+/// The bytes of the tensors `NAMES`, and of the layers' weights.
+fn parts(calibration: &Calibration) -> Vec<Vec<u8>> {
+    let of_heads =
+        |i: usize| calibration.heads.iter().flat_map(move |head: &HeadCalibration| head.matrices()[i]);
+    let mut parts: Vec<Vec<u8>> =
+        (0..NAMES.len()).map(|i| of_heads(i).flat_map(|x| x.to_le_bytes()).collect()).collect();
+    parts.push(calibration.layer_weights.iter().flat_map(|x| x.to_le_bytes()).collect());
+    parts
+}
+
+/// The SHA-256 of a calibration's numbers, in hexadecimal: what its file says too.
+pub fn digest(calibration: &Calibration) -> String {
+    checksum(&parts(calibration))
+}
+
 /// Writes a calibration as safetensors, with the codec's name and a checksum of the numbers in its metadata.
 pub fn save(calibration: &Calibration, path: &Path) -> Result<(), CalibrationError> {
-    let io = |source| CalibrationError::Io { doing: "write", path: path.display().to_string(), source };
+    let name = || path.display().to_string();
+    if !calibration.is_finite() {
+        return Err(CalibrationError::NotFinite { path: name() });
+    }
     let count = calibration.heads.len();
-    let d = calibration.heads.first().map_or(0, |head| head.keys.len().isqrt());
-    let mut parts: Vec<Vec<u8>> = (0..NAMES.len())
-        .map(|i| {
-            calibration.heads.iter().flat_map(|h| matrices(h)[i]).flat_map(|x| x.to_le_bytes()).collect()
-        })
-        .collect();
-    parts.push(calibration.layer_weights.iter().flat_map(|x| x.to_le_bytes()).collect());
+    let d = calibration.head_dim().unwrap_or(0);
+    let parts = parts(calibration);
     let shape = vec![count, d, d];
     let weights = vec![calibration.layer_weights.len()];
     let views = parts.iter().enumerate().map(|(i, bytes)| match NAMES.get(i) {
@@ -150,12 +177,11 @@ pub fn save(calibration: &Calibration, path: &Path) -> Result<(), CalibrationErr
         None => ("layer_weights", TensorView::new(Dtype::F32, weights.clone(), bytes)),
     });
     let views: Vec<_> = views.map(|(name, view)| (name, view.expect("bytes of the shape"))).collect();
-    let metadata = HashMap::from([
-        ("codec".to_owned(), CODEC.to_owned()),
-        ("sha256".to_owned(), checksum(parts.iter().map(|part| &part[..]))),
-    ]);
+    let metadata =
+        HashMap::from([("codec".to_owned(), CODEC.to_owned()), ("sha256".to_owned(), checksum(&parts))]);
     let bytes =
         safetensors::serialize(views, Some(metadata)).expect("tensors of one file have different names");
+    let io = |source| CalibrationError::Io { doing: "write", path: name(), source };
     std::fs::write(path, bytes).map_err(io)
 }
 
@@ -168,11 +194,15 @@ pub fn load(path: &Path, shape: KvShape) -> Result<Calibration, CalibrationError
     // The numbers and a header: nothing larger is read.
     let most = (heads * d * d * 2 * NAMES.len() + shape.layers * 4 + (1 << 16)) as u64;
     let io = |source| CalibrationError::Io { doing: "read", path: name(), source };
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > most {
-        return Err(unusable(format!("{length} bytes"), &format!("at most {most} for this model")));
+    // Before it is opened: that of a pipe would wait for a writer.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(unusable("no regular file".into(), "a safetensors file"));
     }
-    let bytes = std::fs::read(path).map_err(io)?;
+    let mut bytes = vec![];
+    File::open(path).and_then(|file| file.take(most + 1).read_to_end(&mut bytes)).map_err(io)?;
+    if bytes.len() as u64 > most {
+        return Err(unusable(format!("more than {most} bytes"), "no more than this model needs"));
+    }
     let (_, metadata) =
         SafeTensors::read_metadata(&bytes).map_err(|e| unusable(e.to_string(), "a safetensors file"))?;
     let metadata = metadata.metadata().clone().unwrap_or_default();
@@ -193,7 +223,7 @@ pub fn load(path: &Path, shape: KvShape) -> Result<Calibration, CalibrationError
         parts.push(tensor(name, &[heads, d, d], Dtype::F16)?);
     }
     parts.push(tensor("layer_weights", &[shape.layers], Dtype::F32)?);
-    let sum = checksum(parts.iter().map(|part| &part[..]));
+    let sum = checksum(&parts);
     if metadata.get("sha256") != Some(&sum) {
         return Err(unusable(
             format!("numbers with the SHA-256 {sum}"),
@@ -205,11 +235,6 @@ pub fn load(path: &Path, shape: KvShape) -> Result<Calibration, CalibrationError
     let of: Vec<Vec<f16>> = parts[..NAMES.len()].iter().map(|part| halves(part)).collect();
     let weights = parts[NAMES.len()].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
     let layer_weights: Vec<f32> = weights.collect();
-    let is_fine =
-        of.iter().flatten().all(|x| x.is_finite()) && layer_weights.iter().all(|w| *w > 0.0 && w.is_finite());
-    if !is_fine {
-        return Err(unusable("numbers that are not finite, or weights not above 0".into(), "a calibration"));
-    }
     let matrix = |i: usize, h: usize| of[i][h * d * d..][..d * d].into();
     let head = |h| HeadCalibration {
         keys: matrix(0, h),
@@ -217,11 +242,15 @@ pub fn load(path: &Path, shape: KvShape) -> Result<Calibration, CalibrationError
         values: matrix(2, h),
         outputs: matrix(3, h),
     };
-    Ok(Calibration { heads: (0..heads).map(head).collect(), layer_weights })
+    let calibration = Calibration { heads: (0..heads).map(head).collect(), layer_weights };
+    if !calibration.is_finite() {
+        return Err(unusable("numbers that are not finite, or weights not above 0".into(), "a calibration"));
+    }
+    Ok(calibration)
 }
 
-fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
+fn checksum(parts: &[Vec<u8>]) -> String {
     let mut hash = Sha256::new();
-    parts.for_each(|part| hash.update(part));
+    parts.iter().for_each(|part| hash.update(part));
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

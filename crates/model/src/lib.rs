@@ -22,6 +22,6 @@ mod source;
 pub use config::{Architecture, ModelConfig};
 pub use error::ModelError;
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
-pub use sequence::{ForwardError, Sequence, feed_each, greedy, step_each};
-pub use text::{Decoder, Message, Specials, Text};
+pub use sequence::{ForwardError, Part, Sequence, Share, Wanted, feed_each, greedy, read_each, step_each};
+pub use text::{Decoder, Encoded, Ending, Message, Specials, Text};
 pub use weights::{Layer, LayerRope, Model};

@@ -30,6 +30,40 @@ pub struct Sequence<'a> {
     attention: Duration,
 }
 
+/// What one sequence reads in a pass that it shares with others.
+pub struct Share<'s, 'a> {
+    /// Who reads.
+    pub sequence: &'s mut Sequence<'a>,
+    /// Its next tokens, at least one.
+    pub tokens: &'s [u32],
+    /// What these tokens are to the sequence.
+    pub part: Part,
+    /// After which of them logits are wanted.
+    pub wanted: Wanted,
+}
+
+/// What the tokens of a pass are to their sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// One token after a prompt.
+    Step,
+    /// The beginning or the middle of a prompt.
+    Prompt,
+    /// The last of a prompt's tokens: then it is to be compressed, which [`Sequence::finish_prompt`] ends.
+    PromptEnd,
+}
+
+/// After which tokens of a share the logits are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// None: what follows is known.
+    Nothing,
+    /// The last one.
+    Last,
+    /// Each of them.
+    All,
+}
+
 /// Why a forward pass was refused. `Context` and `Token` leave the sequence as it was; after the others it is
 /// of no further use.
 #[derive(Debug, thiserror::Error)]
@@ -173,30 +207,33 @@ impl<'a> Sequence<'a> {
         let mut last = Vec::new();
         for (i, chunk) in prompt.chunks(CHUNK_TOKENS).enumerate() {
             let report = &mut |layer| progress(i * layers + layer, chunks * layers);
-            last = self.layers(chunk, i + 1 == chunks, report)?;
+            let part = if i + 1 == chunks { Part::PromptEnd } else { Part::Prompt };
+            last = self.layers(chunk, part, report)?;
         }
         let hidden = self.model.config.hidden;
         // The last layer is encoded meanwhile.
         let logits = self.pass().logits(&last[last.len() - hidden..]);
+        self.finish_prompt();
+        logits
+    }
+
+    /// Waits until every layer of a prompt that was read to its [end](Part::PromptEnd) is compressed.
+    pub fn finish_prompt(&mut self) {
         let start = Instant::now();
         self.cache.finish_prompt(self.pool);
         self.attention += start.elapsed();
-        logits
     }
 
     /// Reads one more token, whatever follows it.
     pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
         self.check(&[token])?;
-        self.layers(&[token], false, &mut |_| ())?;
-        self.between_steps();
-        Ok(())
+        self.layers(&[token], Part::Step, &mut |_| ()).map(|_| ())
     }
 
     /// Reads one more token and returns the logits `[vocab]` that follow it.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
         self.check(&[token])?;
-        let hidden = self.layers(&[token], false, &mut |_| ())?;
-        self.between_steps();
+        let hidden = self.layers(&[token], Part::Step, &mut |_| ())?;
         self.pass().logits(&hidden)
     }
 
@@ -213,15 +250,8 @@ impl<'a> Sequence<'a> {
             }
             return Ok(());
         }
-        let hidden = self.layers(tokens, false, &mut |_| ())?;
-        let (width, vocab) = (self.model.config.hidden, self.model.config.vocab);
-        let together = (BLOCK_LOGITS / vocab).clamp(1, BLOCK_TOKENS);
-        for (b, block) in hidden.chunks(together * width).enumerate() {
-            for (i, logits) in self.pass().logits(block)?.chunks_exact(vocab).enumerate() {
-                each(b * together + i, logits);
-            }
-        }
-        Ok(())
+        let share = Share { sequence: self, tokens, part: Part::Prompt, wanted: Wanted::All };
+        read_each(&mut [share], &mut |_, i, logits| each(i, logits))
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), ForwardError> {
@@ -244,80 +274,136 @@ impl<'a> Sequence<'a> {
     fn layers(
         &mut self,
         tokens: &[u32],
-        ends_prompt: bool,
+        part: Part,
         done: &mut dyn FnMut(usize),
     ) -> Result<Vec<f32>, ForwardError> {
-        let start = self.cache.tokens();
-        self.pass().layers(tokens, start..start + tokens.len(), &mut |l, projected, out| {
-            self.attend(l, projected, out)?;
-            if ends_prompt {
-                let start = Instant::now();
-                self.cache.begin_end_prompt(l);
-                self.attention += start.elapsed();
-            }
-            done(l + 1);
-            Ok(())
-        })
-    }
-
-    /// Between two passes: see [`KvCache::between_steps`].
-    fn between_steps(&mut self) {
-        let start = Instant::now();
-        self.cache.between_steps();
-        self.attention += start.elapsed();
-    }
-
-    /// Stores a layer's keys and values, and attends.
-    fn attend(&mut self, l: usize, projected: &Projected, out: &mut [f32]) -> Result<(), ForwardError> {
-        let start = Instant::now();
-        self.cache.append(self.pool, l, &projected.keys, &projected.values)?;
-        self.cache.attend(self.pool, l, &projected.queries, out);
-        self.attention += start.elapsed();
-        Ok(())
+        layers_each(&mut [Share { sequence: self, tokens, part, wanted: Wanted::Nothing }], done)
     }
 }
 
-/// Reads one more token in each of several sequences of one model, `tokens[i]` in `sequences[i]`, and returns the logits
-/// `[B, vocab]` that follow. The weights are read once for all of them, and with activations of 8 bits each row is to the
-/// bit what [`Sequence::step`] gives. After an error none of the sequences is of further use, unless the token or
-/// the context was refused: that leaves all as they were.
+/// A pass that several sequences of one model share: each reads its next tokens, and `each(share, token, logits)` gets the
+/// logits `[vocab]` that follow those tokens where they are wanted, in order. The weights are read once for all of them, and with
+/// activations of 8 bits each row is to the bit what the sequence alone gives. A prompt that is read in chunks gives the same
+/// to the bit as one that is read whole, if all chunks but the last are multiples of 64 tokens and the last is more than one.
+/// Steps come before prompts in `shares`; a prompt that ended needs [`Sequence::finish_prompt`] before its next token. After an
+/// error none of the sequences is of further use, unless the token or the context was refused: that leaves all as they were.
+pub fn read_each(
+    shares: &mut [Share],
+    each: &mut dyn FnMut(usize, usize, &[f32]),
+) -> Result<(), ForwardError> {
+    let Some(first) = shares.first() else { return Ok(()) };
+    let pass = first.sequence.pass();
+    assert!(shares.is_sorted_by_key(|share| share.part != Part::Step), "a prompt before a step");
+    for Share { sequence, tokens, part, .. } in &*shares {
+        assert!(std::ptr::eq(sequence.model, pass.model), "sequences of different models");
+        assert!(!tokens.is_empty() && (*part != Part::Step || tokens.len() == 1), "a step of some tokens");
+        sequence.check(tokens)?;
+    }
+    let hidden = layers_each(shares, &mut |_| ())?;
+    let (width, vocab) = (pass.model.config.hidden, pass.model.config.vocab);
+    let wanted = shares.iter().enumerate().flat_map(|(i, Share { tokens, wanted, .. })| {
+        let first = match wanted {
+            Wanted::Nothing => tokens.len(),
+            Wanted::Last => tokens.len() - 1,
+            Wanted::All => 0,
+        };
+        (0..tokens.len()).map(move |t| (i, t, t >= first))
+    });
+    let rows = wanted.zip(hidden.chunks_exact(width));
+    let rows: Vec<_> = rows.filter(|((_, _, is_wanted), _)| *is_wanted).collect();
+    let together = (BLOCK_LOGITS / vocab).clamp(1, BLOCK_TOKENS);
+    for block in rows.chunks(together) {
+        let hidden: Vec<f32> = block.iter().flat_map(|(_, row)| *row).copied().collect();
+        let logits = pass.logits(&hidden)?;
+        for (((share, token, _), _), logits) in block.iter().zip(logits.chunks_exact(vocab)) {
+            each(*share, *token, logits);
+        }
+    }
+    Ok(())
+}
+
+/// Reads one more token in each of several sequences, `tokens[i]` in `sequences[i]`, and returns the logits `[B, vocab]` that
+/// follow: [`read_each`] of steps.
 pub fn step_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<Vec<f32>, ForwardError> {
-    let Some(first) = sequences.first() else { return Ok(Vec::new()) };
-    let pass = first.pass();
-    pass.logits(&layers_each(sequences, tokens)?)
+    read_one_each(sequences, tokens, Wanted::Last)
 }
 
 /// The same without the logits.
 pub fn feed_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<(), ForwardError> {
-    layers_each(sequences, tokens).map(|_| ())
+    read_one_each(sequences, tokens, Wanted::Nothing).map(|_| ())
 }
 
-/// The residual stream `[B, hidden]` of one more token in each sequence.
-fn layers_each(sequences: &mut [&mut Sequence], tokens: &[u32]) -> Result<Vec<f32>, ForwardError> {
+fn read_one_each(
+    sequences: &mut [&mut Sequence],
+    tokens: &[u32],
+    wanted: Wanted,
+) -> Result<Vec<f32>, ForwardError> {
     assert_eq!(sequences.len(), tokens.len(), "a token for each sequence");
-    let Some(first) = sequences.first() else { return Ok(Vec::new()) };
-    let (pass, shape) = (first.pass(), first.cache.shape());
-    for (sequence, &token) in sequences.iter().zip(tokens) {
-        assert!(std::ptr::eq(sequence.model, pass.model), "sequences of different models");
-        sequence.check(&[token])?;
-    }
-    let of_keys = shape.kv_heads * shape.head_dim;
-    let positions: Vec<usize> = sequences.iter().map(|sequence| sequence.cache.tokens()).collect();
-    let hidden = pass.layers(tokens, positions.iter().copied(), &mut |l, all, out| {
+    let mut all = Vec::new();
+    let shares = sequences.iter_mut().zip(tokens.chunks(1));
+    let shares = shares.map(|(sequence, tokens)| Share { sequence, tokens, part: Part::Step, wanted });
+    read_each(&mut shares.collect::<Vec<_>>(), &mut |_, _, logits| all.extend_from_slice(logits))?;
+    Ok(all)
+}
+
+/// The residual stream `[T, hidden]` of what each sequence reads after all layers, one share after the other. `done` is called with
+/// the layers that are done.
+fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<f32>, ForwardError> {
+    let Some(first) = shares.first() else { return Ok(Vec::new()) };
+    let pass = first.sequence.pass();
+    let tokens: Vec<u32> = shares.iter().flat_map(|share| share.tokens).copied().collect();
+    let positions = shares.iter().flat_map(|share| {
+        let start = share.sequence.cache.tokens();
+        start..start + share.tokens.len()
+    });
+    let positions: Vec<usize> = positions.collect();
+    let hidden = pass.layers(&tokens, positions.iter().copied(), &mut |l, projected, out| {
         let start = Instant::now();
-        let rows = all.keys.chunks_exact(of_keys).zip(all.values.chunks_exact(of_keys));
-        for (sequence, (keys, values)) in sequences.iter_mut().zip(rows) {
-            sequence.cache.append(pass.pool, l, keys, values)?;
+        attend(shares, l, projected, out)?;
+        for share in shares.iter_mut().filter(|share| share.part == Part::PromptEnd) {
+            share.sequence.cache.begin_end_prompt(l);
         }
-        let mut caches: Vec<&mut KvCache> =
-            sequences.iter_mut().map(|sequence| &mut sequence.cache).collect();
-        attend_each(&mut caches, pass.pool, l, &all.queries, out);
-        let waited = start.elapsed();
-        sequences.iter_mut().for_each(|sequence| sequence.attention += waited);
+        let took = start.elapsed();
+        shares.iter_mut().for_each(|share| share.sequence.attention += took);
+        done(l + 1);
         Ok(())
     })?;
-    sequences.iter_mut().for_each(|sequence| sequence.between_steps());
+    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
+        let start = Instant::now();
+        sequence.cache.between_steps();
+        sequence.attention += start.elapsed();
+    }
     Ok(hidden)
+}
+
+/// Stores a layer's keys and values, and attends: to what follows prompts together, and to prompts one by one.
+fn attend(
+    shares: &mut [Share],
+    l: usize,
+    projected: &Projected,
+    out: &mut [f32],
+) -> Result<(), ForwardError> {
+    let Some(first) = shares.first() else { return Ok(()) };
+    let (pool, shape) = (first.sequence.pool, first.sequence.cache.shape());
+    let (of_keys, of_queries) = (shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim);
+    let mut row = 0;
+    for Share { sequence, tokens, .. } in &mut *shares {
+        let rows = row * of_keys..(row + tokens.len()) * of_keys;
+        sequence.cache.append(pool, l, &projected.keys[rows.clone()], &projected.values[rows])?;
+        row += tokens.len();
+    }
+    let (steps, prompts) = shares.split_at_mut(shares.partition_point(|share| share.part == Part::Step));
+    let (now, mut queries) = projected.queries.split_at(steps.len() * of_queries);
+    let (out, mut rest) = out.split_at_mut(steps.len() * of_queries);
+    let mut caches: Vec<&mut KvCache> = steps.iter_mut().map(|share| &mut share.sequence.cache).collect();
+    attend_each(&mut caches, pool, l, now, out);
+    for Share { sequence, tokens, .. } in prompts {
+        let (now, later) = queries.split_at(tokens.len() * of_queries);
+        let (out, others) = rest.split_at_mut(tokens.len() * of_queries);
+        sequence.cache.attend(pool, l, now, out);
+        (queries, rest) = (later, others);
+    }
+    Ok(())
 }
 
 /// The most probable token; the first of equals.

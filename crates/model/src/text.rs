@@ -3,8 +3,10 @@
 //! Both file formats end in one `tokenizers` object: `text::vocabulary` builds it from GGUF metadata, a folder brings
 //! `tokenizer.json`. Nothing here knows weights or requests.
 
+mod conversation;
 mod pretokenize;
 mod template;
+mod tokens;
 mod vocabulary;
 
 use std::path::Path;
@@ -17,6 +19,7 @@ use tokenizers::Tokenizer;
 use crate::ModelError;
 use crate::config::gguf::Metadata;
 use crate::shards::read_json;
+pub use conversation::{Encoded, Ending};
 use template::ChatTemplate;
 
 /// What the text of a special token (`<|im_start|>`) stands for, and whether the model's own are added.
@@ -190,15 +193,8 @@ impl Text {
     /// The tokens of a conversation in which the user says `content`, ending where the answer begins. The template's
     /// special tokens are meant; those that somebody wrote into `content` are letters like any other.
     pub fn encode_chat(&self, content: &str) -> Result<Vec<u32>, ModelError> {
-        let chat = self.chat(&[Message { role: "user".into(), content: HERE.into() }])?;
-        let Some((before, after)) = chat.split_once(HERE) else {
-            let what = "it leaves out what the user says; use a model with another template".into();
-            return Err(ModelError::Template { what });
-        };
-        let mut tokens = self.encode(before, Specials::Written)?;
-        tokens.extend(self.encode(content, Specials::Literal)?);
-        tokens.extend(self.encode(after, Specials::Written)?);
-        Ok(tokens)
+        let message = serde_json::json!({"role": "user", "content": content});
+        Ok(self.encode_messages(&[message], &Map::new(), Ending::Rendered)?.tokens)
     }
 
     /// Whether [`Text::chat`] can work.
@@ -226,9 +222,6 @@ impl Text {
         &self.tokenizer
     }
 }
-
-/// Stands for the user's text while the chat template is rendered: private-use characters, in no text.
-const HERE: &str = "\u{F8FF}text\u{F8FF}";
 
 fn literal(tokenizer: &Tokenizer) -> Tokenizer {
     let mut tokenizer = tokenizer.clone();
@@ -278,6 +271,12 @@ impl Decoder {
     /// For a new answer.
     pub fn new() -> Decoder {
         Decoder::default()
+    }
+
+    /// For an answer to a prompt that ends with these tokens, so that its first is spelled as it is after them.
+    pub fn after(prompt: &[u32]) -> Decoder {
+        let tail = &prompt[prompt.len().saturating_sub(MOST_HELD_BACK)..];
+        Decoder { tokens: tail.to_vec(), given: tail.len() }
     }
 
     /// The text that `token` completes; empty if it completes none, or is special.

@@ -9,7 +9,7 @@ use common::SMOLLM2;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::{KvFormat, Packed};
-use mosaickv_model::{ForwardError, Model, Sequence};
+use mosaickv_model::{ForwardError, Model, Part, Sequence, Share, Wanted, read_each, step_each};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -188,6 +188,45 @@ fn chunks_steps_and_threads_give_the_same_logits() {
     let off = stepped.iter().zip(&whole[0]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     assert!(off < 0.5, "off by {off}");
     assert_eq!(argmax(&stepped), argmax(&whole[0]));
+}
+
+/// What a sequence computes does not depend on who reads beside it, nor on the chunks in which it reads its prompt.
+#[test]
+fn a_shared_pass_gives_to_the_bit_what_each_sequence_gives_alone() {
+    let Some((model, _)) = &*SMOLLM2 else { return };
+    let tokens = ids(&json("smollm2_reference.json")["ids"]);
+    let pool = Pool::new(2);
+    let new = |kv: &str| Sequence::new(model, &pool, kv.parse().unwrap()).unwrap();
+    let (long, rest) = tokens[..640].split_at(600);
+    let alone: Vec<Vec<Vec<f32>>> = [(long, "packed"), (&long[..70], "exact")]
+        .map(|(prompt, kv)| {
+            let mut sequence = new(kv);
+            let first = sequence.prefill(prompt, &mut |_, _| ()).unwrap();
+            let steps = rest[..8].iter().map(|&token| sequence.step(token).unwrap());
+            std::iter::once(first).chain(steps).collect()
+        })
+        .into();
+
+    let (mut packed, mut exact) = (new("packed"), new("exact"));
+    let mut got = vec![vec![], vec![exact.prefill(&long[..70], &mut |_, _| ()).unwrap()]];
+    let chunks = [(0..256, Part::Prompt), (256..512, Part::Prompt), (512..600, Part::PromptEnd)];
+    for (i, (chunk, part)) in chunks.into_iter().enumerate() {
+        let wanted = if part == Part::PromptEnd { Wanted::Last } else { Wanted::Nothing };
+        let step =
+            Share { sequence: &mut exact, tokens: &rest[i..=i], part: Part::Step, wanted: Wanted::All };
+        let prompt = Share { sequence: &mut packed, tokens: &long[chunk], part, wanted };
+        read_each(&mut [step, prompt], &mut |share, _, logits| got[1 - share].push(logits.to_vec())).unwrap();
+    }
+    packed.finish_prompt();
+    for i in 0..8 {
+        let logits = step_each(&mut [&mut packed], &rest[i..=i]).unwrap();
+        got[0].push(logits);
+        if i >= 3 {
+            got[1].push(step_each(&mut [&mut exact], &rest[i..=i]).unwrap());
+        }
+    }
+    assert_eq!(got[0].len(), 9);
+    assert!(got == alone, "neighbours or chunks change what a sequence computes");
 }
 
 /// A compressed cache that keeps three quarters or half of each vector and selects every block changes little; the

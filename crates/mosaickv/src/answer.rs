@@ -17,9 +17,8 @@ pub const MOST_RAW_BYTES: usize = 512 << 20;
 
 /// What to answer, and how.
 pub struct Asked<'a> {
-    /// A text to put before the question.
-    pub document: Option<&'a str>,
-    pub question: &'a str,
+    /// From [`prompt`].
+    pub prompt: &'a [u32],
     pub format: KvFormat,
     /// Longest answer, in tokens.
     pub max_tokens: usize,
@@ -59,12 +58,11 @@ pub fn answer(
     asked: &Asked,
     each: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Answer> {
-    let prompt = prompt(model, text, asked)?;
     let start = Instant::now();
     let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
     let mut sequence = Sequence::new(model, pool, asked.format)?.with_background(background, Timing::Live);
     let bar = bar("reading", "layers");
-    let logits = sequence.prefill(&prompt, &mut |done, all| {
+    let logits = sequence.prefill(asked.prompt, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     });
@@ -94,24 +92,28 @@ pub fn answer(
 
     let held = sequence.cache().tokens();
     let totals = DecodeTotals {
-        steps: held - prompt.len(),
+        steps: held - asked.prompt.len(),
         time: decode.elapsed(),
         attention: sequence.attention_time() - attention,
         kv_bytes_read: sequence.cache().bytes_read() - read,
     };
     let kv = asked.format.to_string();
     let mut bill = Bill::new(kv, (model.kv_shape(), held), sequence.cache().bytes());
-    (bill.prompt_tokens, bill.output_tokens, bill.ttft_s) = (prompt.len(), tokens, ttft.as_secs_f64());
+    (bill.prompt_tokens, bill.output_tokens, bill.ttft_s) = (asked.prompt.len(), tokens, ttft.as_secs_f64());
     bill.budget_missed = missed;
     bill.add_decode(&totals);
     Ok(Answer { answer, finish_reason, bill })
 }
 
-/// The prompt's tokens, refused if they and the answer exceed the model's context.
-fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
-    let content = match asked.document {
-        Some(document) => format!("{}\n{}", document.trim_end(), asked.question),
-        None => asked.question.to_owned(),
+/// The tokens of a question, after a document if there is one; refused if they and the answer exceed the model's context.
+pub fn prompt(
+    (model, text): (&Model, &Text),
+    (document, question): (Option<&str>, &str),
+    max_tokens: usize,
+) -> Result<Vec<u32>> {
+    let content = match document {
+        Some(document) => format!("{}\n{question}", document.trim_end()),
+        None => question.to_owned(),
     };
     let tokens = if text.has_template() {
         text.encode_chat(&content)?
@@ -120,12 +122,12 @@ fn prompt(model: &Model, text: &Text, asked: &Asked) -> Result<Vec<u32>> {
         text.encode_plain(&content)?
     };
     let context = model.context();
-    if tokens.len() + asked.max_tokens > context {
+    if tokens.len() + max_tokens > context {
         bail!(
             "the prompt has {} tokens and the answer may have {}, but the model's maximum context length is \
              {context} tokens; shorten the document, lower --max-tokens, or use a model with a longer context",
             tokens.len(),
-            asked.max_tokens
+            max_tokens
         );
     }
     Ok(tokens)

@@ -2,6 +2,7 @@
 
 mod attention;
 mod decode;
+mod serve;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -16,12 +17,15 @@ pub enum BenchCommand {
     Attention(attention::AttentionArgs),
     /// Prefill and time between tokens of a real model at several depths
     Decode(decode::DecodeArgs),
+    /// Many long contexts at once under one budget of bytes
+    Serve(serve::ServeArgs),
 }
 
 pub fn bench(command: &BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Attention(args) => attention::attention(args),
         BenchCommand::Decode(args) => decode::decode(args),
+        BenchCommand::Serve(args) => serve::serve(args),
     }
 }
 

@@ -23,7 +23,7 @@ pub struct Bill {
     /// Exact f16 bytes to stored bytes.
     pub ratio: f64,
     pub bits_per_scalar: f64,
-    /// What is to be said if bytes were asked for and the prompt took others.
+    /// What is to be said if the prompt took other bytes than were asked for, or reached another ratio.
     pub budget_missed: Option<String>,
     /// Mean over the answer's decode steps.
     pub kv_bytes_read_per_step: Option<f64>,

@@ -1,11 +1,13 @@
 //! How many bytes may a prompt's keys and values take, what is read of them, and at what risk? `--kv-budget`, `--allow-drop`
-//! and `--select` beside `--kv`, and what is said where a budget was missed.
+//! and `--select` beside `--kv`, and what is said where bytes or a ratio were missed.
 
 use anyhow::{Result, bail, ensure};
 use clap::Args;
-use mosaickv_kv::{ByteCount, Dropping, KvCache, KvFormat, KvFormats, Layered, Select, Target};
+use mosaickv_kv::{
+    ByteCount, Dropping, HeadInfo, KvCache, KvFormat, KvFormats, Layered, PageInfo, Select, Target,
+};
 
-/// A prompt that takes so much more or less than was asked for has missed its budget.
+/// A prompt that takes so much more or less than was asked for has missed it.
 const OFF: f64 = 0.02;
 
 #[derive(Args, Clone, Copy)]
@@ -35,12 +37,10 @@ impl BudgetArgs {
         self.applied_to(format)
     }
 
-    /// The same where `bytes` of text are all that will be read: without a format or a flag `exact` for a text that
-    /// `layered` would leave exact, so that no calibration is made for it.
-    pub fn format_for(self, asked: Option<KvFormat>, bytes: usize) -> Result<KvFormat> {
-        // A token is at least a byte; what a chat's template adds is less than this.
-        let is_short = bytes + 256 < Layered::LEAST_TOKENS;
-        if asked.is_none() && self.flag().is_none() && is_short {
+    /// The same for a prompt of `tokens` tokens: without a format or a flag `exact` for one that `layered` would leave exact,
+    /// so that no calibration is made for it.
+    pub fn format_for(self, asked: Option<KvFormat>, tokens: usize) -> Result<KvFormat> {
+        if asked.is_none() && !self.is_given() && tokens < Layered::LEAST_TOKENS {
             return Ok(KvFormat::Exact);
         }
         self.format(asked)
@@ -53,6 +53,11 @@ impl BudgetArgs {
             bail!("{flag} is for the layered format, and --kv {asked} has none; add layered");
         }
         asked.0.iter().map(|format| self.applied_to(*format)).collect()
+    }
+
+    /// Whether there is one of the flags.
+    pub fn is_given(self) -> bool {
+        self.flag().is_some()
     }
 
     /// A flag that was given, by name.
@@ -88,9 +93,18 @@ fn is_layered(format: &KvFormat) -> bool {
     matches!(format, KvFormat::Layered(_))
 }
 
-/// What to say of a cache at the end of a prompt whose bytes are not about those that were asked for.
+/// What to say of a cache in the layered format at the end of a prompt that takes not about what was asked for, or is too short
+/// to be compressed.
 pub fn missed(cache: &KvCache) -> Option<String> {
-    let (asked, got) = (cache.format().budget()?, cache.bytes().total());
+    let KvFormat::Layered(Layered { target, .. }) = cache.format() else { return None };
+    match target {
+        Target::Bytes(asked) => missed_bytes(cache, asked),
+        Target::Ratio(asked) => missed_ratio(cache, asked),
+    }
+}
+
+fn missed_bytes(cache: &KvCache, asked: usize) -> Option<String> {
+    let got = cache.bytes().total();
     let off = got as f64 / asked as f64 - 1.0;
     let why = match cache.is_compressed() {
         false if off > OFF => "so short a prompt stays exact",
@@ -103,5 +117,30 @@ pub fn missed(cache: &KvCache) -> Option<String> {
         ByteCount(asked),
         cache.tokens(),
         got as f64 / 1e6
+    ))
+}
+
+/// Of the layers that are compressed, which are those that a ratio is for.
+fn missed_ratio(cache: &KvCache, asked: f32) -> Option<String> {
+    let tokens = cache.tokens();
+    if !cache.is_compressed() {
+        let least = Layered::LEAST_TOKENS;
+        return Some(format!(
+            "a ratio of {asked} was asked for, but the prompt of {tokens} tokens stays exact: it is compressed from {least} tokens on"
+        ));
+    }
+    let heads = cache.layered_heads();
+    let of_pages = |pages: &[PageInfo]| pages.iter().map(|page| page.bytes).sum::<usize>();
+    let of_head = |head: &HeadInfo| of_pages(&head.prompt) + of_pages(&head.tail) + head.other_bytes;
+    let stored: usize = heads.iter().map(of_head).sum();
+    let exact = heads.len() * tokens * cache.shape().head_dim * 4;
+    let got = exact as f64 / stored as f64;
+    let why = match f64::from(asked) / got - 1.0 {
+        off if off > OFF => "it can't be had for less",
+        off if off < -OFF => "the next finer plan would take more, or there is none",
+        _ => return None,
+    };
+    Some(format!(
+        "a ratio of {asked} was asked for, but the prompt of {tokens} tokens reaches {got:.2}: {why}"
     ))
 }

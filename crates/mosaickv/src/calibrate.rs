@@ -9,10 +9,11 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Calibration, KvFormat};
-use mosaickv_model::calibrate::{calibrate, load, save};
+use mosaickv_model::calibrate::{calibrate, load, recipe, save};
 use mosaickv_model::{Model, Text};
 use sha2::{Digest, Sha256};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -84,8 +85,8 @@ pub fn load_for(
 }
 
 /// Gives the model a calibration if one of the formats needs it: the file's, or that of the cache folder, or one that
-/// is learnt now and put there. `path` is the model's.
-fn attach(
+/// is learnt now and put there, if there is such a folder. `path` is the model's.
+pub fn attach(
     (model, text): (&mut Model, &Text),
     pool: &Pool,
     (path, file): (&Path, Option<&Path>),
@@ -98,13 +99,11 @@ fn attach(
         model.calibration = Some(Arc::new(load(file, model.kv_shape())?));
         return Ok(());
     }
-    let kept = fetch::calibration_path(&format!(
-        "{}-{}",
-        files_digest(path)?,
-        hex(&Sha256::digest(TEXTS.concat()))
-    ))?;
-    if kept.is_file() {
-        match load(&kept, model.kv_shape()) {
+    let kept = fetch::calibration_path(&key(path)?);
+    if let Ok(kept) = &kept
+        && kept.is_file()
+    {
+        match load(kept, model.kv_shape()) {
             Ok(calibration) => {
                 model.calibration = Some(Arc::new(calibration));
                 return Ok(());
@@ -114,13 +113,36 @@ fn attach(
     }
     let documents = TEXTS.map(str::to_owned);
     let calibration = learn((model, text), pool, &documents, TOKENS)?;
-    if let Some(folder) = kept.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    match kept.map_err(anyhow::Error::from).and_then(|kept| keep(&calibration, kept)) {
+        Ok(kept) => eprintln!("calibrated for the layered format, kept in {}", kept.display()),
+        Err(error) => {
+            tracing::warn!(
+                "calibrated for the layered format, this time only, as it can't be kept: {error:#}"
+            );
+        }
     }
-    save(&calibration, &kept)?;
-    eprintln!("calibrated for the layered format, kept in {}", kept.display());
     model.calibration = Some(Arc::new(calibration));
     Ok(())
+}
+
+/// Puts what was learnt where it is looked for.
+fn keep(calibration: &Calibration, path: PathBuf) -> Result<PathBuf> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    save(calibration, &path)?;
+    Ok(path)
+}
+
+/// What a calibration from the texts in this program depends on, in 16 hexadecimal digits: the model, the texts, and how
+/// they are learnt from.
+fn key(path: &Path) -> Result<String> {
+    let mut sha = Sha256::new();
+    sha.update(weights_digest(path)?);
+    sha.update(recipe());
+    sha.update((TOKENS as u64).to_le_bytes());
+    sha.update(TEXTS.concat());
+    Ok(hex(&sha.finalize(), 16))
 }
 
 fn learn(
@@ -147,28 +169,89 @@ fn learn(
     Ok(calibration?)
 }
 
+/// The file, or those of the folder by name.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
+    files.retain(|file| file.is_file());
+    files.sort();
+    Ok(files)
+}
+
+fn open(file: &Path) -> Result<File> {
+    File::open(file).with_context(|| format!("cannot read {}", file.display()))
+}
+
+/// Of the lengths of the model's files and of eight pieces of each, evenly spaced from its beginning to its end, which are 8 MiB
+/// altogether: of a fine-tuned model's file the beginning, which has names and shapes, is that of the model it came from.
+fn weights_digest(path: &Path) -> Result<Vec<u8>> {
+    const PIECES: u64 = 8;
+    let files = files(path)?;
+    let most = (8 << 20) / PIECES / files.len().max(1) as u64;
+    let mut sha = Sha256::new();
+    let mut piece = vec![];
+    for file in files {
+        let mut open = open(&file)?;
+        let length = open.metadata()?.len();
+        sha.update(length.to_le_bytes());
+        for i in 0..PIECES {
+            open.seek(SeekFrom::Start(length.saturating_sub(most) * i / (PIECES - 1)))?;
+            piece.clear();
+            open.by_ref().take(most).read_to_end(&mut piece)?;
+            sha.update(&piece);
+        }
+    }
+    Ok(sha.finalize().to_vec())
+}
+
 /// A digest of the beginnings and lengths of the model's files.
 pub fn files_digest(path: &Path) -> Result<String> {
     const MOST: u64 = 1 << 20;
-    let mut files = vec![path.to_owned()];
-    if path.is_dir() {
-        files = std::fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect::<io::Result<_>>()?;
-        files.retain(|file| file.is_file());
-        files.sort();
-    }
     let mut sha = Sha256::new();
-    for file in files {
-        let open = std::fs::File::open(&file).with_context(|| format!("cannot read {}", file.display()))?;
+    for file in files(path)? {
+        let open = open(&file)?;
         sha.update(file.file_name().unwrap_or_default().as_encoded_bytes());
         sha.update(open.metadata()?.len().to_le_bytes());
         let mut bytes = Vec::new();
         open.take(MOST).read_to_end(&mut bytes)?;
         sha.update(&bytes);
     }
-    Ok(hex(&sha.finalize()))
+    Ok(hex(&sha.finalize(), 8))
 }
 
-/// The first four bytes.
-pub fn hex(digest: &[u8]) -> String {
-    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+/// The first `digits` hexadecimal digits, an even number.
+pub fn hex(digest: &[u8], digits: usize) -> String {
+    digest.iter().take(digits / 2).map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_weights_have_another_digest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let digest = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).unwrap();
+            weights_digest(&path).unwrap()
+        };
+        let mut bytes = vec![7; 40 << 20];
+        let first = digest(&bytes);
+        assert_eq!(first, digest(&bytes));
+        let last = bytes.len() - 1;
+        for at in [0, last, last / 7 * 3 + 1000] {
+            bytes[at] ^= 1;
+            assert_ne!(digest(&bytes), first, "a change at {at}");
+            bytes[at] ^= 1;
+        }
+        assert_eq!(digest(&bytes), first);
+        assert_eq!(weights_digest(folder.path()).unwrap(), first, "the one file of a folder");
+        bytes.push(7);
+        assert_ne!(digest(&bytes), first, "one byte more");
+        assert_ne!(digest(b"a"), digest(b"b"), "files smaller than a piece");
+    }
 }

@@ -1,7 +1,7 @@
 //! The README's one command: a real model, a long real document, two questions, both caches.
 
 use crate::ThreadArgs;
-use crate::answer::{Answer, Asked, answer};
+use crate::answer::{Answer, Asked, answer, prompt};
 use crate::bill::Bill;
 use crate::budget::BudgetArgs;
 use crate::calibrate::load_for;
@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kv::KvFormat;
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 /// An excerpt of several thousand tokens, public domain; `demo/README.md` tells which.
 pub const DOCUMENT: &str = include_str!("../demo/document.txt");
@@ -19,12 +20,18 @@ const QUESTIONS: [&str; 2] = [
     "According to the text, the English were preceded in the whale fishery by whom?",
 ];
 
+/// Longest answer.
+const MAX_TOKENS: usize = 48;
+
 #[derive(Args)]
 #[command(after_help = "Examples:\n  mosaickv demo --threads 4\n  mosaickv demo --kv-budget 16MB")]
 pub struct DemoArgs {
     /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(long, default_value = ALIAS, env = "MOSAICKV_MODEL")]
     model: String,
+    /// What `mosaickv calibrate` wrote, for the layered format [default: learnt once from texts in this program]
+    #[arg(long, value_name = "FILE", env = "MOSAICKV_CALIBRATION")]
+    calibration: Option<PathBuf>,
     #[command(flatten)]
     threads: ThreadArgs,
     /// The compressed cache to show beside the exact one [default: layered]
@@ -40,16 +47,18 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
         bail!("--kv exact would compare the exact cache with itself; leave it out, or give layered:4");
     }
     let pool = args.threads.pool();
-    let (model, text) = load_for((&fetch::resolve(&args.model)?, None), &pool, &[compressed])?;
+    let path = fetch::resolve(&args.model)?;
+    let (model, text) = load_for((&path, args.calibration.as_deref()), &pool, &[compressed])?;
     let mut out = io::stdout().lock();
     writeln!(out, "document: {} words. Every answer reads it anew.", DOCUMENT.split_whitespace().count())?;
     for question in QUESTIONS {
         writeln!(out, "\nQ: {question}")?;
+        let prompt = prompt((&model, &text), (Some(DOCUMENT), question), MAX_TOKENS)?;
         let mut bills = vec![];
         for kv in [KvFormat::Exact, compressed] {
             // Written with the first piece: a progress bar would wipe it from the line.
             let mut label = format!("  {:<8}", kv.name());
-            let asked = Asked { document: Some(DOCUMENT), question, format: kv, max_tokens: 48 };
+            let asked = Asked { prompt: &prompt, format: kv, max_tokens: MAX_TOKENS };
             let Answer { bill, .. } = answer(&model, &text, &pool, &asked, &mut |piece| {
                 write!(out, "{}{}", std::mem::take(&mut label), piece.replace('\n', " "))?;
                 Ok(out.flush()?)

@@ -15,7 +15,7 @@ use mosaickv_eval::results::{Results, Row, Settings};
 use mosaickv_eval::{Run, Times, report::table};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{KvFormat, KvFormats};
-use mosaickv_model::{Model, Text};
+use mosaickv_model::{Model, Text, calibrate};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -100,16 +100,22 @@ impl RunArgs {
     fn settings(
         &self,
         suite: &str,
-        model: &str,
+        loaded: &Loaded,
         formats: &[KvFormat],
         options: &[(&str, String)],
     ) -> Settings {
         let mut options: BTreeMap<String, String> =
             options.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
         options.insert("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
+        // One from the texts in this program follows from the model and the version.
+        if self.model.calibration.is_some()
+            && let Some(calibration) = &loaded.model.calibration
+        {
+            options.insert("calibration".to_owned(), calibrate::digest(calibration)[..16].to_owned());
+        }
         Settings {
             suite: suite.to_owned(),
-            model: model.to_owned(),
+            model: loaded.name.clone(),
             kv: formats.iter().map(KvFormat::to_string).collect(),
             options,
         }
@@ -183,13 +189,13 @@ fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
         sha.update((text.len() as u64).to_le_bytes());
         sha.update(text);
     }
-    hex(&sha.finalize())
+    hex(&sha.finalize(), 8)
 }
 
 /// A name that belongs to these settings, so that the same command finds it again and no other does.
 fn default_path(settings: &Settings) -> PathBuf {
     let json = serde_json::to_vec(settings).expect("settings are plain text");
-    PathBuf::from(format!("eval-{}-{}.jsonl", settings.suite, hex(&Sha256::digest(&json))))
+    PathBuf::from(format!("eval-{}-{}.jsonl", settings.suite, hex(&Sha256::digest(&json), 8)))
 }
 
 fn show(rows: &[Row], json: bool) -> Result<()> {

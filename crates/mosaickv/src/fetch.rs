@@ -18,6 +18,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use hub::HubName;
+pub use interrupt::hand_over as hand_over_signals;
 
 /// The name under which the small demonstration model is fetched: SmolLM2-135M-Instruct, Q4_1, 98 MB.
 pub const ALIAS: &str = "smollm2-135m";

@@ -64,10 +64,11 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
     });
     bar.finish_and_clear();
     read?;
+    show(args, sequence.cache())?;
     if let Some(missed) = budget::missed(sequence.cache()) {
         eprintln!("{missed}");
     }
-    show(args, sequence.cache())
+    Ok(())
 }
 
 /// Prints what the cache chose, and draws it if that was asked for.

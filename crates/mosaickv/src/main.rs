@@ -11,6 +11,7 @@ mod demo;
 mod eval;
 mod fetch;
 mod inspect;
+mod serve;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
@@ -27,6 +28,7 @@ use std::process::ExitCode;
 #[command(after_help = "Examples:\n  \
     mosaickv demo\n  \
     mosaickv run --model smollm2-135m --file report.txt \"What was decided?\"\n  \
+    mosaickv serve smollm2-135m --kv-memory 1GiB\n  \
     mosaickv eval kl --model smollm2-135m --text novel.txt --kv exact,layered,q8_0\n  \
     mosaickv bench attention --context 4096,32768 --kv exact,layered")]
 struct Cli {
@@ -40,6 +42,8 @@ enum Command {
     Run(RunArgs),
     /// Fetch the small model, read a long document, answer with the exact and the compressed cache
     Demo(demo::DemoArgs),
+    /// Serve the OpenAI API over HTTP
+    Serve(Box<serve::ServeArgs>),
     /// Measure speed beside what the machine can do
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -109,14 +113,18 @@ struct ThreadArgs {
 
 impl ThreadArgs {
     fn pool(&self) -> Pool {
+        Pool::new(self.count())
+    }
+
+    fn count(&self) -> usize {
         let cores = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Pool::new(self.threads.map_or_else(cores, usize::from))
+        self.threads.map_or_else(cores, usize::from)
     }
 }
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).without_time().init();
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(std::env::args_os().map(serve::long_flag));
     if let Err(error) = check_isa() {
         eprintln!("error: {error:#}");
         return ExitCode::from(2);
@@ -124,6 +132,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(args) => run(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Serve(args) => serve::serve(&args),
         Command::Bench(command) => bench::bench(&command),
         Command::Eval(command) => eval::eval(&command),
         Command::Calibrate(args) => calibrate::command(&args),
@@ -162,16 +171,17 @@ fn run(args: &RunArgs) -> Result<()> {
         bail!("the question is empty; write it as the last argument, in quotes");
     }
     let document = args.file.as_deref().map(read_document).transpose()?;
-    let bytes = document.as_ref().map_or(0, String::len) + args.question.len();
-    let format = args.budget.format_for(args.kv, bytes)?;
+    // What can't be is said before a model is read.
+    args.budget.format(args.kv)?;
     let pool = args.model.threads.pool();
-    let (model, text) = args.model.load(&pool, &[format])?;
-    let asked = answer::Asked {
-        document: document.as_deref(),
-        question: &args.question,
-        format,
-        max_tokens: args.max_tokens as usize,
-    };
+    let path = fetch::resolve(&args.model.model)?;
+    let (mut model, text) = answer::load_from(&path)?;
+    let max_tokens = args.max_tokens as usize;
+    let prompt = answer::prompt((&model, &text), (document.as_deref(), &args.question), max_tokens)?;
+    let format = args.budget.format_for(args.kv, prompt.len())?;
+    let file = args.model.calibration.as_deref();
+    calibrate::attach((&mut model, &text), &pool, (&path, file), &[format])?;
+    let asked = answer::Asked { prompt: &prompt, format, max_tokens };
     let json = args.json;
     let mut out = io::stdout().lock();
     let answer = answer::answer(&model, &text, &pool, &asked, &mut |piece| {

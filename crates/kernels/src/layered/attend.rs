@@ -17,7 +17,7 @@
 
 use super::queries::Queries;
 use super::score::{Levels, Scorer, Strip, TILE_TOKENS, TILES, count_of, levels, lines_of, of_tile, unpack};
-use super::{Escape, GROUP, LINE, PAGE_TOKENS, Page, Pages, Profile, SKETCH, UNIT};
+use super::{Escape, GROUP, LINE, Line, PAGE_TOKENS, Page, Pages, Profile, SKETCH, UNIT};
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::AttnState;
@@ -39,6 +39,10 @@ const LANES: usize = 16;
 
 /// Weights are integers up to this, in two halves of 7 bits.
 const WEIGHT: f32 = 16383.0;
+
+/// Exponents of weights are at most this: what rounding makes of 0 for scores of up to 710. What it makes of larger ones would be
+/// weights above [`WEIGHT`].
+const MOST_EXPONENT: f32 = 1.0 / 32768.0;
 
 /// Folds some tiles of 16 tokens into `state` of as many rows as the queries and `D` channels, in units of the values'
 /// spreads and less their means: `chosen` has for each page its index and a bit for each of its four tiles, the lowest for
@@ -80,10 +84,9 @@ struct Tile<'a> {
 }
 
 impl<'a> Tile<'a> {
-    /// Without escapes.
+    /// One of a page's, whose lines are these, without escapes.
     #[inline(always)]
-    fn new(pages: &'a Pages, page: &Page, index: usize) -> Tile<'a> {
-        let (apart, lines) = pages.lines_of(page);
+    fn new((apart, lines): (&'a [Line], &'a [Line]), page: &Page, index: usize) -> Tile<'a> {
         let lines = &lines[lines.len() / TILES * index..];
         let tokens = page.tokens().saturating_sub(index * TILE_TOKENS).min(TILE_TOKENS);
         Tile { apart: apart.as_ptr().cast(), lines: lines.as_ptr().cast(), escapes: [&[]; 2], index, tokens }
@@ -125,10 +128,10 @@ impl<'a> Batch<'a> {
     #[inline(always)]
     fn of_page(pages: &'a Pages, index: usize) -> Batch<'a> {
         let page = &pages.pages[index];
-        let none = Tile::new(pages, page, 0);
-        let mut tiles = [none; TILES];
-        for t in 0..TILES {
-            tiles[t] = Tile::new(pages, page, t);
+        let lines = pages.lines_of(page);
+        let mut tiles = [Tile::new(lines, page, 0); TILES];
+        for t in 1..TILES {
+            tiles[t] = Tile::new(lines, page, t);
         }
         tiles[0].escapes = pages.escapes_of(index);
         Batch { of_keys: page.keys, of_values: page.values, tiles }
@@ -183,9 +186,10 @@ fn batches<'a, S: Simd>(s: S, pages: &'a Pages, visits: &[(u32, u8)]) -> (Vec<Ba
             batches.push(Batch::of_page(pages, index as usize));
             continue;
         }
+        let lines = pages.lines_of(page);
         let mut left = held;
         while left != 0 {
-            let tile = Tile::new(pages, page, left.trailing_zeros() as usize).with_escapes(escapes);
+            let tile = Tile::new(lines, page, left.trailing_zeros() as usize).with_escapes(escapes);
             left &= left - 1;
             let mut at = 0;
             while at < open.len() && (open[at].0.of_keys, open[at].0.of_values) != (page.keys, page.values) {
@@ -403,7 +407,8 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
                 let at = i * S::LANES;
                 let row = self.weights[r][at..][..S::LANES].as_mut_ptr();
                 // SAFETY: of LANES elements.
-                let weight = exp2(s, s.fma(unsafe { s.load(row) }, s.splat(LOG2_E), shift));
+                let exponent = s.fma(unsafe { s.load(row) }, s.splat(LOG2_E), shift);
+                let weight = exp2(s, s.min(exponent, s.splat(MOST_EXPONENT)));
                 totals[r] = s.add(totals[r], weight);
                 let whole = s.to_i32(s.mul(weight, s.splat(WEIGHT)));
                 let [highs, lows] = &mut self.bytes[r];
@@ -598,7 +603,7 @@ impl<'a, S: Simd, const R: usize> Fold<'a, S, R> {
     }
 }
 
-/// `2^x` for `x` of at most 0, relative error 8e-6; below -126 as there. The polynomial meets `2^x` at Chebyshev
+/// `2^x` for `x` of at most 0 or hardly more, relative error 8e-6; below -126 as there. The polynomial meets `2^x` at Chebyshev
 /// nodes, and at 0.
 #[inline(always)]
 fn exp2<S: Simd>(s: S, x: S::V) -> S::V {

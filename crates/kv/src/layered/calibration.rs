@@ -8,9 +8,7 @@
 use faer::{Mat, Side};
 use half::f16;
 use mosaickv_kernels::rotate::gram;
-
-/// Share of a metric's mean eigenvalue that is added to all of them.
-const RIDGE: f64 = 0.1;
+use std::cmp::Ordering;
 
 /// Everything that the layered format knows of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,16 +32,34 @@ pub struct HeadCalibration {
     pub outputs: Box<[f16]>,
 }
 
+impl HeadCalibration {
+    /// Of keys, queries, values and outputs.
+    pub fn matrices(&self) -> [&[f16]; 4] {
+        [&self.keys, &self.queries, &self.values, &self.outputs]
+    }
+}
+
 impl Calibration {
+    /// Share of a metric's mean eigenvalue that is added to all of them.
+    pub const RIDGE: f64 = 0.1;
+
+    /// `D`, where all matrices are `[D, D]`.
+    pub fn head_dim(&self) -> Option<usize> {
+        let mut sizes = self.heads.iter().flat_map(HeadCalibration::matrices).map(<[f16]>::len);
+        let size = sizes.next()?;
+        (size.isqrt().pow(2) == size && sizes.all(|other| other == size)).then(|| size.isqrt())
+    }
+
+    /// Whether all numbers are finite, and the layers' weights above 0.
+    pub fn is_finite(&self) -> bool {
+        self.heads.iter().flat_map(HeadCalibration::matrices).flatten().all(|x| x.is_finite())
+            && self.layer_weights.iter().all(|w| *w > 0.0 && w.is_finite())
+    }
+
     /// Bytes allocated: once for a model, whatever the number of sequences.
     pub fn bytes(&self) -> usize {
-        let of_head = |head: &HeadCalibration| {
-            [&head.keys, &head.queries, &head.values, &head.outputs]
-                .map(|m| size_of_val(&**m))
-                .iter()
-                .sum::<usize>()
-        };
-        self.heads.iter().map(of_head).sum::<usize>()
+        let matrices = self.heads.iter().flat_map(HeadCalibration::matrices);
+        matrices.map(size_of_val).sum::<usize>()
             + self.heads.capacity() * size_of::<HeadCalibration>()
             + self.layer_weights.capacity() * size_of::<f32>()
     }
@@ -115,13 +131,27 @@ fn covariance(x: &[f32], d: usize) -> Vec<f64> {
     gram(&less, d).into_iter().map(|x| f64::from(x) / t).collect()
 }
 
-/// The matrix into the channels of falling variance under the metric, and the one back: with `M` the metric's root, `M U`
-/// and `U^T M^-1`, where `U` are the eigenvectors of `M C M`.
+/// The matrix into the channels of falling variance under the metric, and the one back. A metric of zeros, or one whose matrices
+/// f16 has no numbers for, counts as the identity; where that does not help either, the channels are the model's.
 fn channels(metric: &Mat<f64>, covariance: &Mat<f64>) -> (Mat<f64>, Mat<f64>) {
+    channels_under(metric, covariance).unwrap_or_else(|| {
+        tracing::warn!("nothing tells which errors of a head cost most: all of its channels count alike");
+        let same = Mat::identity(metric.nrows(), metric.nrows());
+        channels_under(&same, covariance).unwrap_or_else(|| (same.clone(), same))
+    })
+}
+
+/// With `M` the metric's root, `M U` and `U^T M^-1`, where `U` are the eigenvectors of `M C M`, if f16 has them.
+fn channels_under(metric: &Mat<f64>, covariance: &Mat<f64>) -> Option<(Mat<f64>, Mat<f64>)> {
     let d = metric.nrows();
-    let ridge = RIDGE * (0..d).map(|i| metric[(i, i)]).sum::<f64>() / d as f64 + f64::MIN_POSITIVE;
+    let ridge = Calibration::RIDGE * (0..d).map(|i| metric[(i, i)]).sum::<f64>() / d as f64;
+    // No number is not above 0 either.
+    if ridge.partial_cmp(&0.0) != Some(Ordering::Greater) {
+        return None;
+    }
+    let ridge = ridge + f64::MIN_POSITIVE;
     let metric = Mat::from_fn(d, d, |i, j| metric[(i, j)] + if i == j { ridge } else { 0.0 });
-    let eigen = metric.self_adjoint_eigen(Side::Lower).expect("finite symmetric matrices have eigenvectors");
+    let eigen = metric.self_adjoint_eigen(Side::Lower).ok()?;
     let (u, s) = (eigen.U(), eigen.S());
     let power = |p: f64| {
         let scaled = Mat::from_fn(d, d, |i, j| u[(i, j)] * s[j].max(ridge).powf(p));
@@ -129,13 +159,62 @@ fn channels(metric: &Mat<f64>, covariance: &Mat<f64>) -> (Mat<f64>, Mat<f64>) {
     };
     let (root, inverse) = (power(0.5), power(-0.5));
     let weighed = &root * covariance * &root;
-    let eigen = weighed.self_adjoint_eigen(Side::Lower).expect("finite symmetric matrices have eigenvectors");
+    let eigen = weighed.self_adjoint_eigen(Side::Lower).ok()?;
     // Eigenvalues come in rising order.
     let turn = Mat::from_fn(d, d, |i, j| eigen.U()[(i, d - 1 - j)]);
-    (&root * &turn, turn.transpose() * &inverse)
+    let (into, back) = (&root * &turn, turn.transpose() * &inverse);
+    let is_finite = |x: &Mat<f64>| rows(x).iter().all(|x| x.is_finite());
+    (is_finite(&into) && is_finite(&back)).then_some((into, back))
 }
 
 fn rows(x: &Mat<f64>) -> Box<[f16]> {
     let d = x.ncols();
     (0..x.nrows() * d).map(|i| f16::from_f64(x[(i / d, i % d)])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::uniform;
+
+    const D: usize = 16;
+
+    fn numbers(seed: u64, tokens: usize) -> Vec<f32> {
+        let mut uniform = uniform(seed);
+        (0..tokens * D).map(|i| uniform() / (1 + i % D) as f32).collect()
+    }
+
+    fn metric(of: f64) -> Vec<f64> {
+        (0..D * D).map(|i| if i % (D + 1) == 0 { of } else { 0.0 }).collect()
+    }
+
+    /// Queries of zeros, outputs that go nowhere, and numbers for whose metric f16 has none.
+    #[test]
+    fn a_head_that_nothing_is_asked_of_has_finite_channels_all_the_same() {
+        let (keys, values) = (numbers(1, 200), numbers(2, 200));
+        let learnt = |queries: f32, outputs: f64| {
+            let mut moments = Moments::new(D);
+            let queries: Vec<f32> = numbers(3, 100).into_iter().map(|x| x * queries).collect();
+            moments.add(&keys, &values, &queries);
+            moments.learn(&metric(outputs))
+        };
+        let as_identity = learnt(0.0, 1.0);
+        for (queries, outputs) in [(0.0, 0.0), (1e-12, 1e-20), (1e12, 1e20), (0.0, f64::NAN)] {
+            let head = learnt(queries, outputs);
+            assert!(head.matrices().into_iter().flatten().all(|x| x.is_finite()), "{queries}, {outputs}");
+            assert_eq!(head.values, as_identity.values, "outputs {outputs}");
+            // There and back is where it was.
+            for (into, back) in [(&head.keys, &head.queries), (&head.values, &head.outputs)] {
+                let is_keys = std::ptr::eq(into, &head.keys);
+                for (i, j) in (0..D).flat_map(|i| (0..D).map(move |j| (i, j))) {
+                    let at = |c: usize| if is_keys { back[j * D + c] } else { back[c * D + j] };
+                    let product: f64 = (0..D).map(|c| into[i * D + c].to_f64() * at(c).to_f64()).sum();
+                    let want = if i == j { 1.0 } else { 0.0 };
+                    assert!((product - want).abs() < 1e-2, "{queries}, {outputs}: {product} at {i}, {j}");
+                }
+            }
+        }
+        let same = Moments::new(D).learn(&metric(0.0));
+        assert!(same.matrices().into_iter().flatten().all(|x| x.is_finite()), "no documents");
+    }
 }

@@ -80,7 +80,7 @@ pub(crate) fn compress(
     let mut tried: Vec<Option<Distortion>> = vec![None; jobs.len()];
     pool.for_each(&mut tried, |i, out| *out = Some(jobs[i].try_out(&scales[i], &stored[i].1, &heads[i])));
     let tried: Vec<Distortion> = tried.into_iter().flatten().collect();
-    if fall_back(&tried, &mut heads) {
+    if fall_back(&jobs, &tried, &mut heads) {
         stored = share(pool, &jobs, &heads, budget);
     }
     let mut made: Vec<Option<LayeredHead>> = jobs.iter().map(|_| None).collect();
@@ -105,7 +105,7 @@ fn share(pool: &Pool, jobs: &[Job], heads: &[Head], budget: f32) -> Vec<Stored> 
 }
 
 /// Whether a head would be stored so much worse than planned that all must be planned once more, with what is now known of it.
-fn fall_back(tried: &[Distortion], heads: &mut [Head]) -> bool {
+fn fall_back(jobs: &[Job], tried: &[Distortion], heads: &mut [Head]) -> bool {
     let (mut count, mut worst) = (0, (0.0, 0));
     for (i, (distortion, head)) in tried.iter().zip(&mut *heads).enumerate() {
         let ratio = distortion.ratios().into_iter().fold(0.0, f32::max);
@@ -116,10 +116,11 @@ fn fall_back(tried: &[Distortion], heads: &mut [Head]) -> bool {
         }
     }
     if count > 0 {
-        let (ratio, index) = worst;
+        let (ratio, job) = (worst.0, &jobs[worst.1]);
+        let (layer, g) = (job.index / job.shape.kv_heads, job.index % job.shape.kv_heads);
         let all = heads.len();
         tracing::info!(
-            "{count} of {all} heads fall back to safer profiles: their errors would weigh up to {ratio:.1} times what was planned (head {index})"
+            "{count} of {all} heads fall back to safer profiles: their errors would weigh up to {ratio:.1} times what was planned (layer {layer}, KV head {g})"
         );
     }
     count > 0
@@ -157,7 +158,7 @@ fn share_alike(heads: &mut [Head]) {
     }
 }
 
-/// Each token must stay in the head of its layer that would lose most by it.
+/// Each token must keep a key of its own in the head of its layer that would lose most by it.
 pub(super) fn guard(heads: &mut [Head], drop: Dropping) {
     if drop == Dropping::Any {
         return;

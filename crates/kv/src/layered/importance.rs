@@ -32,6 +32,12 @@ pub(crate) struct Samples {
 }
 
 impl Samples {
+    /// Bytes that the samples of one layer take at most, in rows of `row` numbers; a growing list may have room for twice as many.
+    pub(crate) fn most_bytes(row: usize) -> usize {
+        let rows = 2 * (2 * (EVEN + RECENT) + 1);
+        rows * (row * size_of::<f32>() + size_of::<usize>())
+    }
+
     /// Adds the queries of further tokens, in rows of `row` numbers.
     pub(crate) fn push(&mut self, queries: &[f32], row: usize) {
         for query in queries.chunks_exact(row) {

@@ -3,8 +3,9 @@
 //! Reverse water-filling gives each head a family of profiles for keys and one for values: for falling water levels, each
 //! group of channels the width that its variance is worth. A page then takes the pair that costs least: what its
 //! tokens' errors weigh, plus lambda times its bytes. Tokens of like weights share pages, since attention asks for no order; a token
-//! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, unless it is guarded there. Lambda
-//! follows by trial: the plan is a function of the statistics and the budget, and of nothing else.
+//! whose bits cost more than [`MARGIN`] times its loss is dropped from the head, unless it is guarded there: then its page's keys
+//! have some bits, whatever they cost. Lambda follows by trial: the plan is a function of the statistics and the budget, and of nothing
+//! else.
 
 use super::importance::Weights;
 use mosaickv_kernels::Pool;
@@ -43,7 +44,7 @@ pub(crate) struct Head {
     pub(crate) values: Channels,
     /// Of each token, `[T]`; none is 0.
     pub(crate) weights: Weights,
-    /// Tokens that must not be dropped, `[T]`.
+    /// Tokens that must keep a key of their own, `[T]`.
     pub(crate) guarded: Vec<bool>,
 }
 
@@ -56,6 +57,8 @@ pub(crate) struct HeadPlan {
     pub(crate) pages: Vec<(Profile, Profile)>,
     /// Bytes expected.
     pub(crate) bytes: f32,
+    /// The same if no token were guarded against having a key without bits.
+    unguarded: f32,
 }
 
 impl HeadPlan {
@@ -67,22 +70,29 @@ impl HeadPlan {
         HeadPlan {
             order: chosen().flat_map(tokens).copied().collect(),
             pages: chosen().map(|page| self.pages[page]).collect(),
-            bytes: 0.0,
+            ..HeadPlan::default()
         }
     }
 }
 
-/// The plan of all heads for about `budget` bytes of pages and escapes: never more if a plan without any bits fits.
+/// The plan of all heads for about `budget` bytes of pages and escapes: never more if the one of the fewest bytes fits.
 pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
     let mut drafts: Vec<(Draft, HeadPlan)> =
         heads.iter().map(|_| (Draft::default(), HeadPlan::default())).collect();
     pool.for_each(&mut drafts, |i, (draft, _)| *draft = Draft::new(&heads[i]));
     let mut plan_at = |lambda: f32| {
         pool.for_each(&mut drafts, |i, (draft, plan)| *plan = draft.plan(&heads[i], lambda));
-        drafts.iter().map(|(_, plan)| plan.bytes).sum::<f32>()
+        let sum = |of: fn(&HeadPlan) -> f32| drafts.iter().map(|(_, plan)| of(plan)).sum::<f32>();
+        (sum(|plan| plan.bytes), sum(|plan| plan.unguarded))
     };
-    let (below, above) = search(budget, &mut plan_at);
-    let mut left = budget - plan_at(above);
+    // Few budgets are so small that the guard takes anything, and only then it is searched with.
+    let (mut below, mut above) = search(budget, |lambda| plan_at(lambda).1);
+    let (mut bytes, unguarded) = plan_at(above);
+    if bytes > unguarded {
+        (below, above) = search(budget, |lambda| plan_at(lambda).0);
+        (bytes, _) = plan_at(above);
+    }
+    let mut left = budget - bytes;
     if left > FILLED * budget {
         // Where many tokens weigh exactly alike, all of them go or stay at one lambda, and no plan at one lambda is near the budget.
         for ((draft, plan), head) in drafts.iter_mut().zip(heads) {
@@ -135,6 +145,9 @@ struct Choice {
 #[derive(Clone, Debug, Default)]
 struct Family {
     choices: Vec<Choice>,
+    /// The one of the fewest bytes that has bits, not on the hull perhaps; where all tokens are the same there is none, and it is the
+    /// first.
+    least: Choice,
     /// Weight of a page over lambda from which on the next choice is the better one.
     turns: Vec<f32>,
 }
@@ -194,6 +207,7 @@ impl Family {
 
     fn hull(mut choices: Vec<Choice>) -> Family {
         choices.sort_by(|a, b| a.bytes.total_cmp(&b.bytes).then(a.loss.total_cmp(&b.loss)));
+        let least = choices.iter().find(|choice| choice.profile.groups() > 0).copied().unwrap_or(choices[0]);
         let turn = |a: &Choice, b: &Choice| (b.bytes - a.bytes) / (a.loss - b.loss);
         let mut hull: Vec<Choice> = Vec::new();
         for choice in choices {
@@ -209,7 +223,7 @@ impl Family {
             hull.push(choice);
         }
         let turns = hull.windows(2).map(|pair| turn(&pair[0], &pair[1])).collect();
-        Family { choices: hull, turns }
+        Family { choices: hull, least, turns }
     }
 
     /// The choice that costs least for a page of this weight, over lambda.
@@ -292,14 +306,20 @@ impl Draft {
     fn paged(&self, head: &Head, lambda: f32, order: Vec<u32>) -> HeadPlan {
         let Weights { keys, values } = &head.weights;
         let sum = |weights: &[f32], page: &[u32]| page.iter().map(|&t| weights[t as usize]).sum::<f32>();
-        let (mut pages, mut bytes) = (Vec::with_capacity(order.len().div_ceil(PAGE_TOKENS)), 0.0);
+        let mut pages = Vec::with_capacity(order.len().div_ceil(PAGE_TOKENS));
+        let (mut unguarded, mut more) = (0.0, 0.0);
         for page in order.chunks(PAGE_TOKENS) {
-            let k = self.keys.best(sum(keys, page) / lambda);
+            let mut k = self.keys.best(sum(keys, page) / lambda);
             let v = self.values.best(sum(values, page) / lambda);
+            unguarded += header() + k.bytes + v.bytes;
+            // Keys without bits are the mean key, from which no token can be told.
+            if k.profile.groups() == 0 && page.iter().any(|&t| head.guarded[t as usize]) {
+                k = &self.keys.least;
+                more += k.bytes;
+            }
             pages.push((k.profile, v.profile));
-            bytes += header() + k.bytes + v.bytes;
         }
-        HeadPlan { order, pages, bytes }
+        HeadPlan { order, pages, bytes: unguarded + more, unguarded }
     }
 }
 
@@ -354,6 +374,20 @@ mod tests {
             let plans = plan(&Pool::new(2), &heads, share * all);
             let bytes: f32 = plans.iter().map(|plan| plan.bytes).sum();
             assert!(bytes <= share * all && bytes > 0.97 * share * all, "{bytes} of {}", share * all);
+        }
+    }
+
+    /// However few bytes there are, and whatever nobody asked for.
+    #[test]
+    fn a_guarded_token_keeps_a_key_of_its_own() {
+        let heads = [head(128), head(0)];
+        for budget in [1.0, 4000.0, 15_000.0] {
+            for (plan, head) in plan(&Pool::new(2), &heads, budget).iter().zip(&heads) {
+                let pages = plan.order.chunks(PAGE_TOKENS).zip(&plan.pages);
+                let keyed = pages.filter(|(_, (keys, _))| keys.bits() > 0).flat_map(|(page, _)| page);
+                let keyed = keyed.filter(|&&t| head.guarded[t as usize]).count();
+                assert_eq!(keyed, head.guarded.iter().filter(|guarded| **guarded).count(), "{budget}");
+            }
         }
     }
 

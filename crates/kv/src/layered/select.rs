@@ -9,17 +9,24 @@ use std::str::FromStr;
 /// Tokens of a head that are read at least, however little of them is needed: a sketch may be wrong.
 const LEAST_TOKENS: usize = 4096;
 
-/// One in so many tokens is read at most beyond those: where attention is flat, more of the same adds little.
-const MOST: usize = 64;
+/// One tile in so many is read at most beyond those, of all that can be chosen: where attention is flat, more of the same adds
+/// little.
+const ONE_IN: usize = 64;
 
-/// What a decode step reads of the layered format, of heads with at least 8,192 tokens in pages; of others, all.
+/// The least relative weight that can be asked for: how much more than needed a tile is wanted goes up to one over it, and the
+/// cut that leaves no more than may be read is searched up to 2^60.
+const LEAST_RELATIVE: f32 = 1e-15;
+
+/// What a decode step reads of the layered format, of heads with at least 8,192 tokens in pages; of others, all. Of the prompt and
+/// what has left the window it is 4,096 tokens at least, and at most those and a 64th of all tokens there, to a thousandth of the
+/// weight at which is cut; what is newer is always read.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Select {
     /// Everything.
     All,
     /// The tiles that make up this share of each query's attention, as far as their sketches tell.
     Mass(f32),
-    /// The tiles of at least this many times the weight of the query's heaviest one.
+    /// The tiles of at least this many times the weight of the query's heaviest one, from 1e-15 on.
     Relative(f32),
 }
 
@@ -46,20 +53,33 @@ impl FromStr for Select {
 
     fn from_str(text: &str) -> Result<Select, String> {
         let (name, number) = text.split_once('=').unwrap_or((text, ""));
-        let share = || match number.parse::<f32>() {
-            Ok(x) if x > 0.0 && x < 1.0 => Ok(x),
-            _ => Err(format!("{name}={number}; wanted a number between 0 and 1")),
+        let share =
+            || number.parse().map_err(|_| format!("{name}={number}; wanted a number between 0 and 1"));
+        let select = match name {
+            "all" if number.is_empty() => Select::All,
+            "mass" => Select::Mass(share()?),
+            "relative" => Select::Relative(share()?),
+            _ => return Err(format!("{text:?}; wanted all, mass=0.99 or relative=0.001")),
         };
-        match name {
-            "all" if number.is_empty() => Ok(Select::All),
-            "mass" => Ok(Select::Mass(share()?)),
-            "relative" => Ok(Select::Relative(share()?)),
-            _ => Err(format!("{text:?}; wanted all, mass=0.99 or relative=0.001")),
-        }
+        select.check()?;
+        Ok(select)
     }
 }
 
 impl Select {
+    /// Whether it is one that can be had.
+    pub(crate) fn check(self) -> Result<(), String> {
+        match self {
+            Select::Mass(x) | Select::Relative(x) if !(x > 0.0 && x < 1.0) => {
+                Err(format!("{self}; wanted a number between 0 and 1"))
+            }
+            Select::Relative(x) if x < LEAST_RELATIVE => {
+                Err(format!("{self}; wanted at least {LEAST_RELATIVE:e}, or mass=0.99"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What it asks for of a head whose pages hold `tokens` tokens; `None`: all of them are read.
     pub(crate) fn needed(self, tokens: usize) -> Option<Needed> {
         // Tiles here and there cost more a token than pages in order.
@@ -77,7 +97,7 @@ impl Select {
 /// How many of `tiles` tiles are read, at least and at most.
 pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
     let least = LEAST_TOKENS / TILE_TOKENS;
-    (least, least + tiles / MOST)
+    (least, least + tiles / ONE_IN)
 }
 
 /// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
@@ -138,6 +158,49 @@ impl Chosen {
         for (visits, pages) in newest.iter_mut().zip([of_leaving, of_window]) {
             visits.clear();
             visits.extend((0..pages as u32).map(|page| (page, ALL_TILES)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_search_finds_is_refused() {
+        for text in ["all", "mass=0.99", "relative=0.001", "relative=1e-15"] {
+            let select: Select = text.parse().unwrap();
+            assert_eq!(select.to_string().parse(), Ok(select), "{text}");
+        }
+        for (text, says) in [
+            ("relative=1e-16", "wanted at least 1e-15"),
+            ("relative=1e-30", "wanted at least 1e-15"),
+            ("relative=0", "relative=0; wanted a number between 0 and 1"),
+            ("relative=NaN", "wanted a number between 0 and 1"),
+            ("mass=1", "mass=1; wanted a number between 0 and 1"),
+            ("mass=", "mass=; wanted a number between 0 and 1"),
+            ("all=1", "wanted all, mass=0.99"),
+        ] {
+            let error = text.parse::<Select>().unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    /// Also of tiles that are wanted as much more than needed as can be.
+    #[test]
+    fn no_more_than_the_most_is_read() {
+        let tiles = 10_000;
+        let weights: Vec<f32> = (0..tiles).map(|i| 1.0 / (1.0 + (i * 37 % tiles) as f32)).collect();
+        for needed in [Needed::Relative(LEAST_RELATIVE), Needed::Mass(0.999_999_9), Needed::Mass(0.5)] {
+            let mut chosen = Chosen::default();
+            chosen.some(Isa::current(), (&weights, 1), needed, [tiles / TILES, 0, 0, 1]);
+            let count: u32 = chosen.visits[..2].iter().flatten().map(|(_, tiles)| tiles.count_ones()).sum();
+            let (least, most) = bounds(tiles);
+            assert!(
+                (least as u32..=most as u32).contains(&count),
+                "{needed:?}: {count} of {least} to {most}"
+            );
+            assert_eq!(chosen.visits[3], [(0, ALL_TILES)]);
         }
     }
 }

@@ -6,8 +6,9 @@
 //! is worse than none (KL after 1,000 generated tokens: 0.3 in place of 0.02).
 //!
 //! That work is a [`Closing`], handed over between two steps and due [`SWAP_AFTER`] tokens later. Until then the pages are
-//! attended to as they were. A background thread does it meanwhile; who needs a closing that nobody has done does it himself. So
-//! what is generated depends neither on threads nor on time, and copies of a cache share the work that was in flight.
+//! attended to as they were. A background thread does it meanwhile; who needs a closing that nobody has begun does it himself, and waits
+//! for one that was begun. So what is generated depends neither on threads nor on time, and copies of a cache share the work that was
+//! in flight.
 
 use super::asked::Asked;
 use super::encode::{channels, guard, lift, push};

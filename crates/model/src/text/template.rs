@@ -35,6 +35,11 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, bos, eos })
     }
 
+    /// The template's own text.
+    pub(super) fn source(&self) -> String {
+        self.environment.get_template("chat").map_or_else(|_| String::new(), |chat| chat.source().to_owned())
+    }
+
     pub(super) fn render<M: Serialize>(
         &self,
         messages: &[M],

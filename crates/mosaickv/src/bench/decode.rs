@@ -8,7 +8,7 @@ use crate::budget::{self, BudgetArgs};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
+use mosaickv_kv::{Background, KvFormat, KvFormats, Layered, Timing};
 use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
@@ -110,9 +110,11 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
                 progress.inc(1);
             }
         }
-        runs.iter()
-            .flat_map(|runs| &runs[0].missed)
-            .for_each(|missed| progress.suspend(|| eprintln!("{missed}")));
+        // That a prompt is too short is nothing to say where nobody asked for the format.
+        let is_default = args.kv.is_none() && !args.budget.is_given();
+        let is_silent = is_default && prompt.len() < Layered::LEAST_TOKENS;
+        let missed = runs.iter().flat_map(|runs| &runs[0].missed).filter(|_| !is_silent);
+        missed.for_each(|missed| progress.suspend(|| eprintln!("{missed}")));
         let of_format = formats.iter().zip(&runs);
         rows.extend(of_format.map(|(kv, runs)| row(*kv, (depth, prompt.len(), batch), runs)));
     }
@@ -130,7 +132,7 @@ struct Run {
     kv_bytes: usize,
     kv_bytes_read: f64,
     flush: f64,
-    /// What is to be said if the prompt took other bytes than were asked for.
+    /// What is to be said if the prompt did not become what was asked for.
     missed: Option<String>,
 }
 

@@ -54,7 +54,7 @@ pub fn kl(args: &KlArgs) -> Result<()> {
     let work = Work {
         settings: args.run.settings(
             "kl",
-            &loaded.name,
+            &loaded,
             &formats,
             &[
                 ("text", names.join(" ")),

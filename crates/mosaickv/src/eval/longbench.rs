@@ -46,7 +46,7 @@ pub fn longbench(args: &LongbenchArgs) -> Result<()> {
     let work = Work {
         settings: args.run.settings(
             "longbench",
-            &loaded.name,
+            &loaded,
             &formats,
             &[
                 ("origin", format!("samples {}", digest(prompts))),

@@ -56,7 +56,7 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
     let work = Work {
         settings: args.run.settings(
             "ruler",
-            &loaded.name,
+            &loaded,
             &formats,
             &[
                 ("length", join(lengths.iter().map(usize::to_string).collect())),

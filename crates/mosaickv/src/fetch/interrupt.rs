@@ -54,6 +54,13 @@ pub(super) fn watch() -> Result<Watch, FetchError> {
     Ok(Watch { registered, stop })
 }
 
+/// From now on somebody else answers the signals: what is registered here no longer ends the process.
+pub fn hand_over() {
+    if let Some(registered) = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+        registered.default.store(false, Ordering::SeqCst);
+    }
+}
+
 fn register() -> std::io::Result<Registered> {
     let (stop, default) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     for signal in [SIGINT, SIGTERM] {

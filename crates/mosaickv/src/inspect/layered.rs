@@ -40,7 +40,8 @@ pub fn lines(heads: &[HeadInfo], out: &mut impl Write) -> io::Result<()> {
     Ok(())
 }
 
-/// How many tokens have how many bits, and the means by layer: of the prompt, without its first four and newest 64 tokens.
+/// How many tokens have how many bits, and the means by layer: of the prompt, without its first four tokens and the newest, which
+/// are in the window and the buffer.
 pub fn print(heads: &[HeadInfo], head_dim: usize, out: &mut impl Write) -> io::Result<()> {
     print_bits(heads, head_dim, out)?;
     print_layers(heads, head_dim, out)?;

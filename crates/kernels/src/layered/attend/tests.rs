@@ -151,6 +151,38 @@ fn chosen_tiles_are_attended_to_and_no_others() {
     }
 }
 
+/// Also where rounding leaves more of an exponent than the largest weight's bytes have room for.
+#[test]
+fn scores_of_thousands_weigh_what_they_should() {
+    for &isa in Isa::available() {
+        for (d, rows) in [(16, 1), (64, 3), (80, 8), (128, 4)] {
+            let pages = pages(d);
+            let visits: Vec<_> = (0..9).map(|page| (page, ALL_TILES)).collect();
+            for spread in [0.0, 0.1, 2.0, 700.0] {
+                for step in 0..40 {
+                    let (q, _) = queries(d, rows, spread);
+                    let sign = if step % 2 == 0 { 1.0 } else { -1.0 };
+                    let offsets: Vec<f32> =
+                        (0..rows).map(|r| sign * (2000.0 + 0.37 * (step * rows + r) as f32)).collect();
+                    let queries = Queries::new(isa, &q, &offsets);
+                    let mut state = AttnState::new(rows, d);
+                    attend(isa, &queries, &pages, 0..9, &mut state);
+                    for (r, got) in finish(&state).chunks_exact(d).enumerate() {
+                        let [_, rounded] = attended(&queries, r, &pages, &visits);
+                        // The magnitude of the largest value is 9.25; an f32 score is off by 1e-4.
+                        let error = farthest(got, &rounded) / 9.25;
+                        assert!(
+                            error < 3e-4,
+                            "{isa:?}, D {d}, spread {spread}, offset {}: {error}",
+                            offsets[r]
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_split_range_gives_the_same_and_so_do_all_instruction_sets() {
     let (d, rows) = (80, 5);

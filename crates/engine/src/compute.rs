@@ -1,0 +1,130 @@
+//! What computes: a model, or in simulations a stand-in.
+
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{Background, KvFormat, KvShape, Timing};
+use mosaickv_model::{Model, Part, Sequence, Share, Wanted, read_each};
+use std::sync::Arc;
+
+/// What one sequence reads in a pass: see [`Share`].
+pub struct Reading<'s, S> {
+    /// Who reads.
+    pub sequence: &'s mut S,
+    /// Its next tokens.
+    pub tokens: &'s [u32],
+    /// What they are to it.
+    pub part: Part,
+    /// After which of them logits are wanted.
+    pub wanted: Wanted,
+}
+
+/// What an engine computes with.
+pub trait Compute {
+    /// What is remembered of a sequence.
+    type Sequence;
+
+    /// Tokens that a sequence may have.
+    fn context(&self) -> usize;
+
+    /// Ids are less than this.
+    fn vocab(&self) -> usize;
+
+    /// An empty sequence, or why there can be none in this format.
+    fn begin(&self, kv: KvFormat) -> Result<Self::Sequence, String>;
+
+    /// Bytes that a prompt of so many tokens takes at most until it is compressed, and while it is.
+    fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize;
+
+    /// Bytes that a sequence takes at most in addition when it reads so many tokens after its prompt.
+    fn growth_bytes(&self, kv: KvFormat, tokens: usize) -> usize;
+
+    /// Bytes of so many tokens as f16.
+    fn exact_bytes(&self, tokens: usize) -> usize;
+
+    /// A pass: see [`read_each`].
+    fn read(
+        &self,
+        readings: Vec<Reading<Self::Sequence>>,
+        each: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), String>;
+
+    /// Compresses a prompt that was read to its end.
+    fn compress(&self, sequence: &mut Self::Sequence);
+
+    /// Bytes allocated for a sequence.
+    fn bytes(&self, sequence: &Self::Sequence) -> usize;
+
+    /// Bytes that attention has read of it.
+    fn read_bytes(&self, sequence: &Self::Sequence) -> u64;
+}
+
+/// A model on some threads.
+pub struct ModelCompute<'a> {
+    model: &'a Model,
+    pool: &'a Pool,
+    background: Arc<Background>,
+}
+
+impl<'a> ModelCompute<'a> {
+    /// Strategies and plans for what is generated are worked out in the background.
+    pub fn new(model: &'a Model, pool: &'a Pool, background: Arc<Background>) -> ModelCompute<'a> {
+        ModelCompute { model, pool, background }
+    }
+
+    fn shape(&self) -> KvShape {
+        self.model.kv_shape()
+    }
+}
+
+impl<'a> Compute for ModelCompute<'a> {
+    type Sequence = Sequence<'a>;
+
+    fn context(&self) -> usize {
+        self.model.context()
+    }
+
+    fn vocab(&self) -> usize {
+        self.model.config.vocab
+    }
+
+    fn begin(&self, kv: KvFormat) -> Result<Sequence<'a>, String> {
+        let sequence = Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?;
+        // Fixed: what a request gets must not depend on how busy the machine is.
+        Ok(sequence.with_background(self.background.clone(), Timing::Fixed))
+    }
+
+    fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
+        kv.most_prompt_bytes(self.shape(), tokens)
+    }
+
+    fn growth_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
+        kv.most_growth_bytes(self.shape(), tokens)
+    }
+
+    fn exact_bytes(&self, tokens: usize) -> usize {
+        self.shape().exact_bytes(tokens)
+    }
+
+    fn read(
+        &self,
+        readings: Vec<Reading<Sequence<'a>>>,
+        each: &mut dyn FnMut(usize, usize, &[f32]),
+    ) -> Result<(), String> {
+        let shares = readings.into_iter().map(|reading| {
+            let Reading { sequence, tokens, part, wanted } = reading;
+            Share { sequence, tokens, part, wanted }
+        });
+        read_each(&mut shares.collect::<Vec<_>>(), each).map_err(|error| error.to_string())
+    }
+
+    fn compress(&self, sequence: &mut Sequence<'a>) {
+        sequence.finish_prompt();
+    }
+
+    fn bytes(&self, sequence: &Sequence<'a>) -> usize {
+        sequence.cache().bytes().total()
+    }
+
+    fn read_bytes(&self, sequence: &Sequence<'a>) -> u64 {
+        sequence.cache().bytes_read()
+    }
+}

@@ -1,0 +1,310 @@
+//! The step: who has ended, who begins, who needs bytes, who reads, what came of it.
+
+use crate::memory::Memory;
+use crate::request::{Active, Heard, Running};
+use crate::schedule::{Lag, Turn, schedule};
+use crate::{Compute, End, Event, Figures, Reading, Request};
+use mosaickv_model::Part;
+use std::cmp::Reverse;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Tokens after which it is looked at again how many bytes a sequence takes.
+pub(crate) const MEASURED_EVERY: usize = 16;
+
+/// What an engine may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Bytes that all caches may take together.
+    pub kv_memory: usize,
+    /// Requests that have a cache at a time.
+    pub most_sequences: usize,
+    /// Tokens that a pass reads, about: steps are never held back, and at least one prompt goes on.
+    pub tokens_per_step: usize,
+    /// Requests that wait at a time; further ones are refused.
+    pub most_waiting: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings { kv_memory: 4 << 30, most_sequences: 64, tokens_per_step: 512, most_waiting: 512 }
+    }
+}
+
+/// Why a request can't be taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// It may get longer than the model's context.
+    #[error(
+        "This model's maximum context length is {context} tokens, but the prompt and the answer may have {tokens}; \
+         shorten the prompt, or ask for a shorter answer"
+    )]
+    Context {
+        /// Of the prompt, given, and the longest answer.
+        tokens: usize,
+        /// What the model takes.
+        context: usize,
+    },
+    /// A token id that the model does not know.
+    #[error("token id {id} is outside the model's vocabulary of {vocab}")]
+    Token {
+        /// The id.
+        id: u32,
+        /// The first id that is none.
+        vocab: usize,
+    },
+    /// There is nothing to read.
+    #[error("the prompt is empty; it needs at least one token")]
+    Empty,
+    /// Too many requests wait.
+    #[error("{waiting} requests wait already; try again later")]
+    QueueFull {
+        /// How many.
+        waiting: usize,
+    },
+    /// The prompt can't be held, even alone.
+    #[error(
+        "the prompt's keys and values need {needed} bytes while it is read, but all caches together may take {budget}; \
+         shorten the prompt, or start the server with a larger --kv-memory"
+    )]
+    Budget {
+        /// Bytes that it needs.
+        needed: usize,
+        /// Bytes that there are.
+        budget: usize,
+    },
+    /// The KV format can't be had for this model.
+    #[error("{why}")]
+    Format {
+        /// In words.
+        why: String,
+    },
+    /// The engine has stopped.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// What is wrong with a request, if anything is.
+pub(crate) fn refusal(compute: &impl Compute, budget: usize, request: &Request) -> Result<(), Refused> {
+    if request.prompt.is_empty() {
+        return Err(Refused::Empty);
+    }
+    let (context, vocab) = (compute.context(), compute.vocab());
+    let tokens = request.prompt.len() + request.given.len() + request.most_tokens;
+    if tokens > context {
+        return Err(Refused::Context { tokens, context });
+    }
+    let mut all = request.prompt.iter().chain(&request.given);
+    if let Some(&id) = all.find(|id| **id as usize >= vocab) {
+        return Err(Refused::Token { id, vocab });
+    }
+    let needed = compute.prompt_bytes(request.kv, request.prompt.len());
+    if needed > budget {
+        return Err(Refused::Budget { needed, budget });
+    }
+    compute.begin(request.kv).map(|_| ()).map_err(|why| Refused::Format { why })
+}
+
+/// Requests, and the bytes that they share.
+pub struct Engine<C: Compute> {
+    compute: C,
+    settings: Settings,
+    memory: Memory,
+    /// In the order in which they are to begin.
+    waiting: Vec<Active>,
+    /// In the order in which they began.
+    running: Vec<Running<C::Sequence>>,
+    submitted: u64,
+    /// What has been done so far; the rest is filled in when asked.
+    done: Figures,
+}
+
+impl<C: Compute> Engine<C> {
+    /// Without requests.
+    pub fn new(compute: C, settings: Settings) -> Engine<C> {
+        let memory = Memory::new(settings.kv_memory);
+        let (waiting, running, done) = (vec![], vec![], Figures::default());
+        Engine { compute, settings, memory, waiting, running, submitted: 0, done }
+    }
+
+    /// Takes a request, which [`refusal`] must have found nothing wrong with. `emit` gets its events; once `cancelled` is set, the next
+    /// step ends it.
+    pub fn submit(
+        &mut self,
+        request: Request,
+        emit: Box<dyn FnMut(Event) + Send>,
+        cancelled: Arc<AtomicBool>,
+    ) {
+        self.submitted += 1;
+        let order = (Reverse(request.priority), self.submitted);
+        self.wait(Active::new(request, order, emit, cancelled));
+    }
+
+    /// One pass, and what must be decided before and after it. `false` if there was nothing to do.
+    pub fn step(&mut self) -> bool {
+        self.end_cancelled();
+        self.make_room();
+        self.admit();
+        let lags: Vec<Lag> = self.running.iter().map(Running::lag).collect();
+        let turns = schedule(&lags, self.settings.tokens_per_step);
+        if turns.is_empty() {
+            return false;
+        }
+        let heard = self.read(&turns);
+        self.settle(&turns, heard);
+        true
+    }
+
+    /// Whether no request is left.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Ends all requests.
+    pub fn stop(&mut self) {
+        for running in self.running.drain(..) {
+            self.done.kv_read += running.end(&self.compute, &mut self.memory, End::Shutdown);
+        }
+        self.waiting.drain(..).for_each(|active| active.end(End::Shutdown));
+    }
+
+    /// What is going on.
+    pub fn figures(&self) -> Figures {
+        let sum = |of: &dyn Fn(&Running<C::Sequence>) -> usize| self.running.iter().map(of).sum();
+        Figures {
+            running: self.running.len(),
+            waiting: self.waiting.len(),
+            kv_budget: self.memory.budget(),
+            kv_reserved: self.memory.reserved(),
+            kv_allocated: sum(&|running| running.bytes),
+            kv_exact: sum(&|running| self.compute.exact_bytes(running.read)),
+            ..self.done
+        }
+    }
+
+    /// Puts a request where its turn is.
+    fn wait(&mut self, active: Active) {
+        let place = self.waiting.partition_point(|other| other.order < active.order);
+        self.waiting.insert(place, active);
+    }
+
+    fn end_cancelled(&mut self) {
+        let is_cancelled = |active: &Active| active.cancelled.load(Ordering::Relaxed);
+        for active in self.waiting.extract_if(.., |active| is_cancelled(active)) {
+            active.end(End::Cancelled);
+        }
+        for running in self.running.extract_if(.., |running| is_cancelled(&running.active)) {
+            self.done.kv_read += running.end(&self.compute, &mut self.memory, End::Cancelled);
+        }
+    }
+
+    /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for those that run to go
+    /// on for a while.
+    fn admit(&mut self) {
+        while self.running.len() < self.settings.most_sequences
+            && let Some(next) = self.waiting.first()
+        {
+            let needed = self.compute.prompt_bytes(next.kv, next.speech.prompt);
+            let growth = |running: &Running<_>| self.compute.growth_bytes(running.active.kv, MEASURED_EVERY);
+            let growth: usize = self.running.iter().map(growth).sum();
+            if needed + growth > self.memory.budget() - self.memory.reserved() && !self.running.is_empty() {
+                break;
+            }
+            let Some(reservation) = self.memory.reserve(needed) else { break };
+            let active = self.waiting.remove(0);
+            match self.compute.begin(active.kv) {
+                Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
+                Err(why) => {
+                    self.memory.release(reservation);
+                    active.end(End::Failed(why));
+                }
+            }
+        }
+    }
+
+    /// Reserves what those that are past their prompts may take next. Where that is not free, the request that is last in order
+    /// loses its cache, and waits to read again what it has read.
+    fn make_room(&mut self) {
+        let mut i = 0;
+        while i < self.running.len() {
+            let running = &mut self.running[i];
+            if running.is_measured() || running.measure(&self.compute, &mut self.memory) {
+                i += 1;
+                continue;
+            }
+            let last = (0..self.running.len()).max_by_key(|&j| self.running[j].active.order);
+            let last = self.running.remove(last.expect("at least one runs"));
+            if self.running.is_empty() {
+                let why = format!(
+                    "{} tokens need more bytes of keys and values than all caches may take ({}); start the server \
+                     with a larger --kv-memory, or ask for a shorter answer",
+                    last.active.tokens.len(),
+                    self.memory.budget()
+                );
+                self.done.kv_read += last.end(&self.compute, &mut self.memory, End::Failed(why));
+                return;
+            }
+            self.done.preemptions += 1;
+            let active = last.preempt(&mut self.memory);
+            self.wait(active);
+            // The one that was removed may have been before this one.
+            i = 0;
+        }
+    }
+
+    /// The pass, and what each of its requests heard; an error is the whole pass's.
+    fn read(&mut self, turns: &[Turn]) -> Result<Vec<Heard>, String> {
+        let mut all: Vec<_> = self.running.iter_mut().map(Some).collect();
+        let (mut readings, mut speeches, mut heard) = (vec![], vec![], vec![]);
+        for turn in turns {
+            let Running { active, sequence, .. } = all[turn.index].take().expect("at most one turn each");
+            let wanted = active.wanted(&turn.tokens);
+            let Active { tokens, speech, .. } = active;
+            let tokens = &tokens[..];
+            readings.push(Reading {
+                sequence,
+                tokens: &tokens[turn.tokens.clone()],
+                part: turn.part,
+                wanted,
+            });
+            speeches.push((tokens, turn.tokens.start, speech));
+            heard.push(Heard::default());
+        }
+        self.compute.read(readings, &mut |i, t, logits| {
+            let (tokens, start, speech) = &mut speeches[i];
+            heard[i].add(speech.hear(tokens, *start + t + 1, logits));
+        })?;
+        Ok(heard)
+    }
+
+    /// Tells of what was heard, ends those that are done, and compresses the prompts that ended.
+    fn settle(&mut self, turns: &[Turn], heard: Result<Vec<Heard>, String>) {
+        let failed = heard.as_ref().err().cloned();
+        let heard = heard.unwrap_or_else(|_| turns.iter().map(|_| Heard::default()).collect());
+        let mut ends: Vec<(usize, End)> = vec![];
+        for (turn, heard) in turns.iter().zip(heard) {
+            let running = &mut self.running[turn.index];
+            running.read = turn.tokens.end;
+            match turn.part {
+                Part::Step => {}
+                Part::Prompt | Part::PromptEnd => self.done.prompt_tokens += turn.tokens.len() as u64,
+            }
+            let end = match &failed {
+                Some(why) => Some(End::Failed(why.clone())),
+                None => running.active.tell(heard, &mut self.done).or_else(|| running.is_read_out()),
+            };
+            match end {
+                Some(end) => ends.push((turn.index, end)),
+                None if turn.part == Part::PromptEnd => {
+                    self.done.compress_seconds += running.compress(&self.compute).as_secs_f64();
+                }
+                None => {}
+            }
+        }
+        ends.sort_unstable_by_key(|(index, _)| Reverse(*index));
+        for (index, end) in ends {
+            let read = self.running.remove(index).end(&self.compute, &mut self.memory, end);
+            self.done.kv_read += read;
+        }
+    }
+}

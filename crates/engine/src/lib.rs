@@ -1,0 +1,135 @@
+//! Which request computes next, and within which bytes?
+//!
+//! A request lags by the tokens that it has and has not read. Each step lets requests catch up within one budget of tokens:
+//! one token for each that is past its prompt, and what is left over for prompts, in chunks. There is no phase of prefill and
+//! none of decode. Bytes are reserved before they are needed; where they don't suffice, requests wait or the newest gives up its
+//! cache and reads again later.
+//!
+//! Threads and channels, no HTTP, no JSON, no text.
+#![deny(unsafe_code)]
+
+mod compute;
+mod engine;
+mod memory;
+mod request;
+mod sample;
+mod schedule;
+mod service;
+
+pub use compute::{Compute, ModelCompute, Reading};
+pub use engine::{Engine, Refused, Settings};
+pub use sample::{Sampling, log_probabilities};
+pub use service::{Figures, Service, Ticket};
+
+use mosaickv_kv::KvFormat;
+use std::time::Duration;
+
+/// What someone wants to have continued.
+pub struct Request {
+    /// Tokens that are read before compression; at least one.
+    pub prompt: Vec<u32>,
+    /// Tokens that follow the prompt and are known: they are read one by one through the compressed cache, and reported like those
+    /// that are sampled, with their log probabilities.
+    pub given: Vec<u32>,
+    /// How keys and values are kept.
+    pub kv: KvFormat,
+    /// Tokens to be sampled at most; 0 to read only.
+    pub most_tokens: usize,
+    /// Tokens before which none of `ends` may be sampled.
+    pub least_tokens: usize,
+    /// Tokens that end the answer. They are reported.
+    pub ends: Vec<u32>,
+    /// How the next token is chosen.
+    pub sampling: Sampling,
+    /// Of how many of the most probable tokens log probabilities are reported with each token; `None`: of none, and not of the
+    /// token itself.
+    pub logprobs: Option<usize>,
+    /// Whether the prompt's own tokens are reported too, with `logprobs`.
+    pub prompt_logprobs: PromptLogprobs,
+    /// Requests of a higher priority go first; of equals the one that came first.
+    pub priority: i32,
+    /// What restricts the answer to a grammar.
+    pub grammar: Option<Box<dyn Grammar>>,
+}
+
+/// Whether the tokens of a prompt are reported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptLogprobs {
+    /// They are not.
+    #[default]
+    Off,
+    /// All but the first, each with its log probability after those before it, from the exact cache.
+    On,
+}
+
+/// Which tokens may come next.
+pub trait Grammar: Send {
+    /// Sets the logits of tokens that may not come next to minus infinity.
+    fn mask(&mut self, logits: &mut [f32]) -> Result<(), String>;
+    /// A token was chosen.
+    fn accept(&mut self, token: u32) -> Result<(), String>;
+}
+
+/// A token of an answer, or of what was given.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// The natural logarithm of its probability, before temperature, penalties and cuts; `None` if not asked for.
+    pub logprob: Option<f32>,
+    /// The most probable tokens at its place and the logarithms of their probabilities, most probable first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What happens to a request, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A token of the prompt, if they are to be reported.
+    Prompt(Token),
+    /// A token that was given.
+    Given(Token),
+    /// A sampled token.
+    Sampled(Token),
+    /// The last event.
+    Ended(End, Bill),
+}
+
+/// Why a request ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum End {
+    /// One of its end tokens was sampled, or its grammar allows nothing more.
+    Stop,
+    /// As many tokens as were asked for.
+    Length,
+    /// Nobody waits for it any more.
+    Cancelled,
+    /// The engine stopped before it was done.
+    Shutdown,
+    /// What failed.
+    Failed(String),
+}
+
+/// What a request took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Bill {
+    /// Tokens of its prompt and those given.
+    pub prompt_tokens: usize,
+    /// Tokens sampled.
+    pub output_tokens: usize,
+    /// Bytes allocated for its keys and values at the end.
+    pub kv_bytes: usize,
+    /// Bytes that they would take as f16.
+    pub exact_bytes: usize,
+    /// Bytes of keys and values that a step read, mean over the steps.
+    pub read_bytes_per_step: f64,
+    /// Until it was first scheduled.
+    pub queued: Duration,
+    /// From then until the first token.
+    pub prefill: Duration,
+    /// From the first token to the last.
+    pub decode: Duration,
+    /// Of compressing the prompt.
+    pub compress: Duration,
+    /// How often it lost its cache.
+    pub preemptions: usize,
+}

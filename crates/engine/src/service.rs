@@ -1,0 +1,170 @@
+//! An engine on a thread of its own, and how others speak to it.
+
+use crate::engine::refusal;
+use crate::{Compute, Engine, Event, ModelCompute, Refused, Request, Settings};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::Background;
+use mosaickv_model::Model;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+/// What an engine does now and has done since it began; for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Figures {
+    /// Requests with a cache.
+    pub running: usize,
+    /// Requests without.
+    pub waiting: usize,
+    /// Bytes that the caches may take.
+    pub kv_budget: usize,
+    /// Bytes reserved of them.
+    pub kv_reserved: usize,
+    /// Bytes allocated of those.
+    pub kv_allocated: usize,
+    /// Bytes that the tokens of all caches would take as f16.
+    pub kv_exact: usize,
+    /// Bytes of keys and values read by attention.
+    pub kv_read: u64,
+    /// Requests that lost their caches.
+    pub preemptions: u64,
+    /// Prompt tokens read, once for each time.
+    pub prompt_tokens: u64,
+    /// Tokens sampled.
+    pub output_tokens: u64,
+    /// Seconds spent compressing prompts.
+    pub compress_seconds: f64,
+}
+
+/// Raw keys and values that strategies in the making may hold.
+const MOST_RAW_BYTES: usize = 64 << 20;
+
+/// An engine over a model, on a thread of its own.
+pub struct Service {
+    model: Arc<Model>,
+    background: Arc<Background>,
+    settings: Settings,
+    commands: Mutex<Option<Sender<Command>>>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the engine's thread and others both see.
+#[derive(Default)]
+struct Shared {
+    figures: Mutex<Figures>,
+    /// Requests that were sent and not yet taken.
+    sent: AtomicUsize,
+}
+
+struct Command {
+    request: Request,
+    emit: Box<dyn FnMut(Event) + Send>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// A request's place in the engine: dropping it cancels the request, if it has not ended.
+#[must_use = "a ticket that is dropped cancels its request"]
+pub struct Ticket(Arc<AtomicBool>);
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Service {
+    /// Begins; `threads` compute.
+    pub fn start(model: Arc<Model>, threads: usize, settings: Settings) -> Service {
+        let (commands, received) = mpsc::channel();
+        let shared = Arc::new(Shared::default());
+        let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
+        let thread = thread::Builder::new().name("mosaickv-engine".to_owned()).spawn({
+            let (model, background, shared) = (model.clone(), background.clone(), shared.clone());
+            move || {
+                let pool = Pool::new(threads);
+                let compute = ModelCompute::new(&model, &pool, background);
+                run(Engine::new(compute, settings), &received, &shared);
+            }
+        });
+        let thread = Mutex::new(Some(thread.expect("the system refused a thread")));
+        Service { model, background, settings, commands: Mutex::new(Some(commands)), shared, thread }
+    }
+
+    /// Takes a request, or refuses it at once. `emit` is called on the engine's thread with the request's events, of which
+    /// [`Event::Ended`] is the last; it must not block.
+    pub fn submit(
+        &self,
+        request: Request,
+        emit: impl FnMut(Event) + Send + 'static,
+    ) -> Result<Ticket, Refused> {
+        let pool = Pool::new(1);
+        let compute = ModelCompute::new(&self.model, &pool, self.background.clone());
+        refusal(&compute, self.settings.kv_memory, &request)?;
+        let waiting = self.figures().waiting + self.shared.sent.load(Ordering::Relaxed);
+        if waiting >= self.settings.most_waiting {
+            return Err(Refused::QueueFull { waiting });
+        }
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let command = Command { request, emit: Box::new(emit), cancelled: cancelled.clone() };
+        self.shared.sent.fetch_add(1, Ordering::Relaxed);
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_sent = commands.as_ref().is_some_and(|commands| commands.send(command).is_ok());
+        if is_sent { Ok(Ticket(cancelled)) } else { Err(Refused::Stopped) }
+    }
+
+    /// What is going on.
+    pub fn figures(&self) -> Figures {
+        *self.shared.figures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends all requests with [`End::Shutdown`](crate::End::Shutdown) after the step that runs, and takes no more.
+    pub fn stop(&self) {
+        drop(self.commands.lock().unwrap_or_else(PoisonError::into_inner).take());
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the engine's thread panicked; its requests ended without an answer");
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Steps until nobody can send any more. Sleeps while there is nothing to do.
+fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, shared: &Shared) {
+    loop {
+        let first = if engine.is_idle() {
+            match received.recv() {
+                Ok(command) => Some(command),
+                Err(mpsc::RecvError) => break,
+            }
+        } else {
+            None
+        };
+        let mut is_over = false;
+        let rest = std::iter::from_fn(|| match received.try_recv() {
+            Ok(command) => Some(command),
+            Err(error) => {
+                is_over = error == mpsc::TryRecvError::Disconnected;
+                None
+            }
+        });
+        for Command { request, emit, cancelled } in first.into_iter().chain(rest) {
+            engine.submit(request, emit, cancelled);
+            shared.sent.fetch_sub(1, Ordering::Relaxed);
+        }
+        if is_over {
+            break;
+        }
+        engine.step();
+        *shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = engine.figures();
+    }
+    engine.stop();
+    *shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = engine.figures();
+}

@@ -1,0 +1,190 @@
+//! The engine with the real model: who runs beside a request changes nothing, and bounds on bytes are bounds.
+
+#[path = "../../model/tests/common/mod.rs"]
+mod common;
+
+use common::{SMOLLM2, smollm2};
+use mosaickv_engine::{
+    Compute, End, Engine, Event, ModelCompute, PromptLogprobs, Reading, Request, Sampling, Service, Settings,
+    Token,
+};
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{Background, KvFormat};
+use mosaickv_model::calibrate::calibrate;
+use mosaickv_model::{Model, Part, Wanted};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, mpsc};
+
+const TEXT: &str = include_str!("../../mosaickv/demo/document.txt");
+
+fn tokens(count: usize) -> Vec<u32> {
+    let (_, text) = SMOLLM2.as_ref().unwrap();
+    let mut tokens = text.encode_plain(TEXT).unwrap();
+    tokens.truncate(count);
+    assert_eq!(tokens.len(), count);
+    tokens
+}
+
+fn request(prompt: Vec<u32>, kv: &str, most_tokens: usize) -> Request {
+    Request {
+        prompt,
+        given: vec![],
+        kv: kv.parse().unwrap(),
+        most_tokens,
+        least_tokens: 0,
+        ends: vec![],
+        sampling: Sampling::default(),
+        logprobs: Some(1),
+        prompt_logprobs: PromptLogprobs::Off,
+        priority: 0,
+        grammar: None,
+    }
+}
+
+/// What three different requests get, and how often one lost its cache.
+fn answers(model: &Model, settings: Settings, which: &[usize]) -> (Vec<Vec<Token>>, u64) {
+    let pool = Pool::new(2);
+    let background = Arc::new(Background::new(1, 64 << 20));
+    let mut engine = Engine::new(ModelCompute::new(model, &pool, background), settings);
+    let all = tokens(1500);
+    let told: Vec<Arc<Mutex<Vec<Event>>>> = which.iter().map(|_| Arc::default()).collect();
+    for (&i, told) in which.iter().zip(&told) {
+        let warm = Sampling { temperature: 0.9, top_p: 0.95, seed: 3, ..Sampling::default() };
+        let request = match i {
+            0 => request(all[..600].to_vec(), "packed", 70),
+            1 => request(all[200..530].to_vec(), "exact", 60),
+            2 => Request { sampling: warm, ..request(all[900..1000].to_vec(), "q8_0", 50) },
+            _ => Request { given: all[710..725].to_vec(), ..request(all[300..710].to_vec(), "exact", 20) },
+        };
+        let told = told.clone();
+        let emit = Box::new(move |event| told.lock().unwrap().push(event));
+        engine.submit(request, emit, Arc::new(AtomicBool::new(false)));
+    }
+    while engine.step() {}
+    let of_one = |told: &Arc<Mutex<Vec<Event>>>| {
+        let events = std::mem::take(&mut *told.lock().unwrap());
+        let (last, tokens) = events.split_last().unwrap();
+        assert!(matches!(last, Event::Ended(End::Length, _)), "{last:?}");
+        let tokens = tokens.iter().map(|event| match event {
+            Event::Sampled(token) | Event::Given(token) => token.clone(),
+            other => panic!("{other:?}"),
+        });
+        tokens.collect()
+    };
+    assert_eq!(engine.figures().kv_reserved, 0);
+    (told.iter().map(of_one).collect(), engine.figures().preemptions)
+}
+
+/// To the bit, with probabilities: beside others, cut short by them, and after losing the cache.
+#[test]
+fn an_answer_does_not_depend_on_its_neighbours() {
+    let Some((model, _)) = &*SMOLLM2 else { return };
+    let roomy = Settings::default();
+    let alone: Vec<_> = (0..4).map(|i| answers(model, roomy, &[i]).0.remove(0)).collect();
+    assert_eq!(alone.iter().map(Vec::len).collect::<Vec<_>>(), [70, 60, 50, 35]);
+    assert_eq!(answers(model, roomy, &[0, 1, 2, 3]).0, alone);
+    let narrow = Settings { tokens_per_step: 1, most_sequences: 2, ..roomy };
+    let (mut reversed, _) = answers(model, narrow, &[3, 2, 1, 0]);
+    reversed.reverse();
+    assert_eq!(reversed, alone);
+    // So little that the prompts fit together, and their answers do not.
+    let needed = |i: usize| [25_000_000, 12_000_000, 8_000_000, 14_000_000][i];
+    let mut preempted = 0;
+    for kv_memory in [needed(0) + needed(1), needed(0) + needed(1) + needed(2)] {
+        let (got, preemptions) = answers(model, Settings { kv_memory, ..roomy }, &[0, 1, 2, 3]);
+        assert_eq!(got, alone, "{kv_memory} bytes");
+        preempted += preemptions;
+    }
+    println!("{preempted} preemptions");
+}
+
+/// What a scheduler reserves is never less than what a sequence takes.
+#[test]
+fn bytes_stay_within_what_is_reserved() {
+    let Some((mut model, text)) = smollm2() else { return };
+    let pool = Pool::new(2);
+    let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
+    model.calibration = Some(Arc::new(calibrate(&model, &pool, &[document], &mut |_, _| ()).unwrap()));
+    let prompt = tokens(2100);
+    for (kv, length) in [("exact", 330), ("packed", 700), ("kivi4", 330), ("snapkv", 330), ("layered", 2100)]
+    {
+        let kv: KvFormat = kv.parse().unwrap();
+        let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
+        check_bytes(&compute, compute.begin(kv).unwrap(), kv, &prompt[..length]);
+    }
+}
+
+fn check_bytes<'a>(
+    compute: &ModelCompute<'a>,
+    mut sequence: <ModelCompute<'a> as Compute>::Sequence,
+    kv: KvFormat,
+    prompt: &[u32],
+) {
+    let most = compute.prompt_bytes(kv, prompt.len());
+    for chunk in prompt.chunks(256) {
+        let is_end = std::ptr::eq(chunk.as_ptr_range().end, prompt.as_ptr_range().end);
+        let part = if is_end { Part::PromptEnd } else { Part::Prompt };
+        let reading = Reading { sequence: &mut sequence, tokens: chunk, part, wanted: Wanted::Nothing };
+        compute.read(vec![reading], &mut |_, _, _| ()).unwrap();
+        let got = compute.bytes(&sequence);
+        assert!(got <= most, "{kv}, {} tokens: {got} of {most}", prompt.len());
+    }
+    compute.compress(&mut sequence);
+    let mut measured = compute.bytes(&sequence);
+    assert!(measured <= most, "{kv}, compressed: {measured} of {most}");
+    for i in 0..130 {
+        let tokens = &prompt[i..=i];
+        let reading = Reading { sequence: &mut sequence, tokens, part: Part::Step, wanted: Wanted::Nothing };
+        compute.read(vec![reading], &mut |_, _, _| ()).unwrap();
+        let got = compute.bytes(&sequence);
+        let most = measured + compute.growth_bytes(kv, 16);
+        assert!(got <= most, "{kv}, {i} tokens later: {got} of {most}");
+        if (i + 1) % 16 == 0 {
+            measured = got;
+        }
+    }
+}
+
+/// A ticket that is dropped ends its request soon; a service that stops ends the others.
+#[test]
+fn a_dropped_ticket_cancels_and_a_stop_ends_all() {
+    let Some((model, _)) = smollm2() else { return };
+    let vocab = model.config.vocab;
+    let service = Service::start(Arc::new(model), 2, Settings { most_waiting: 3, ..Settings::default() });
+    let (tell, heard) = mpsc::channel();
+    let submit = |name: &'static str, request: Request| {
+        let tell = tell.clone();
+        service.submit(request, move |event| drop(tell.send((name, event))))
+    };
+    let dropped = submit("dropped", request(tokens(300), "exact", 5000)).unwrap();
+    let kept = submit("kept", request(tokens(200), "packed", 5000)).unwrap();
+    let until = |name: &str, is_it: &dyn Fn(&Event) -> bool| loop {
+        let (who, event) = heard.recv().unwrap();
+        if who == name && is_it(&event) {
+            return event;
+        }
+    };
+    until("dropped", &|event| matches!(event, Event::Sampled(_)));
+    drop(dropped);
+    let end = until("dropped", &|event| matches!(event, Event::Ended(..)));
+    assert!(matches!(end, Event::Ended(End::Cancelled, bill) if bill.output_tokens >= 1), "{end:?}");
+    // Figures are of the last whole step: the second token comes after the one in which the request ended.
+    for _ in 0..2 {
+        until("kept", &|event| matches!(event, Event::Sampled(_)));
+    }
+    assert_eq!(service.figures().running, 1);
+
+    let refused = |request: Request| service.submit(request, |_| ()).err().map(|refused| refused.to_string());
+    let context = refused(request(tokens(4000), "exact", 5000)).unwrap();
+    assert!(context.contains("maximum context length is 8192") && context.contains("9000"), "{context}");
+    assert!(refused(request(vec![vocab as u32], "exact", 1)).unwrap().contains("vocabulary"));
+    assert!(refused(request(vec![], "exact", 1)).unwrap().contains("empty"));
+    assert!(refused(request(tokens(10), "layered", 1)).unwrap().contains("calibrat"));
+
+    service.stop();
+    let end = until("kept", &|event| matches!(event, Event::Ended(..)));
+    assert!(matches!(end, Event::Ended(End::Shutdown, _)), "{end:?}");
+    assert!(refused(request(tokens(10), "exact", 1)).unwrap().contains("stopped"));
+    assert_eq!((service.figures().running, service.figures().kv_reserved), (0, 0));
+    drop(kept);
+}

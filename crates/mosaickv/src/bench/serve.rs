@@ -1,0 +1,313 @@
+//! How many long contexts fit into a budget of bytes, and how fast are they answered? Requests to the engine itself, without HTTP.
+
+use super::show;
+use crate::ModelArgs;
+use crate::answer::bar;
+use crate::bill::peak_rss;
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use mosaickv_engine::{End, Event, Figures, PromptLogprobs, Request, Sampling, Service, Settings};
+use mosaickv_kv::{ByteCount, KvFormat, KvFormats};
+use mosaickv_model::{Model, Text};
+use serde::Serialize;
+use std::io::{self, StdoutLock, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+/// A text to cut prompts from where none is given.
+const TEXT: &str = include_str!("../../demo/document.txt");
+
+/// How often it is looked at what the engine does.
+const WATCHED_EVERY: Duration = Duration::from_millis(20);
+
+#[derive(Args)]
+#[command(
+    after_help = "All requests come at once. Columns: contexts, the most that had a cache at a time; TBT, the time between \
+    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read.\n\nExamples:\n  \
+    mosaickv bench serve --model smollm2-135m --kv-memory 1GiB --context 6000 --requests 64\n  \
+    mosaickv bench serve --model smollm2-135m --kv-memory 300MB --context 3000 --requests 8 --kv exact,packed,layered"
+)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Bytes that all caches may take together
+    #[arg(long, default_value = "1GiB")]
+    kv_memory: ByteCount,
+    /// Tokens of a request, prompt and answer
+    #[arg(long, default_value_t = 6000)]
+    context: usize,
+    /// Tokens of an answer
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(2..))]
+    output: u16,
+    /// Requests, all at once
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
+    requests: u16,
+    /// Requests that have a cache at a time
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
+    max_num_seqs: u16,
+    /// KV formats, one or several, as for run
+    #[arg(long, default_value = "exact,layered")]
+    kv: KvFormats,
+    /// Texts to cut prompts from, each from a place of its own [default: the demo's document]
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    text: Vec<PathBuf>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    threads: usize,
+    kv_memory: usize,
+    prompt_tokens: usize,
+    output_tokens: usize,
+    requests: usize,
+    rows: Vec<Row>,
+    peak_rss_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    kv: String,
+    /// The most requests that had a cache at a time.
+    contexts: usize,
+    seconds: f64,
+    requests_per_s: f64,
+    output_tokens_per_s: f64,
+    /// Of the time in which no prompt was read.
+    decode_tokens_per_s: f64,
+    ttft_s: Quantiles,
+    tbt_ms: Quantiles,
+    preemptions: u64,
+    /// The most bytes reserved and allocated.
+    kv_reserved: usize,
+    kv_allocated: usize,
+    /// Of a request at its end, mean.
+    kv_bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Quantiles {
+    p50: f64,
+    p99: f64,
+}
+
+pub fn serve(args: &ServeArgs) -> Result<()> {
+    let pool = args.model.threads.pool();
+    let (model, text) = args.model.load(&pool, &args.kv.0)?;
+    let (threads, model) = (pool.threads(), Arc::new(model));
+    drop(pool);
+    let prompts = prompts(args, &model, &text)?;
+    let progress = bar("answering", "requests");
+    progress.set_length((prompts.len() * args.kv.0.len()) as u64);
+    let mut rows = vec![];
+    for kv in &args.kv.0 {
+        rows.push(run((&model, threads), *kv, args, &prompts, &mut || progress.inc(1))?);
+    }
+    progress.finish_and_clear();
+    let report = Report {
+        model: model.config.name.clone(),
+        threads,
+        kv_memory: args.kv_memory.0,
+        prompt_tokens: prompts[0].len(),
+        output_tokens: args.output.into(),
+        requests: prompts.len(),
+        rows,
+        peak_rss_bytes: peak_rss(),
+    };
+    show(&report, args.json, print)
+}
+
+/// As many different prompts as there are requests, each cut from the texts at a place of its own.
+fn prompts(args: &ServeArgs, model: &Model, text: &Text) -> Result<Vec<Vec<u32>>> {
+    let context = model.context();
+    ensure!(
+        args.context <= context,
+        "--context {} is over the model's maximum context length of {context} tokens",
+        args.context
+    );
+    let Some(length) = args.context.checked_sub(args.output.into()).filter(|length| *length > 0) else {
+        bail!("--context {} leaves no token for the prompt beside --output {}", args.context, args.output);
+    };
+    let mut tokens = vec![];
+    for path in &args.text {
+        let content = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the text {}", path.display()))?;
+        tokens.extend(text.encode_plain(&content)?);
+    }
+    if args.text.is_empty() {
+        tokens = text.encode_plain(TEXT)?;
+    }
+    ensure!(!tokens.is_empty(), "the texts are empty; give files with text in them");
+    let cut = |i: usize| {
+        let start = i * tokens.len() / usize::from(args.requests);
+        tokens.iter().cycle().skip(start).take(length).copied().collect()
+    };
+    Ok((0..args.requests.into()).map(cut).collect())
+}
+
+/// When what happened to one request.
+struct Told {
+    sent: Instant,
+    sampled: Vec<Instant>,
+    kv_bytes: usize,
+}
+
+fn run(
+    (model, threads): (&Arc<Model>, usize),
+    kv: KvFormat,
+    args: &ServeArgs,
+    prompts: &[Vec<u32>],
+    done: &mut dyn FnMut(),
+) -> Result<Row> {
+    let settings = Settings {
+        kv_memory: args.kv_memory.0,
+        most_sequences: args.max_num_seqs.into(),
+        most_waiting: prompts.len(),
+        ..Settings::default()
+    };
+    let service = Service::start(model.clone(), threads, settings);
+    let (tell, heard) = mpsc::channel();
+    let begun = Instant::now();
+    let (mut tickets, mut told) = (vec![], vec![]);
+    for (i, prompt) in prompts.iter().enumerate() {
+        let request = Request {
+            prompt: prompt.clone(),
+            given: vec![],
+            kv,
+            most_tokens: args.output.into(),
+            least_tokens: args.output.into(),
+            ends: vec![],
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: PromptLogprobs::Off,
+            priority: 0,
+            grammar: None,
+        };
+        let tell = tell.clone();
+        // Nobody listens any more once a request has failed.
+        let emit = move |event| drop(tell.send((i, Instant::now(), event)));
+        tickets.push(service.submit(request, emit)?);
+        told.push(Told { sent: Instant::now(), sampled: vec![], kv_bytes: 0 });
+    }
+    let watched = listen(&service, &heard, &mut told, done)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    service.stop();
+    Ok(row(kv, (seconds, &watched), &told))
+}
+
+/// Listens until every request has ended, and looks at what the engine does meanwhile.
+fn listen(
+    service: &Service,
+    heard: &Receiver<(usize, Instant, Event)>,
+    told: &mut [Told],
+    done: &mut dyn FnMut(),
+) -> Result<Vec<(Instant, Figures)>> {
+    let (mut left, mut watched) = (told.len(), vec![]);
+    while left > 0 {
+        let figures = service.figures();
+        if watched.last().is_none_or(|(_, last)| *last != figures) {
+            watched.push((Instant::now(), figures));
+        }
+        let until = Instant::now() + WATCHED_EVERY;
+        while let Ok((i, at, event)) = heard.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            match event {
+                Event::Sampled(_) => told[i].sampled.push(at),
+                Event::Ended(End::Length, bill) => {
+                    told[i].kv_bytes = bill.kv_bytes;
+                    left -= 1;
+                    done();
+                }
+                Event::Ended(End::Failed(why), _) => bail!("a request failed: {why}"),
+                other => bail!("a request ended before its time: {other:?}"),
+            }
+        }
+    }
+    Ok(watched)
+}
+
+fn row(kv: KvFormat, (seconds, watched): (f64, &[(Instant, Figures)]), told: &[Told]) -> Row {
+    let tokens: usize = told.iter().map(|told| told.sampled.len()).sum();
+    let ttft = told.iter().filter_map(|told| Some((*told.sampled.first()? - told.sent).as_secs_f64()));
+    let pairs = told.iter().flat_map(|told| told.sampled.windows(2));
+    let tbt = pairs.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3);
+    let most = |of: fn(&Figures) -> usize| watched.iter().map(|(_, figures)| of(figures)).max().unwrap_or(0);
+    // Between two looks without a prompt token read, all that was sampled was decode.
+    let is_decode = |pair: &&[(Instant, Figures)]| pair[0].1.prompt_tokens == pair[1].1.prompt_tokens;
+    let (mut decoded, mut decoding) = (0, 0.0);
+    for pair in watched.windows(2).filter(is_decode) {
+        decoded += pair[1].1.output_tokens - pair[0].1.output_tokens;
+        decoding += (pair[1].0 - pair[0].0).as_secs_f64();
+    }
+    Row {
+        kv: kv.to_string(),
+        contexts: most(|figures| figures.running),
+        seconds,
+        requests_per_s: told.len() as f64 / seconds,
+        output_tokens_per_s: tokens as f64 / seconds,
+        decode_tokens_per_s: if decoding > 0.0 { decoded as f64 / decoding } else { 0.0 },
+        ttft_s: quantiles(ttft.collect()),
+        tbt_ms: quantiles(tbt.collect()),
+        preemptions: watched.last().map_or(0, |(_, figures)| figures.preemptions),
+        kv_reserved: most(|figures| figures.kv_reserved),
+        kv_allocated: most(|figures| figures.kv_allocated),
+        kv_bytes: told.iter().map(|told| told.kv_bytes).sum::<usize>() / told.len(),
+    }
+}
+
+fn quantiles(mut x: Vec<f64>) -> Quantiles {
+    x.sort_by(f64::total_cmp);
+    let at = |share: f64| x.get(((x.len() as f64 * share) as usize).min(x.len().saturating_sub(1)));
+    Quantiles { p50: at(0.5).copied().unwrap_or(0.0), p99: at(0.99).copied().unwrap_or(0.0) }
+}
+
+fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
+    writeln!(
+        out,
+        "{}; {} requests of {} + {} tokens, {:.0} MB for keys and values, {} threads\n",
+        report.model,
+        report.requests,
+        report.prompt_tokens,
+        report.output_tokens,
+        report.kv_memory as f64 / 1e6,
+        report.threads
+    )?;
+    writeln!(
+        out,
+        "{:<24}{:>9}{:>10}{:>9}{:>9}{:>14}{:>16}{:>16}{:>14}{:>12}",
+        "kv",
+        "contexts",
+        "seconds",
+        "req/s",
+        "tok/s",
+        "decode tok/s",
+        "TTFT s p50/99",
+        "TBT ms p50/99",
+        "MB a request",
+        "preempted"
+    )?;
+    for row in &report.rows {
+        writeln!(
+            out,
+            "{:<24}{:>9}{:>10.1}{:>9.3}{:>9.1}{:>14.1}{:>16}{:>16}{:>14.2}{:>12}",
+            row.kv,
+            row.contexts,
+            row.seconds,
+            row.requests_per_s,
+            row.output_tokens_per_s,
+            row.decode_tokens_per_s,
+            format!("{:.1} / {:.1}", row.ttft_s.p50, row.ttft_s.p99),
+            format!("{:.0} / {:.0}", row.tbt_ms.p50, row.tbt_ms.p99),
+            row.kv_bytes as f64 / 1e6,
+            row.preemptions
+        )?;
+    }
+    if let Some(rss) = report.peak_rss_bytes {
+        writeln!(out, "\nprocess: {:.0} MB at its peak", rss as f64 / 1e6)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! What has been asked and answered, in numbers for Prometheus? Under vLLM's names, which dashboards and gateways know, and ours.
+
+use crate::job::Timeline;
+use crate::reply::Finish;
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use mosaickv_engine::{Bill, Figures};
+use std::time::Duration;
+
+/// Upper bounds of the buckets of times to the first token, of queues, prefills and whole answers, in seconds.
+const LONG: [f64; 20] = [
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0,
+];
+
+/// Of times between tokens.
+const SHORT: [f64; 18] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 20.0,
+];
+
+const TOKENS_APART: &str = "vllm:inter_token_latency_seconds";
+
+/// All of them.
+pub struct Meters {
+    handle: PrometheusHandle,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    whole: Histogram,
+    queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    compress: Histogram,
+    success: [(Finish, Counter); 3],
+    sampled: SampledMeters,
+}
+
+/// What is read off the engine when somebody asks.
+struct SampledMeters {
+    running: Gauge,
+    waiting: Gauge,
+    usage: Gauge,
+    bytes: [Gauge; 3],
+    exact_bytes: Gauge,
+    read_bytes: Counter,
+    prompt_tokens: Counter,
+    output_tokens: Counter,
+    preemptions: Counter,
+}
+
+/// Makes meters with the label that all of them have.
+struct Maker<'a> {
+    recorder: &'a PrometheusRecorder,
+    model: &'a str,
+}
+
+const METADATA: Metadata<'static> = Metadata::new("mosaickv", Level::INFO, None);
+
+impl Maker<'_> {
+    fn key(&self, name: &'static str, more: Option<(&'static str, &'static str)>) -> Key {
+        let mut labels = vec![Label::new("model_name", self.model.to_owned())];
+        labels.extend(more.map(|(name, value)| Label::new(name, value)));
+        Key::from_parts(name, labels)
+    }
+
+    fn histogram(&self, name: &'static str, what: &'static str) -> Histogram {
+        self.recorder.describe_histogram(KeyName::from(name), Some(Unit::Seconds), what.into());
+        self.recorder.register_histogram(&self.key(name, None), &METADATA)
+    }
+
+    fn counter(&self, name: &'static str, what: &'static str) -> Counter {
+        self.recorder.describe_counter(KeyName::from(name), None, what.into());
+        self.recorder.register_counter(&self.key(name, None), &METADATA)
+    }
+
+    fn gauge(&self, name: &'static str, what: &'static str) -> Gauge {
+        self.recorder.describe_gauge(KeyName::from(name), None, what.into());
+        self.recorder.register_gauge(&self.key(name, None), &METADATA)
+    }
+
+    fn success(&self, finish: Finish) -> (Finish, Counter) {
+        let name = "vllm:request_success_total";
+        self.recorder.describe_counter(KeyName::from(name), None, "Answers that were completed.".into());
+        let key = self.key(name, Some(("finished_reason", finish.name())));
+        (finish, self.recorder.register_counter(&key, &METADATA))
+    }
+
+    fn bytes(&self, part: &'static str) -> Gauge {
+        let name = "mosaickv_kv_bytes";
+        self.recorder.describe_gauge(KeyName::from(name), None, "Bytes for keys and values.".into());
+        self.recorder.register_gauge(&self.key(name, Some(("part", part))), &METADATA)
+    }
+
+    fn sampled(&self) -> SampledMeters {
+        // There is no prefix cache yet: nothing is looked up, and dashboards find both at 0.
+        self.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
+            .absolute(0);
+        self.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.").absolute(0);
+        SampledMeters {
+            running: self.gauge("vllm:num_requests_running", "Requests with a cache."),
+            waiting: self.gauge("vllm:num_requests_waiting", "Requests that wait for theirs."),
+            usage: self.gauge(
+                "vllm:kv_cache_usage_perc",
+                "Share of the bytes for keys and values that is reserved.",
+            ),
+            bytes: ["allocated", "reserved", "budget"].map(|part| self.bytes(part)),
+            exact_bytes: self.gauge(
+                "mosaickv_kv_bytes_exact_equivalent",
+                "Bytes that the tokens of all caches would take as f16.",
+            ),
+            read_bytes: self
+                .counter("mosaickv_kv_bytes_read_total", "Bytes of keys and values that attention read."),
+            prompt_tokens: self.counter("vllm:prompt_tokens_total", "Prompt tokens read."),
+            output_tokens: self.counter("vllm:generation_tokens_total", "Tokens sampled."),
+            preemptions: self
+                .counter("vllm:num_preemptions_total", "Requests that lost their caches and read again."),
+        }
+    }
+}
+
+impl Meters {
+    /// Of a server of the model of this name.
+    pub fn new(model: &str) -> Meters {
+        let builder = PrometheusBuilder::new().set_buckets(&LONG).expect("there are bounds");
+        let short = Matcher::Full(TOKENS_APART.to_owned());
+        let recorder =
+            builder.set_buckets_for_metric(short, &SHORT).expect("there are bounds").build_recorder();
+        let make = Maker { recorder: &recorder, model };
+        Meters {
+            first_token: make
+                .histogram("vllm:time_to_first_token_seconds", "From the request to the first token."),
+            between_tokens: make.histogram(TOKENS_APART, "From a token to the next."),
+            whole: make.histogram("vllm:e2e_request_latency_seconds", "From the request to the last token."),
+            queue: make.histogram("vllm:request_queue_time_seconds", "Until a request was first scheduled."),
+            prefill: make.histogram("vllm:request_prefill_time_seconds", "From then until the first token."),
+            decode: make.histogram("vllm:request_decode_time_seconds", "From the first token to the last."),
+            compress: make
+                .histogram("mosaickv_compress_seconds", "Of compressing a prompt's keys and values."),
+            success: [Finish::Stop, Finish::Length, Finish::ToolCalls].map(|finish| make.success(finish)),
+            sampled: make.sampled(),
+            handle: recorder.handle(),
+        }
+    }
+
+    /// A token was sampled: the first so long after the request came, another so long after the one before.
+    pub fn token(&self, timeline: &Timeline, since: Duration) {
+        match timeline.is_first() {
+            true => self.first_token.record(since),
+            false => self.between_tokens.record(since),
+        }
+    }
+
+    /// An answer is complete.
+    pub fn finished(&self, finish: Finish, bill: &Bill, whole: Duration) {
+        self.whole.record(whole);
+        self.queue.record(bill.queued);
+        self.prefill.record(bill.prefill);
+        self.decode.record(bill.decode);
+        if bill.compress > Duration::ZERO {
+            self.compress.record(bill.compress);
+        }
+        for (_, counter) in self.success.iter().filter(|(of, _)| *of == finish) {
+            counter.increment(1);
+        }
+    }
+
+    /// The text that Prometheus reads, with what the engine does now.
+    pub fn render(&self, figures: Option<Figures>) -> String {
+        let (meters, figures) = (&self.sampled, figures.unwrap_or_default());
+        meters.running.set(figures.running as f64);
+        meters.waiting.set(figures.waiting as f64);
+        meters.usage.set(figures.kv_reserved as f64 / figures.kv_budget.max(1) as f64);
+        let bytes = [figures.kv_allocated, figures.kv_reserved, figures.kv_budget];
+        for (gauge, bytes) in meters.bytes.iter().zip(bytes) {
+            gauge.set(bytes as f64);
+        }
+        meters.exact_bytes.set(figures.kv_exact as f64);
+        meters.read_bytes.absolute(figures.kv_read);
+        meters.prompt_tokens.absolute(figures.prompt_tokens);
+        meters.output_tokens.absolute(figures.output_tokens);
+        meters.preemptions.absolute(figures.preemptions);
+        self.handle.render()
+    }
+
+    /// Sorts what was recorded into buckets; to be called now and then where nobody asks.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+}

@@ -1,0 +1,202 @@
+//! What a server tells of itself and of tokens.
+
+use crate::common::{Server, sample, tiny};
+use mosaickv_engine::Settings;
+use mosaickv_model::Specials;
+use mosaickv_server::Options;
+use serde_json::{Value, json};
+
+#[test]
+fn models_under_all_of_their_names() {
+    let options = Options { names: vec!["one".into(), "org/two".into()], ..Options::default() };
+    let server = Server::start(options, Settings::default());
+    let list = server.get("/v1/models").json();
+    assert_eq!(list["object"], "list");
+    let ids: Vec<&Value> = list["data"].as_array().unwrap().iter().map(|card| &card["id"]).collect();
+    assert_eq!(ids, ["one", "org/two"]);
+    for (path, id) in [("one", "one"), ("org/two", "org/two"), ("one@kv=packed", "one@kv=packed")] {
+        let card = server.get(&format!("/v1/models/{path}")).json();
+        assert_eq!(
+            (&card["id"], &card["root"], &card["max_model_len"]),
+            (&json!(id), &json!("one"), &json!(256))
+        );
+        assert_eq!((&card["object"], &card["owned_by"]), (&json!("model"), &json!("mosaickv")));
+    }
+    let bad = server.get("/v1/models/one@kv=zip");
+    assert!(bad.refused(400, "invalid_request_error", Some("id"), None).contains("zip"));
+    for name in ["one", "org/two", "org/two@kv=exact"] {
+        let reply =
+            server.post("/v1/completions", &json!({"model": name, "prompt": "Hi", "max_tokens": 1})).json();
+        assert_eq!(reply["model"], "one", "{reply}");
+    }
+}
+
+#[test]
+fn tokens_in_both_dialects() {
+    let server = Server::plain();
+    let (_, text) = tiny();
+    let added = text.encode("The river, é", Specials::Added).unwrap();
+    let bare = text.encode("The river, é", Specials::Literal).unwrap();
+    let ask = |body: Value| server.post("/tokenize", &body).json();
+    let expected = json!({"count": added.len(), "max_model_len": 256, "tokens": added});
+    assert_eq!(ask(json!({"prompt": "The river, é"})), expected);
+    let names =
+        ask(json!({"prompt": "The river, é", "add_special_tokens": false, "return_token_strs": true}));
+    assert_eq!((&names["tokens"], &names["count"]), (&json!(bare), &json!(bare.len())));
+    assert_eq!(names["token_strs"].as_array().unwrap().len(), bare.len());
+    assert_eq!(ask(json!({"content": "The river, é"})), json!({"tokens": bare}));
+    assert_eq!(ask(json!({"content": "The river, é", "add_special": true})), json!({"tokens": added}));
+    let end = text.token("<|im_end|>").unwrap();
+    assert_eq!(ask(json!({"content": "<|im_end|>"}))["tokens"], json!([end]));
+    assert!(
+        ask(json!({"content": "<|im_end|>", "parse_special": false}))["tokens"].as_array().unwrap().len() > 1
+    );
+    let pieces = ask(json!({"content": "The river, é", "with_pieces": true}));
+    let mut bytes: Vec<u8> = vec![];
+    for piece in pieces["tokens"].as_array().unwrap() {
+        match &piece["piece"] {
+            Value::String(text) => bytes.extend(text.as_bytes()),
+            list => bytes.extend(list.as_array().unwrap().iter().map(|byte| byte.as_u64().unwrap() as u8)),
+        }
+    }
+    assert_eq!(String::from_utf8(bytes).unwrap(), "The river, é");
+    let back = server.post("/detokenize", &json!({"tokens": bare})).json();
+    assert_eq!(back, json!({"prompt": "The river, é", "content": "The river, é"}));
+    server.post("/detokenize", &json!({"tokens": [288]})).refused(
+        400,
+        "invalid_request_error",
+        Some("tokens"),
+        None,
+    );
+    server.post("/detokenize", &json!({"tokens": ["a"]})).refused(
+        400,
+        "invalid_request_error",
+        Some("tokens[0]"),
+        None,
+    );
+    server.post("/detokenize", &json!({})).refused(400, "invalid_request_error", Some("tokens"), None);
+    let none = server.post("/tokenize", &json!({"model": "model"}));
+    none.refused(400, "invalid_request_error", Some("prompt"), None);
+}
+
+#[test]
+fn metrics_count_what_was_answered() {
+    let server = Server::plain();
+    let body = json!({"prompt": "Hi", "max_tokens": 5, "ignore_eos": true, "n": 2});
+    let answer = server.post("/v1/completions", &body).json();
+    let prompt = answer["usage"]["prompt_tokens"].as_f64().unwrap();
+    let reply = server.get("/metrics");
+    assert!(reply.header("content-type").starts_with("text/plain; version=0.0.4"), "{:?}", reply.headers);
+    let metrics = &reply.body;
+    let label = "{model_name=\"model\"}";
+    let is = |name: &str, expected: f64| {
+        assert_eq!(sample(metrics, &format!("{name} ")), Some(expected), "{name}: {metrics}");
+    };
+    is(&format!("vllm:num_requests_running{label}"), 0.0);
+    is(&format!("vllm:num_requests_waiting{label}"), 0.0);
+    is(&format!("vllm:kv_cache_usage_perc{label}"), 0.0);
+    is(&format!("vllm:prompt_tokens_total{label}"), 2.0 * prompt);
+    is(&format!("vllm:generation_tokens_total{label}"), 10.0);
+    is(&format!("vllm:num_preemptions_total{label}"), 0.0);
+    is(&format!("vllm:prefix_cache_queries_total{label}"), 0.0);
+    is(&format!("vllm:prefix_cache_hits_total{label}"), 0.0);
+    is("vllm:request_success_total{model_name=\"model\",finished_reason=\"length\"}", 2.0);
+    is("vllm:request_success_total{model_name=\"model\",finished_reason=\"stop\"}", 0.0);
+    for (name, count) in [
+        ("vllm:time_to_first_token_seconds", 2.0),
+        ("vllm:inter_token_latency_seconds", 8.0),
+        ("vllm:e2e_request_latency_seconds", 2.0),
+        ("vllm:request_queue_time_seconds", 2.0),
+        ("vllm:request_prefill_time_seconds", 2.0),
+        ("vllm:request_decode_time_seconds", 2.0),
+    ] {
+        is(&format!("{name}_count{label}"), count);
+        is(&format!("{name}_bucket{{model_name=\"model\",le=\"+Inf\"}}"), count);
+        assert!(metrics.contains(&format!("# TYPE {name} histogram")), "{metrics}");
+    }
+    is("mosaickv_kv_bytes{model_name=\"model\",part=\"budget\"}", (4u64 << 30) as f64);
+    assert!(sample(metrics, "mosaickv_kv_bytes_read_total").unwrap() > 0.0);
+    is(&format!("mosaickv_kv_bytes_exact_equivalent{label}"), 0.0);
+}
+
+#[test]
+fn ids_of_requests_come_back() {
+    let server = Server::plain();
+    let sent = server.ask("GET", "/version", &[("x-request-id", "mine-7")], None);
+    assert_eq!(sent.header("x-request-id"), "mine-7");
+    let (one, two) = (server.get("/version"), server.get("/nowhere"));
+    assert_eq!((one.header("x-request-id").len(), two.header("x-request-id").len()), (36, 36));
+    assert_ne!(one.header("x-request-id"), two.header("x-request-id"));
+    let long = "x".repeat(200);
+    assert_eq!(
+        server.ask("GET", "/version", &[("x-request-id", &long)], None).header("x-request-id").len(),
+        36
+    );
+}
+
+#[test]
+fn properties() {
+    let server = Server::plain();
+    let props = server.get("/props").json();
+    assert_eq!(props["default_generation_settings"]["n_ctx"], 256);
+    assert_eq!((&props["total_slots"], &props["bos_token"]), (&json!(64), &json!("<|endoftext|>")));
+    assert!(props["chat_template"].as_str().unwrap().contains("<|im_start|>"), "{props}");
+    let info = server.get("/server_info").json();
+    assert_eq!(
+        (&info["max_model_len"], &info["vocab_size"], &info["kv_format"]),
+        (&json!(256), &json!(288), &json!("exact"))
+    );
+    assert_eq!(server.get("/slots").json().as_array().unwrap().len(), 64);
+    assert_eq!(server.get("/ping").json(), json!({"status": "ok"}));
+}
+
+#[test]
+fn other_origins_are_let_in_only_if_they_are_allowed() {
+    let origin = [("origin", "https://chat.example")];
+    let closed = Server::plain();
+    assert_eq!(closed.ask("GET", "/version", &origin, None).header("access-control-allow-origin"), "");
+    let keys = vec!["key".to_owned()];
+    let options =
+        Options { allow_origins: vec!["https://chat.example".into()], api_keys: keys, ..Options::default() };
+    let open = Server::start(options, Settings::default());
+    let preflight = [origin[0], ("access-control-request-method", "POST")];
+    let reply = open.ask("OPTIONS", "/v1/completions", &preflight, None);
+    assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, "https://chat.example"));
+    assert!(reply.header("access-control-allow-headers").contains("authorization"), "{:?}", reply.headers);
+    let other = open.ask("GET", "/health", &[("origin", "https://evil.example")], None);
+    assert_eq!(other.header("access-control-allow-origin"), "");
+}
+
+#[test]
+fn a_description_of_all_that_is_served() {
+    let server = Server::plain();
+    let api = server.get("/openapi.json").json();
+    assert!(api["openapi"].as_str().unwrap().starts_with("3.1"), "{}", api["openapi"]);
+    let paths = api["paths"].as_object().unwrap();
+    for path in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/{id}",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/ping",
+        "/version",
+        "/metrics",
+        "/props",
+        "/slots",
+        "/slots/{id}",
+        "/server_info",
+    ] {
+        assert!(paths.contains_key(path), "{path}");
+    }
+    // Everything that is referred to is there.
+    let text = api.to_string();
+    for reference in text.split("\"$ref\":\"#/components/schemas/").skip(1) {
+        let name = reference.split('"').next().unwrap();
+        assert!(api["components"]["schemas"].get(name).is_some(), "{name}");
+    }
+    let common = &api["components"]["schemas"]["Common"]["properties"];
+    assert_eq!((&common["n"]["maximum"], &common["temperature"]["maximum"]), (&json!(128), &json!(2)));
+}

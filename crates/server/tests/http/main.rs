@@ -1,0 +1,8 @@
+//! The server as its clients meet it: over a socket, with a tiny model behind it.
+
+mod chat;
+mod common;
+mod completions;
+mod errors;
+mod introspect;
+mod life;
