@@ -118,6 +118,7 @@ impl<'a> Compute for ModelCompute<'a> {
 
     fn compress(&self, sequence: &mut Sequence<'a>) {
         sequence.finish_prompt();
+        sequence.forget_queries();
     }
 
     fn bytes(&self, sequence: &Sequence<'a>) -> usize {

@@ -106,8 +106,14 @@ fn bytes_stay_within_what_is_reserved() {
     let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
     model.calibration = Some(Arc::new(calibrate(&model, &pool, &[document], &mut |_, _| ()).unwrap()));
     let prompt = tokens(2100);
-    for (kv, length) in [("exact", 330), ("packed", 700), ("kivi4", 330), ("snapkv", 330), ("layered", 2100)]
-    {
+    for (kv, length) in [
+        ("exact", 330),
+        ("packed", 700),
+        ("kivi4", 330),
+        ("snapkv", 330),
+        ("layered", 330),
+        ("layered", 2100),
+    ] {
         let kv: KvFormat = kv.parse().unwrap();
         let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
         check_bytes(&compute, compute.begin(kv).unwrap(), kv, &prompt[..length]);

@@ -83,6 +83,11 @@ impl KvCache {
         self.end_layered(pool);
     }
 
+    /// No further prompt will come: frees the queries that compressing one would need. What is exact now stays so.
+    pub fn forget_queries(&mut self) {
+        (self.recent, self.samples) = (None, None);
+    }
+
     /// Compresses the layers that the layered format is for, if it is this cache's. What is too short for that may go on as an
     /// exact cache and be long enough at the end of another prompt: its queries stay sampled.
     fn end_layered(&mut self, pool: &Pool) {

@@ -224,6 +224,11 @@ impl<'a> Sequence<'a> {
         self.attention += start.elapsed();
     }
 
+    /// No further prompt will come: see [`KvCache::forget_queries`].
+    pub fn forget_queries(&mut self) {
+        self.cache.forget_queries();
+    }
+
     /// Reads one more token, whatever follows it.
     pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
         self.check(&[token])?;
