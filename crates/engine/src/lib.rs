@@ -52,6 +52,25 @@ pub struct Request {
     pub grammar: Option<Box<dyn Grammar>>,
 }
 
+impl Request {
+    /// To be continued by `most_tokens` tokens, the most probable each time, whatever they are; nothing else is reported.
+    pub fn new(prompt: Vec<u32>, kv: KvFormat, most_tokens: usize) -> Request {
+        Request {
+            prompt,
+            given: Vec::new(),
+            kv,
+            most_tokens,
+            least_tokens: 0,
+            ends: Vec::new(),
+            sampling: Sampling::default(),
+            logprobs: None,
+            prompt_logprobs: PromptLogprobs::Off,
+            priority: 0,
+            grammar: None,
+        }
+    }
+}
+
 /// Whether the tokens of a prompt are reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PromptLogprobs {

@@ -75,7 +75,7 @@ impl Speech {
         place: usize,
         logits: &[f32],
     ) -> Result<Option<Event>, String> {
-        if place < self.reported {
+        if place < self.reported || place >= self.known + self.most {
             return Ok(None);
         }
         let (id, event): (u32, fn(Token) -> Event) = match tokens.get(place) {

@@ -5,8 +5,7 @@ mod common;
 
 use common::{SMOLLM2, smollm2};
 use mosaickv_engine::{
-    Compute, End, Engine, Event, ModelCompute, PromptLogprobs, Reading, Request, Sampling, Service, Settings,
-    Token,
+    Compute, End, Engine, Event, ModelCompute, Reading, Request, Sampling, Service, Settings, Token,
 };
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat};
@@ -26,19 +25,7 @@ fn tokens(count: usize) -> Vec<u32> {
 }
 
 fn request(prompt: Vec<u32>, kv: &str, most_tokens: usize) -> Request {
-    Request {
-        prompt,
-        given: vec![],
-        kv: kv.parse().unwrap(),
-        most_tokens,
-        least_tokens: 0,
-        ends: vec![],
-        sampling: Sampling::default(),
-        logprobs: Some(1),
-        prompt_logprobs: PromptLogprobs::Off,
-        priority: 0,
-        grammar: None,
-    }
+    Request { logprobs: Some(1), ..Request::new(prompt, kv.parse().unwrap(), most_tokens) }
 }
 
 /// What three different requests get, and how often one lost its cache.

@@ -1,7 +1,7 @@
 //! Random arrivals, cancellations and a tiny memory, with a stand-in for the model: after every step the bytes add up, and in the end
 //! every request got each of its tokens once, whatever ran beside it.
 
-use mosaickv_engine::{Compute, End, Engine, Event, PromptLogprobs, Reading, Request, Sampling, Settings};
+use mosaickv_engine::{Compute, End, Engine, Event, PromptLogprobs, Reading, Request, Settings};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::{Part, Wanted};
 use rand_chacha::ChaCha8Rng;
@@ -122,19 +122,7 @@ impl Compute for Fake {
 }
 
 fn request(prompt: Vec<u32>, most_tokens: usize) -> Request {
-    Request {
-        prompt,
-        given: vec![],
-        kv: KvFormat::Exact,
-        most_tokens,
-        least_tokens: 0,
-        ends: vec![],
-        sampling: Sampling::default(),
-        logprobs: None,
-        prompt_logprobs: PromptLogprobs::Off,
-        priority: 0,
-        grammar: None,
-    }
+    Request::new(prompt, KvFormat::Exact, most_tokens)
 }
 
 /// A request and what came of it.
@@ -223,7 +211,7 @@ impl World {
     fn arrive(&mut self, (prompt, answer): (usize, usize)) {
         let length = 1 + self.below(prompt);
         let given = if self.below(4) == 0 { self.below(40) } else { 0 };
-        let most = if self.below(8) == 0 && given > 0 { 0 } else { 1 + self.below(answer) };
+        let most = if self.below(8) == 0 { 0 } else { 1 + self.below(answer) };
         let mut tokens = |n| (0..n).map(|_| self.draws.next_u64() as u32 % VOCAB as u32).collect();
         let (prompt, given): (Vec<u32>, Vec<u32>) = (tokens(length), tokens(given));
         let prompt_logprobs = self.below(5) == 0;

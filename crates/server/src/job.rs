@@ -24,7 +24,8 @@ pub struct Job {
 struct Running {
     /// While somebody wants the answer.
     ticket: Option<Ticket>,
-    slot: Slot,
+    /// Until it has ended.
+    slot: Option<Slot>,
     timeline: Timeline,
 }
 
@@ -67,7 +68,11 @@ impl Job {
             // A closed queue means that nobody listens any more; the ticket is dropped with it.
             let ticket = loaded.service.submit(request, move |event| drop(send.send((index, event))));
             let ticket = ticket.map_err(|refused| ApiError::refused(&refused, most, "prompt"))?;
-            answers.push(Running { ticket: Some(ticket), slot, timeline: Timeline { last: None } });
+            answers.push(Running {
+                ticket: Some(ticket),
+                slot: Some(slot),
+                timeline: Timeline { last: None },
+            });
         }
         let left = answers.len();
         Ok(Job { app: app.clone(), events, answers, left, start: caller.start, _running: caller.running })
@@ -91,7 +96,10 @@ impl Job {
             received.ok_or_else(|| ApiError::internal("The engine has ended unexpectedly"))?;
         match event {
             Event::Sampled(_) => self.count(index),
-            Event::Ended(..) => self.left -= 1,
+            Event::Ended(..) => {
+                self.left -= 1;
+                self.answers[index].slot = None;
+            }
             Event::Prompt(_) | Event::Given(_) => {}
         }
         Ok(Some((index, event)))
@@ -109,7 +117,7 @@ impl Job {
 
     fn count(&mut self, index: usize) {
         let Running { slot, timeline, .. } = &mut self.answers[index];
-        slot.count();
+        slot.iter().for_each(Slot::count);
         let now = Instant::now();
         self.app.meters().token(timeline, now - timeline.last.unwrap_or(self.start));
         timeline.last = Some(now);

@@ -6,7 +6,7 @@ use crate::answer::bar;
 use crate::bill::peak_rss;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use mosaickv_engine::{End, Event, Figures, PromptLogprobs, Request, Sampling, Service, Settings};
+use mosaickv_engine::{End, Event, Figures, Request, Service, Settings};
 use mosaickv_kv::{ByteCount, KvFormat, KvFormats};
 use mosaickv_model::{Model, Text};
 use serde::Serialize;
@@ -175,19 +175,7 @@ fn run(
     let begun = Instant::now();
     let (mut tickets, mut told) = (vec![], vec![]);
     for (i, prompt) in prompts.iter().enumerate() {
-        let request = Request {
-            prompt: prompt.clone(),
-            given: vec![],
-            kv,
-            most_tokens: args.output.into(),
-            least_tokens: args.output.into(),
-            ends: vec![],
-            sampling: Sampling::default(),
-            logprobs: None,
-            prompt_logprobs: PromptLogprobs::Off,
-            priority: 0,
-            grammar: None,
-        };
+        let request = Request::new(prompt.clone(), kv, args.output.into());
         let tell = tell.clone();
         // Nobody listens any more once a request has failed.
         let emit = move |event| drop(tell.send((i, Instant::now(), event)));

@@ -1,6 +1,8 @@
 //! Answers in a conversation: whole and in chunks they say the same, and they end where they are told to.
 
 use crate::common::{Server, tiny};
+use mosaickv_engine::Settings;
+use mosaickv_server::Options;
 use serde_json::{Value, json};
 
 const PATH: &str = "/v1/chat/completions";
@@ -287,7 +289,7 @@ fn json_by_a_schema() {
 #[test]
 fn a_tool_that_must_be_called_is_called() {
     // The template knows no tools: what is said of them takes some hundred bytes, each a token.
-    let server = Server::of_context(2048);
+    let server = Server::large(Options::default(), Settings::default());
     let parameters = json!({"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}},
         "required": ["city"], "additionalProperties": false});
     let tools = json!([{"type": "function", "function": {"name": "weather", "strict": true, "parameters": parameters}}]);

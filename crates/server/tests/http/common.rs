@@ -4,6 +4,7 @@ use mosaickv_engine::Settings;
 use mosaickv_model::{Model, Text};
 use mosaickv_server::{App, Options, serve};
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -84,12 +85,12 @@ impl Server {
         server
     }
 
-    /// One whose model reads so many tokens, without sense.
-    pub fn of_context(tokens: usize) -> Server {
-        let server = Server::without_model(Options::default());
+    /// One whose model takes 2,048 tokens, without sense, and so can be kept at work.
+    pub fn large(options: Options, settings: Settings) -> Server {
+        let server = Server::without_model(options);
         let (mut model, text) = tiny();
-        model.config.context = tokens;
-        server.app.load(Arc::new(model), text, 1, Settings::default());
+        model.config.context = 2048;
+        server.app.load(Arc::new(model), text, 1, settings);
         server
     }
 
@@ -170,6 +171,21 @@ impl Server {
     pub fn at_work(&self) -> [f64; 2] {
         let metrics = self.get("/metrics").body;
         ["vllm:num_requests_running", "vllm:num_requests_waiting"].map(|name| sample(&metrics, name).unwrap())
+    }
+
+    /// Waits until answers to so many requests run or wait.
+    pub fn wait_for_requests(&self, count: usize) {
+        let start = Instant::now();
+        loop {
+            let slots = self.get("/slots").json();
+            let ids = slots.as_array().unwrap().iter().filter_map(|slot| slot["request_id"].as_str());
+            let ids: HashSet<&str> = ids.collect();
+            if ids.len() == count {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{slots}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Waits until the metrics say that so much runs and waits.

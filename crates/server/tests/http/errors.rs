@@ -187,10 +187,10 @@ fn bytes_that_a_prompt_does_not_fit_in() {
 #[test]
 fn a_full_queue() {
     let settings = Settings { most_waiting: 2, most_sequences: 1, ..Settings::default() };
-    let server = Server::start(Options::default(), settings);
+    let server = Server::large(Options::default(), settings);
     let reply = server.post("/v1/completions", &text(json!({"n": 3})));
     assert!(reply.refused(400, INVALID, Some("n"), None).contains("at most 2 answers"));
-    let long = json!({"prompt": "Hi", "max_tokens": 250, "ignore_eos": true, "n": 2, "temperature": 0});
+    let long = json!({"prompt": "Hi", "max_tokens": 2000, "ignore_eos": true, "temperature": 0});
     let connections: Vec<_> = (0..8).map(|_| server.open("/v1/completions", &long)).collect();
     let replies: Vec<String> = connections.into_iter().map(|mut c| c.until("\r\n\r\n").to_owned()).collect();
     let refused: Vec<&String> = replies.iter().filter(|reply| reply.starts_with("HTTP/1.1 429")).collect();
