@@ -127,7 +127,7 @@ impl<C: Compute> Engine<C> {
         Engine { compute, settings, memory, waiting, running, submitted: 0, done }
     }
 
-    /// Takes a request, which [`refusal`] must have found nothing wrong with. `emit` gets its events; once `cancelled` is set, the next
+    /// Takes a request, which [`Service::submit`](crate::Service::submit) would not refuse. `emit` gets its events; once `cancelled` is set, the next
     /// step ends it.
     pub fn submit(
         &mut self,
