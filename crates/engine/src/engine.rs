@@ -285,9 +285,8 @@ impl<C: Compute> Engine<C> {
         for (turn, heard) in turns.iter().zip(heard) {
             let running = &mut self.running[turn.index];
             running.read = turn.tokens.end;
-            match turn.part {
-                Part::Step => {}
-                Part::Prompt | Part::PromptEnd => self.done.prompt_tokens += turn.tokens.len() as u64,
+            if turn.part != Part::Step {
+                self.done.prompt_tokens += turn.tokens.len() as u64;
             }
             let end = match &failed {
                 Some(why) => Some(End::Failed(why.clone())),

@@ -68,6 +68,11 @@ impl Heard {
 }
 
 impl Speech {
+    /// The place of the last token that there will be.
+    fn last_place(&self) -> usize {
+        self.known + self.most - 1
+    }
+
     /// Logits that token `place` of the sequence follows from: reports it if it is known, else samples it.
     pub(crate) fn hear(
         &mut self,
@@ -75,7 +80,7 @@ impl Speech {
         place: usize,
         logits: &[f32],
     ) -> Result<Option<Event>, String> {
-        if place < self.reported || place >= self.known + self.most {
+        if place < self.reported || place > self.last_place() {
             return Ok(None);
         }
         let (id, event): (u32, fn(Token) -> Event) = match tokens.get(place) {
@@ -126,17 +131,12 @@ impl Active {
     /// Logits that are needed of a pass over these of its tokens.
     pub(crate) fn wanted(&self, read: &Range<usize>) -> Wanted {
         // The places of tokens that follow from the pass and are not reported.
-        let places = self.speech.reported.max(read.start + 1)..=read.end.min(self.last_place());
+        let places = self.speech.reported.max(read.start + 1)..=read.end.min(self.speech.last_place());
         match places.size_hint().0 {
             0 => Wanted::Nothing,
             1 if *places.start() == read.end => Wanted::Last,
             _ => Wanted::All,
         }
-    }
-
-    /// The place of the last token that there will be.
-    fn last_place(&self) -> usize {
-        self.speech.known + self.speech.most - 1
     }
 
     /// Emits what was heard. Says whether, and why, this was the end.

@@ -1,5 +1,6 @@
 //! How many bytes may a cache take that has not read its tokens yet? What a scheduler must have free to let it go on.
 
+use crate::baselines::WINDOW;
 use crate::exact::ExactHead;
 use crate::layered::{Samples, Target};
 use crate::{KvCache, KvFormat, KvShape, Layer};
@@ -28,7 +29,7 @@ impl KvFormat {
                 prompt + prompt / 8 + shape.layers * Samples::most_bytes(row)
             }
             // Layer by layer, each in place of its exact pages.
-            _ => exact / 2 + shape.layers * 32 * row * size_of::<f32>(),
+            _ => exact / 2 + shape.layers * WINDOW * row * size_of::<f32>(),
         };
         exact + lists + made
     }

@@ -3,11 +3,12 @@
 use crate::app::{App, Loaded};
 use crate::choice::{Choice, Delta};
 use crate::error::ApiError;
+use crate::grammar::Restriction;
 use crate::job::{Caller, Job};
 use crate::kv::KvReport;
 use crate::plan::Plan;
 use crate::reply::{Timings, Usage};
-use mosaickv_engine::{Bill, Grammar, PromptLogprobs, Request};
+use mosaickv_engine::{Bill, PromptLogprobs, Request};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Text;
 use std::collections::VecDeque;
@@ -23,8 +24,8 @@ pub struct Order {
     pub kv: KvFormat,
     /// Of how many tokens log probabilities are wanted at each place.
     pub logprobs: Option<usize>,
-    /// What restricts each answer, one for each if anything does.
-    pub grammars: Vec<Box<dyn Grammar>>,
+    /// What restricts each answer, if anything does.
+    pub restriction: Option<Restriction>,
 }
 
 /// A prompt.
@@ -81,7 +82,7 @@ impl Answering {
         caller: Caller,
         order: Order,
     ) -> Result<Answering, ApiError> {
-        let Order { prompts, plan, kv, logprobs, grammars } = order;
+        let Order { prompts, plan, kv, logprobs, restriction } = order;
         let most = loaded.settings.most_waiting.max(1);
         if prompts.len().saturating_mul(plan.choices) > most {
             let message = format!(
@@ -91,7 +92,6 @@ impl Answering {
             );
             return Err(ApiError::invalid(if plan.choices > 1 { "n" } else { "prompt" }, message));
         }
-        let mut grammars = grammars.into_iter();
         let (mut requests, mut choices, mut opening) = (vec![], vec![], VecDeque::new());
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
         for asked in &prompts {
@@ -101,7 +101,7 @@ impl Answering {
                 choices.push(choice);
                 let mut request = request(&plan, asked, logprobs, kv);
                 request.sampling.seed = plan.sampling.seed.wrapping_add(number as u64);
-                request.grammar = grammars.next();
+                request.grammar = restriction.as_ref().map(|restriction| Box::new(restriction.copy()) as _);
                 requests.push(request);
             }
         }

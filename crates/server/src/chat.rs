@@ -6,18 +6,17 @@ use crate::body::{JsonObject, Reader};
 use crate::choice::Delta;
 use crate::error::{ApiError, ErrorBody};
 use crate::fields::{ChatOnly, ChatRequest, Common};
-use crate::grammar::Wanted;
+use crate::grammar::{Restriction, Wanted};
 use crate::job::Caller;
 use crate::plan::{Delivery, MOST_LOGPROBS, Plan, within};
 use crate::reply::{AssistantMessage, ChatChoice, ChatDelta, ChatLogprobs, ChatPiece, Finish, Reply};
-use crate::stream::{Complete, Head, Shape, collect, stream, whole};
+use crate::stream::{Begun, Complete, Head, Shape};
 use crate::tools::{CallReader, Piece, Tools, conversation, read_answer};
-use crate::understand::{Arrival, aside, with_headers};
+use crate::understand::{Arrival, aside};
+use axum::Extension;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
-use mosaickv_engine::Grammar;
+use axum::response::Response;
 use mosaickv_model::{Ending, Text};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -41,26 +40,8 @@ pub async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let (loaded, caller) = app.admit(&arrival)?;
     let keep_alive = app.options().keep_alive;
-    let Begun { mut answering, head, shape, delivery, unread } =
-        aside(move || begin(&app, &loaded, (caller, &headers), &object)).await?;
-    if delivery != Delivery::Whole {
-        return Ok(with_headers(stream(answering, (head, shape), delivery, keep_alive), &unread, None));
-    }
-    let answers = collect(&mut answering).await?;
-    let choices = answers.into_iter().enumerate();
-    let choices = choices.map(|(index, answer)| shape.whole(&answering.loaded, index, answer)).collect();
-    let reply = whole(&answering, head, choices);
-    let ratio = reply.kv.as_ref().map(|kv| kv.ratio);
-    Ok(with_headers(Json(reply).into_response(), &unread, ratio))
-}
-
-/// A request that the engine has.
-struct Begun {
-    answering: Answering,
-    head: Head,
-    shape: ChatShape,
-    delivery: Delivery,
-    unread: Vec<String>,
+    let begun = aside(move || begin(&app, &loaded, (caller, &headers), &object)).await?;
+    begun.respond(keep_alive).await
 }
 
 fn begin(
@@ -68,7 +49,7 @@ fn begin(
     loaded: &Arc<Loaded>,
     (caller, headers): (Caller, &HeaderMap),
     object: &Map<String, Value>,
-) -> Result<Begun, ApiError> {
+) -> Result<Begun<ChatShape>, ApiError> {
     let known: Vec<&str> = Wanted::FIELDS.into_iter().chain(Tools::FIELDS).collect();
     let mut reader = Reader::new(object, &known);
     let mut common: Common = reader.read()?;
@@ -89,12 +70,12 @@ fn begin(
         prompt_token_ids: plan.with_ids.then(|| tokens.clone()),
     };
     let logprobs = logprobs(&chat)?;
-    let grammars = grammars(loaded, object, &common, (tools.as_ref(), &plan))?;
+    let restriction = restriction(loaded, object, &common, tools.as_ref())?;
     let shape = ChatShape::new(loaded, tools, logprobs.is_some(), &plan);
     let delivery = plan.delivery;
     let read = tokens.len();
     let prompts = vec![Asked { tokens, read, most_tokens, echo: Echo::Off }];
-    let order = Order { prompts, plan, kv, logprobs, grammars };
+    let order = Order { prompts, plan, kv, logprobs, restriction };
     Ok(Begun { answering: Answering::begin(app, loaded, caller, order)?, head, shape, delivery, unread })
 }
 
@@ -144,17 +125,17 @@ fn logprobs(chat: &ChatOnly) -> Result<Option<usize>, ApiError> {
     }
 }
 
-/// What restricts each answer, if anything does.
-pub fn grammars(
+/// What restricts the answers, if anything does.
+pub fn restriction(
     loaded: &Loaded,
     object: &Map<String, Value>,
     common: &Common,
-    (tools, plan): (Option<&Tools>, &Plan),
-) -> Result<Vec<Box<dyn Grammar>>, ApiError> {
+    tools: Option<&Tools>,
+) -> Result<Option<Restriction>, ApiError> {
     let wanted = Wanted::from_request(object)?;
     let forced = tools.filter(|tools| tools.forced());
     if wanted.is_none() && forced.is_none() {
-        return Ok(vec![]);
+        return Ok(None);
     }
     if common.ignore_eos.unwrap_or(false) {
         let message = "An answer that is restricted ends where its grammar does; leave out ignore_eos.";
@@ -163,12 +144,10 @@ pub fn grammars(
     let param = if forced.is_some() { "tool_choice" } else { "response_format" };
     let source = loaded.grammars.as_ref();
     let source = source.map_err(|why| ApiError::invalid(param, why.to_string()))?;
-    let grammar = || match (forced, &wanted) {
-        (Some(tools), _) => source.tool_call(tools, &loaded.dialect).map(Some),
-        (None, wanted) => wanted.as_ref().map(|wanted| source.grammar(wanted)).transpose(),
-    };
-    let grammars = (0..plan.choices).filter_map(|_| grammar().transpose());
-    Ok(grammars.collect::<Result<_, _>>()?)
+    Ok(match (forced, &wanted) {
+        (Some(tools), _) => Some(source.tool_call(tools, &loaded.dialect)?),
+        (None, wanted) => wanted.as_ref().map(|wanted| source.grammar(wanted)).transpose()?,
+    })
 }
 
 /// How answers in a conversation are written.
@@ -194,26 +173,6 @@ impl ChatShape {
             (0..plan.choices).map(|_| Speaker { reader: reader(), ..Speaker::default() }).collect();
         ChatShape { has_logprobs, with_ids: plan.with_ids, speakers, tools }
     }
-
-    /// A complete answer.
-    fn whole(&self, loaded: &Loaded, index: usize, answer: Complete) -> ChatChoice {
-        let (content, calls) = match &self.tools {
-            Some(tools) => read_answer(&loaded.dialect, tools, &answer.text),
-            None => (Some(answer.text), vec![]),
-        };
-        ChatChoice {
-            index,
-            message: AssistantMessage {
-                role: "assistant",
-                content,
-                refusal: None,
-                tool_calls: calls.iter().map(|call| call.to_json()).collect(),
-            },
-            logprobs: self.has_logprobs.then(|| ChatLogprobs::new(&answer.entries, &loaded.text)),
-            finish_reason: finish(answer.finish.unwrap_or(Finish::Stop), calls.len()),
-            token_ids: self.with_ids.then_some(answer.ids),
-        }
-    }
 }
 
 /// An answer that calls tools and was not cut off ended for that.
@@ -223,6 +182,7 @@ fn finish(finish: Finish, calls: usize) -> Finish {
 
 impl Shape for ChatShape {
     type Piece = ChatPiece;
+    type Choice = ChatChoice;
 
     fn pieces(&mut self, text: &Text, index: usize, delta: Delta) -> Vec<ChatPiece> {
         let speaker = &mut self.speakers[index];
@@ -264,6 +224,25 @@ impl Shape for ChatShape {
             pieces.push(ChatPiece { finish_reason, ..piece(ChatDelta::default()) });
         }
         pieces
+    }
+
+    fn choice(&mut self, loaded: &Loaded, index: usize, answer: Complete) -> ChatChoice {
+        let (content, calls) = match &self.tools {
+            Some(tools) => read_answer(&loaded.dialect, tools, &answer.text),
+            None => (Some(answer.text), vec![]),
+        };
+        ChatChoice {
+            index,
+            message: AssistantMessage {
+                role: "assistant",
+                content,
+                refusal: None,
+                tool_calls: calls.iter().map(|call| call.to_json()).collect(),
+            },
+            logprobs: self.has_logprobs.then(|| ChatLogprobs::new(&answer.entries, &loaded.text)),
+            finish_reason: finish(answer.finish.unwrap_or(Finish::Stop), calls.len()),
+            token_ids: self.with_ids.then_some(answer.ids),
+        }
     }
 }
 

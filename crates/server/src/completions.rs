@@ -3,20 +3,20 @@
 use crate::answer::{Answering, Asked, Echo, Order};
 use crate::app::{App, Loaded, now};
 use crate::body::{JsonObject, Reader};
-use crate::chat::grammars;
+use crate::chat::restriction;
 use crate::choice::Delta;
 use crate::error::{ApiError, ErrorBody};
 use crate::fields::{Common, CompletionOnly, CompletionRequest, Prompt};
 use crate::grammar::Wanted;
 use crate::job::Caller;
-use crate::plan::{Delivery, MOST_LOGPROBS, Plan, within};
+use crate::plan::{MOST_LOGPROBS, Plan, within};
 use crate::reply::{Reply, TextChoice, TextLogprobs};
-use crate::stream::{Head, Shape, collect, stream, whole};
-use crate::understand::{Arrival, aside, with_headers};
+use crate::stream::{Begun, Complete, Head, Shape};
+use crate::understand::{Arrival, aside};
+use axum::Extension;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
+use axum::response::Response;
 use mosaickv_model::{Specials, Text};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -43,34 +43,8 @@ pub async fn completions(
 ) -> Result<Response, ApiError> {
     let (loaded, caller) = app.admit(&arrival)?;
     let keep_alive = app.options().keep_alive;
-    let Begun { mut answering, head, mut shape, delivery, unread } =
-        aside(move || begin(&app, &loaded, (caller, &headers), &object)).await?;
-    if delivery != Delivery::Whole {
-        return Ok(with_headers(stream(answering, (head, shape), delivery, keep_alive), &unread, None));
-    }
-    let answers = collect(&mut answering).await?;
-    let text = &answering.loaded.text;
-    let choices = answers.into_iter().enumerate().map(|(index, answer)| TextChoice {
-        index,
-        text: answer.text,
-        logprobs: shape.has_logprobs.then(|| TextLogprobs::new(&answer.entries, text)),
-        finish_reason: answer.finish,
-        token_ids: shape.prompt_ids.is_some().then_some(answer.ids),
-        prompt_token_ids: shape.take_prompt(index),
-    });
-    let choices = choices.collect();
-    let reply = whole(&answering, head, choices);
-    let ratio = reply.kv.as_ref().map(|kv| kv.ratio);
-    Ok(with_headers(Json(reply).into_response(), &unread, ratio))
-}
-
-/// A request that the engine has.
-struct Begun {
-    answering: Answering,
-    head: Head,
-    shape: TextShape,
-    delivery: Delivery,
-    unread: Vec<String>,
+    let begun = aside(move || begin(&app, &loaded, (caller, &headers), &object)).await?;
+    begun.respond(keep_alive).await
 }
 
 fn begin(
@@ -78,7 +52,7 @@ fn begin(
     loaded: &Arc<Loaded>,
     (caller, headers): (Caller, &HeaderMap),
     object: &Map<String, Value>,
-) -> Result<Begun, ApiError> {
+) -> Result<Begun<TextShape>, ApiError> {
     let mut reader = Reader::new(object, &Wanted::FIELDS);
     let common: Common = reader.read()?;
     let fields: CompletionOnly = reader.read()?;
@@ -86,10 +60,7 @@ fn begin(
     let (plan, kv) = app.plan(loaded, headers, &common)?;
     let prompts = prompts(loaded, &fields, &plan)?;
     let logprobs = within("logprobs", fields.logprobs, 0..=MOST_LOGPROBS)?;
-    let mut all = vec![];
-    for _ in &prompts {
-        all.extend(grammars(loaded, object, &common, (None, &plan))?);
-    }
+    let restriction = restriction(loaded, object, &common, None)?;
     let each = |asked: &Asked| vec![asked.tokens.clone(); plan.choices];
     let shape = TextShape {
         has_logprobs: logprobs.is_some(),
@@ -103,7 +74,7 @@ fn begin(
         prompt_token_ids: None,
     };
     let delivery = plan.delivery;
-    let order = Order { prompts, plan, kv, logprobs, grammars: all };
+    let order = Order { prompts, plan, kv, logprobs, restriction };
     Ok(Begun { answering: Answering::begin(app, loaded, caller, order)?, head, shape, delivery, unread })
 }
 
@@ -189,6 +160,7 @@ impl TextShape {
 
 impl Shape for TextShape {
     type Piece = TextChoice;
+    type Choice = TextChoice;
 
     fn pieces(&mut self, text: &Text, index: usize, delta: Delta) -> Vec<TextChoice> {
         let has_logprobs = self.has_logprobs && !delta.entries.is_empty();
@@ -204,5 +176,16 @@ impl Shape for TextShape {
             token_ids: with_ids.then_some(delta.ids),
             prompt_token_ids: self.take_prompt(index),
         }]
+    }
+
+    fn choice(&mut self, loaded: &Loaded, index: usize, answer: Complete) -> TextChoice {
+        TextChoice {
+            index,
+            text: answer.text,
+            logprobs: self.has_logprobs.then(|| TextLogprobs::new(&answer.entries, &loaded.text)),
+            finish_reason: answer.finish,
+            token_ids: self.prompt_ids.is_some().then_some(answer.ids),
+            prompt_token_ids: self.take_prompt(index),
+        }
     }
 }

@@ -230,8 +230,8 @@ impl GrammarSource {
         Ok(GrammarSource { factory })
     }
 
-    /// The grammar of one answer. Takes up to about a hundred milliseconds.
-    pub fn grammar(&self, wanted: &Wanted) -> Result<Box<dyn Grammar>, Invalid> {
+    /// The grammar of an answer. Takes up to about a hundred milliseconds.
+    pub fn grammar(&self, wanted: &Wanted) -> Result<Restriction, Invalid> {
         let grammar = match &wanted.shape {
             Shape::JsonObject => restricted(&json!({"type": "object"}), Unknown::Ignored)
                 .map(TopLevelGrammar::from_json_schema),
@@ -254,7 +254,7 @@ impl GrammarSource {
     }
 
     /// The grammar of an answer that consists of calls of those tools that the request allows.
-    pub fn tool_call(&self, tools: &Tools, dialect: &Dialect) -> Result<Box<dyn Grammar>, Invalid> {
+    pub fn tool_call(&self, tools: &Tools, dialect: &Dialect) -> Result<Restriction, Invalid> {
         let mut rules = String::new();
         let mut grammars = Vec::new();
         for (index, tool) in tools.callable().enumerate() {
@@ -288,7 +288,7 @@ impl GrammarSource {
         self.compile(TopLevelGrammar { grammars, max_tokens: None }, "tools")
     }
 
-    fn compile(&self, grammar: TopLevelGrammar, param: &str) -> Result<Box<dyn Grammar>, Invalid> {
+    fn compile(&self, grammar: TopLevelGrammar, param: &str) -> Result<Restriction, Invalid> {
         let compile = || -> Result<Matcher, String> {
             let parser = self.factory.create_parser(grammar).map_err(|e| in_words(&e.to_string()))?;
             let mut matcher = Matcher::new(Ok(parser));
@@ -305,7 +305,7 @@ impl GrammarSource {
             tracing::debug!(warning, "part of a schema does not count");
         }
         let ends = self.factory.tok_env().tok_trie().eos_tokens().to_vec();
-        Ok(Box::new(Restriction { matcher, ends }))
+        Ok(Restriction { matcher, ends })
     }
 }
 
@@ -387,7 +387,7 @@ fn terminal(mark: &Mark) -> String {
 }
 
 /// A grammar and how far an answer has come in it.
-struct Restriction {
+pub struct Restriction {
     matcher: Matcher,
     ends: Vec<TokenId>,
 }
@@ -416,6 +416,11 @@ impl Grammar for Restriction {
 }
 
 impl Restriction {
+    /// The same for another answer, without the work of compiling it.
+    pub fn copy(&self) -> Restriction {
+        Restriction { matcher: self.matcher.deep_clone(), ends: self.ends.clone() }
+    }
+
     /// Whether nothing may follow.
     fn complete(&self) -> bool {
         self.matcher.is_stopped() && self.matcher.stop_reason().is_ok()
@@ -593,7 +598,7 @@ mod tests {
     }
 
     /// Any of the allowed tokens, one after the other; `None` if the answer does not end within `most` tokens.
-    fn sampled(text: &Text, mut grammar: Box<dyn Grammar>, seed: u64, most: usize) -> Option<String> {
+    fn sampled(text: &Text, mut grammar: Restriction, seed: u64, most: usize) -> Option<String> {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let size = text.tokenizer().get_vocab_size(true) + 7; // embeddings are often padded
         let mut tokens = Vec::new();
@@ -678,8 +683,11 @@ mod tests {
         let source = GrammarSource::new(text).unwrap();
         let strict = asked(json!({"response_format": {"type": "json_schema",
             "json_schema": {"name": "person", "strict": true, "schema": person()}}}));
+        let compiled = source.grammar(&strict).unwrap();
         for seed in 0..20 {
-            let answer = sampled(text, source.grammar(&strict).unwrap(), seed, 2000).expect("no end");
+            let answer = sampled(text, compiled.copy(), seed, 2000).expect("no end");
+            let anew = sampled(text, source.grammar(&strict).unwrap(), seed, 2000);
+            assert_eq!(anew.as_ref(), Some(&answer), "a copy is another grammar, seed {seed}");
             let value: Value = serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{e}: {answer}"));
             assert!(is_person(&value), "seed {seed}: {answer}");
         }

@@ -1,10 +1,13 @@
 //! How is an answer sent, as it is made or when it is complete?
 
 use crate::answer::Answering;
+use crate::app::Loaded;
 use crate::choice::{Delta, Entry};
 use crate::error::ApiError;
 use crate::plan::Delivery;
 use crate::reply::{Finish, Reply};
+use crate::understand::with_headers;
+use axum::Json;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -50,9 +53,43 @@ impl Head {
 pub trait Shape: Send + 'static {
     /// What a chunk says of one answer.
     type Piece: Serialize;
+    /// What a complete reply says of one.
+    type Choice: Serialize;
 
     /// The chunks, one piece each, that say what is new of answer `index`.
     fn pieces(&mut self, text: &Text, index: usize, delta: Delta) -> Vec<Self::Piece>;
+
+    /// Answer `index` when it is complete.
+    fn choice(&mut self, loaded: &Loaded, index: usize, answer: Complete) -> Self::Choice;
+}
+
+/// A request that the engine has.
+pub struct Begun<S> {
+    /// Its answers.
+    pub answering: Answering,
+    /// What they begin with.
+    pub head: Head,
+    /// How they are written.
+    pub shape: S,
+    /// How they are sent.
+    pub delivery: Delivery,
+    /// Fields that nobody read.
+    pub unread: Vec<String>,
+}
+
+impl<S: Shape> Begun<S> {
+    /// The answers, as they are made or when they are complete.
+    pub async fn respond(self, keep_alive: Duration) -> Result<Response, ApiError> {
+        let Begun { mut answering, head, mut shape, delivery, unread } = self;
+        if delivery != Delivery::Whole {
+            return Ok(with_headers(stream(answering, (head, shape), delivery, keep_alive), &unread, None));
+        }
+        let answers = collect(&mut answering).await?.into_iter().enumerate();
+        let choices = answers.map(|(index, answer)| shape.choice(&answering.loaded, index, answer)).collect();
+        let reply = whole(&answering, head, choices);
+        let ratio = reply.kv.as_ref().map(|kv| kv.ratio);
+        Ok(with_headers(Json(reply).into_response(), &unread, ratio))
+    }
 }
 
 /// An answer on its way.
@@ -69,7 +106,7 @@ struct Speaking<S> {
 const UNBUFFERED: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// The answers as events, with a comment where there is nothing to say for so long.
-pub fn stream<S: Shape>(
+fn stream<S: Shape>(
     answering: Answering,
     (head, shape): (Head, S),
     delivery: Delivery,
@@ -153,7 +190,7 @@ pub struct Complete {
 }
 
 /// Waits for all answers.
-pub async fn collect(answering: &mut Answering) -> Result<Vec<Complete>, ApiError> {
+async fn collect(answering: &mut Answering) -> Result<Vec<Complete>, ApiError> {
     let mut answers = vec![Complete::default(); answering.count()];
     while let Some((index, delta)) = answering.next().await? {
         let answer = &mut answers[index];
@@ -166,7 +203,7 @@ pub async fn collect(answering: &mut Answering) -> Result<Vec<Complete>, ApiErro
 }
 
 /// The reply to a request whose answers are complete.
-pub fn whole<C>(answering: &Answering, mut head: Head, choices: Vec<C>) -> Reply<C> {
+fn whole<C>(answering: &Answering, mut head: Head, choices: Vec<C>) -> Reply<C> {
     let prompt_token_ids = head.prompt_token_ids.take();
     Reply {
         usage: Some(Some(answering.usage())),

@@ -5,6 +5,7 @@ use crate::ModelArgs;
 use crate::answer::{MOST_RAW_BYTES, bar};
 use crate::bill::peak_rss;
 use crate::budget::{self, BudgetArgs};
+use crate::demo::DOCUMENT;
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_kernels::Pool;
@@ -14,9 +15,6 @@ use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::sync::Arc;
 use std::time::Instant;
-
-/// A text to repeat to any depth.
-const TEXT: &str = include_str!("../../demo/document.txt");
 
 #[derive(Args)]
 #[command(
@@ -198,7 +196,7 @@ fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]
 
 /// `count` tokens of real text, repeated as often as it takes.
 fn tokens(text: &Text, count: usize) -> Result<Vec<u32>> {
-    let once = text.encode(TEXT, Specials::Literal)?;
+    let once = text.encode(DOCUMENT, Specials::Literal)?;
     Ok(once.iter().copied().cycle().take(count).collect())
 }
 

@@ -1,10 +1,11 @@
 //! How many long contexts fit into a budget of bytes, and how fast are they answered? Requests to the engine itself, without HTTP.
 
 use super::show;
-use crate::ModelArgs;
 use crate::answer::bar;
 use crate::bill::peak_rss;
-use anyhow::{Context, Result, bail, ensure};
+use crate::demo::DOCUMENT;
+use crate::{ModelArgs, read_document};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use mosaickv_engine::{End, Event, Figures, Request, Service, Settings};
 use mosaickv_kv::{ByteCount, KvFormat, KvFormats};
@@ -15,9 +16,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
-
-/// A text to cut prompts from where none is given.
-const TEXT: &str = include_str!("../../demo/document.txt");
 
 /// How often it is looked at what the engine does.
 const WATCHED_EVERY: Duration = Duration::from_millis(20);
@@ -135,12 +133,10 @@ fn prompts(args: &ServeArgs, model: &Model, text: &Text) -> Result<Vec<Vec<u32>>
     };
     let mut tokens = vec![];
     for path in &args.text {
-        let content = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the text {}", path.display()))?;
-        tokens.extend(text.encode_plain(&content)?);
+        tokens.extend(text.encode_plain(&read_document(path)?)?);
     }
     if args.text.is_empty() {
-        tokens = text.encode_plain(TEXT)?;
+        tokens = text.encode_plain(DOCUMENT)?;
     }
     ensure!(!tokens.is_empty(), "the texts are empty; give files with text in them");
     let cut = |i: usize| {
