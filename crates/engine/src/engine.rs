@@ -1,13 +1,13 @@
 //! The step: who has ended, who begins, who needs bytes, who reads, what came of it.
 
 use crate::memory::Memory;
-use crate::request::{Active, Heard, Running};
+use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::{Compute, End, Event, Figures, Reading, Request};
 use mosaickv_model::Part;
 use std::cmp::Reverse;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Tokens after which it is looked at again how many bytes a sequence takes.
 pub(crate) const MEASURED_EVERY: usize = 16;
@@ -115,16 +115,28 @@ pub struct Engine<C: Compute> {
     /// In the order in which they began.
     running: Vec<Running<C::Sequence>>,
     submitted: u64,
+    /// Of requests that have ended in this step.
+    farewells: Vec<Farewell>,
     /// What has been done so far; the rest is filled in when asked.
     done: Figures,
+    /// For others to see: as of the last step.
+    published: Arc<Mutex<Figures>>,
 }
 
 impl<C: Compute> Engine<C> {
-    /// Without requests.
-    pub fn new(compute: C, settings: Settings) -> Engine<C> {
-        let memory = Memory::new(settings.kv_memory);
-        let (waiting, running, done) = (vec![], vec![], Figures::default());
-        Engine { compute, settings, memory, waiting, running, submitted: 0, done }
+    /// Without requests. `published` gets the figures after each step, before those whose requests have ended hear of it.
+    pub fn new(compute: C, settings: Settings, published: Arc<Mutex<Figures>>) -> Engine<C> {
+        Engine {
+            compute,
+            settings,
+            memory: Memory::new(settings.kv_memory),
+            waiting: vec![],
+            running: vec![],
+            submitted: 0,
+            farewells: vec![],
+            done: Figures::default(),
+            published,
+        }
     }
 
     /// Takes a request, which [`Service::submit`](crate::Service::submit) would not refuse. `emit` gets its events; once `cancelled` is set, the next
@@ -147,12 +159,19 @@ impl<C: Compute> Engine<C> {
         self.admit();
         let lags: Vec<Lag> = self.running.iter().map(Running::lag).collect();
         let turns = schedule(&lags, self.settings.tokens_per_step);
-        if turns.is_empty() {
-            return false;
+        if !turns.is_empty() {
+            let heard = self.read(&turns);
+            self.settle(&turns, heard);
         }
-        let heard = self.read(&turns);
-        self.settle(&turns, heard);
-        true
+        self.say_farewells();
+        !turns.is_empty()
+    }
+
+    /// Publishes the figures, and then tells those whose requests have ended.
+    fn say_farewells(&mut self) {
+        self.done.kv_read += self.farewells.iter().map(|farewell| farewell.read).sum::<u64>();
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = self.figures();
+        self.farewells.drain(..).for_each(Farewell::say);
     }
 
     /// Whether no request is left.
@@ -163,9 +182,10 @@ impl<C: Compute> Engine<C> {
     /// Ends all requests.
     pub fn stop(&mut self) {
         for running in self.running.drain(..) {
-            self.done.kv_read += running.end(&self.compute, &mut self.memory, End::Shutdown);
+            self.farewells.push(running.end(&self.compute, &mut self.memory, End::Shutdown));
         }
-        self.waiting.drain(..).for_each(|active| active.end(End::Shutdown));
+        self.farewells.extend(self.waiting.drain(..).map(|active| active.end(End::Shutdown)));
+        self.say_farewells();
     }
 
     /// What is going on.
@@ -191,10 +211,10 @@ impl<C: Compute> Engine<C> {
     fn end_cancelled(&mut self) {
         let is_cancelled = |active: &Active| active.cancelled.load(Ordering::Relaxed);
         for active in self.waiting.extract_if(.., |active| is_cancelled(active)) {
-            active.end(End::Cancelled);
+            self.farewells.push(active.end(End::Cancelled));
         }
         for running in self.running.extract_if(.., |running| is_cancelled(&running.active)) {
-            self.done.kv_read += running.end(&self.compute, &mut self.memory, End::Cancelled);
+            self.farewells.push(running.end(&self.compute, &mut self.memory, End::Cancelled));
         }
     }
 
@@ -216,7 +236,7 @@ impl<C: Compute> Engine<C> {
                 Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
                 Err(why) => {
                     self.memory.release(reservation);
-                    active.end(End::Failed(why));
+                    self.farewells.push(active.end(End::Failed(why)));
                 }
             }
         }
@@ -241,7 +261,7 @@ impl<C: Compute> Engine<C> {
                     last.active.tokens.len(),
                     self.memory.budget()
                 );
-                self.done.kv_read += last.end(&self.compute, &mut self.memory, End::Failed(why));
+                self.farewells.push(last.end(&self.compute, &mut self.memory, End::Failed(why)));
                 return;
             }
             self.done.preemptions += 1;
@@ -302,8 +322,7 @@ impl<C: Compute> Engine<C> {
         }
         ends.sort_unstable_by_key(|(index, _)| Reverse(*index));
         for (index, end) in ends {
-            let read = self.running.remove(index).end(&self.compute, &mut self.memory, end);
-            self.done.kv_read += read;
+            self.farewells.push(self.running.remove(index).end(&self.compute, &mut self.memory, end));
         }
     }
 }

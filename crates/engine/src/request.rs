@@ -67,6 +67,21 @@ impl Heard {
     }
 }
 
+/// What a request that has ended is still to be told.
+pub(crate) struct Farewell {
+    emit: Box<dyn FnMut(Event) + Send>,
+    end: End,
+    bill: Bill,
+    /// Bytes of keys and values that attention had read of it.
+    pub(crate) read: u64,
+}
+
+impl Farewell {
+    pub(crate) fn say(mut self) {
+        (self.emit)(Event::Ended(self.end, self.bill));
+    }
+}
+
 impl Speech {
     /// The place of the last token that there will be.
     fn last_place(&self) -> usize {
@@ -163,13 +178,9 @@ impl Active {
     }
 
     /// The end of a request that has no cache.
-    pub(crate) fn end(self, end: End) {
+    pub(crate) fn end(self, end: End) -> Farewell {
         let bill = self.bill();
-        self.ended(end, bill);
-    }
-
-    fn ended(mut self, end: End, bill: Bill) {
-        (self.emit)(Event::Ended(end, bill));
+        Farewell { emit: self.emit, end, bill, read: 0 }
     }
 
     fn bill(&self) -> Bill {
@@ -259,8 +270,13 @@ impl<S> Running<S> {
         active
     }
 
-    /// Ends; how many bytes of keys and values attention had read of it.
-    pub(crate) fn end<C: Compute<Sequence = S>>(self, compute: &C, memory: &mut Memory, end: End) -> u64 {
+    /// Ends.
+    pub(crate) fn end<C: Compute<Sequence = S>>(
+        self,
+        compute: &C,
+        memory: &mut Memory,
+        end: End,
+    ) -> Farewell {
         let Running { active, sequence, reservation, read, read_before, .. } = self;
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(active.speech.prompt);
@@ -276,7 +292,6 @@ impl<S> Running<S> {
         };
         drop(sequence);
         memory.release(reservation);
-        active.ended(end, bill);
-        all
+        Farewell { emit: active.emit, end, bill, read: all }
     }
 }

@@ -53,7 +53,7 @@ pub struct Service {
 /// What the engine's thread and others both see.
 #[derive(Default)]
 struct Shared {
-    figures: Mutex<Figures>,
+    figures: Arc<Mutex<Figures>>,
     /// Requests that were sent and not yet taken.
     sent: AtomicUsize,
 }
@@ -85,7 +85,8 @@ impl Service {
             move || {
                 let pool = Pool::new(threads);
                 let compute = ModelCompute::new(&model, &pool, background);
-                run(Engine::new(compute, settings), &received, &shared);
+                let engine = Engine::new(compute, settings, shared.figures.clone());
+                run(engine, &received, &shared.sent);
             }
         });
         let thread = Mutex::new(Some(thread.expect("the system refused a thread")));
@@ -137,7 +138,7 @@ impl Drop for Service {
 }
 
 /// Steps until nobody can send any more. Sleeps while there is nothing to do.
-fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, shared: &Shared) {
+fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, sent: &AtomicUsize) {
     loop {
         let first = if engine.is_idle() {
             match received.recv() {
@@ -157,14 +158,12 @@ fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, shared: &
         });
         for Command { request, emit, cancelled } in first.into_iter().chain(rest) {
             engine.submit(request, emit, cancelled);
-            shared.sent.fetch_sub(1, Ordering::Relaxed);
+            sent.fetch_sub(1, Ordering::Relaxed);
         }
         if is_over {
             break;
         }
         engine.step();
-        *shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = engine.figures();
     }
     engine.stop();
-    *shared.figures.lock().unwrap_or_else(PoisonError::into_inner) = engine.figures();
 }

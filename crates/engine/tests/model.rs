@@ -32,7 +32,7 @@ fn request(prompt: Vec<u32>, kv: &str, most_tokens: usize) -> Request {
 fn answers(model: &Model, settings: Settings, which: &[usize]) -> (Vec<Vec<Token>>, u64) {
     let pool = Pool::new(2);
     let background = Arc::new(Background::new(1, 64 << 20));
-    let mut engine = Engine::new(ModelCompute::new(model, &pool, background), settings);
+    let mut engine = Engine::new(ModelCompute::new(model, &pool, background), settings, Arc::default());
     let all = tokens(1500);
     let told: Vec<Arc<Mutex<Vec<Event>>>> = which.iter().map(|_| Arc::default()).collect();
     for (&i, told) in which.iter().zip(&told) {

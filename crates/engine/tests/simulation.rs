@@ -199,7 +199,7 @@ struct World {
 impl World {
     fn new(seed: u64, settings: Settings) -> World {
         let live = Rc::new(Cell::new(0));
-        let engine = Engine::new(Fake { live: live.clone() }, settings);
+        let engine = Engine::new(Fake { live: live.clone() }, settings, Arc::default());
         World { engine, live, draws: ChaCha8Rng::seed_from_u64(seed), clients: vec![], steps: 0 }
     }
 
@@ -329,7 +329,7 @@ fn first_come_is_first_served() {
 #[test]
 fn a_higher_priority_goes_first() {
     let settings = Settings { most_sequences: 1, ..Settings::default() };
-    let mut engine = Engine::new(Fake { live: Rc::new(Cell::new(0)) }, settings);
+    let mut engine = Engine::new(Fake { live: Rc::new(Cell::new(0)) }, settings, Arc::default());
     let order = Arc::new(Mutex::new(vec![]));
     for (name, priority) in [("first", 0), ("low", -1), ("high", 3), ("second", 0)] {
         let request = Request { priority, ..request(vec![1; 10], 2) };
