@@ -1,7 +1,7 @@
 //! What computes: a model, or in simulations a stand-in.
 
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat, KvShape, Timing};
+use mosaickv_kv::{Background, KvCache, KvFormat, KvShape, Timing};
 use mosaickv_model::{Model, Part, Sequence, Share, Wanted, read_each};
 use std::sync::Arc;
 
@@ -19,8 +19,8 @@ pub struct Reading<'s, S> {
 
 /// What an engine computes with.
 pub trait Compute {
-    /// What is remembered of a sequence.
-    type Sequence;
+    /// What is remembered of a sequence. A clone goes on from the same tokens.
+    type Sequence: Clone;
 
     /// Tokens that a sequence may have.
     fn context(&self) -> usize;
@@ -50,11 +50,17 @@ pub trait Compute {
     /// Compresses a prompt that was read to its end.
     fn compress(&self, sequence: &mut Self::Sequence);
 
-    /// Bytes allocated for a sequence.
-    fn bytes(&self, sequence: &Self::Sequence) -> usize;
+    /// Bytes allocated for a sequence, without those that it shares with the one that it is a clone of, if that is given.
+    fn bytes(&self, sequence: &Self::Sequence, beside: Option<&Self::Sequence>) -> usize;
 
     /// Bytes that attention has read of it.
     fn read_bytes(&self, sequence: &Self::Sequence) -> u64;
+
+    /// A clone of its keys and values.
+    fn cache(&self, sequence: &Self::Sequence) -> KvCache;
+
+    /// A sequence that has read what is in a cache, or why it can't be one of this model.
+    fn adopt(&self, cache: KvCache) -> Result<Self::Sequence, String>;
 }
 
 /// A model on some threads.
@@ -73,6 +79,11 @@ impl<'a> ModelCompute<'a> {
     fn shape(&self) -> KvShape {
         self.model.kv_shape()
     }
+
+    /// Fixed: what a request gets must not depend on how busy the machine is.
+    fn in_background(&self, sequence: Sequence<'a>) -> Sequence<'a> {
+        sequence.with_background(self.background.clone(), Timing::Fixed)
+    }
 }
 
 impl<'a> Compute for ModelCompute<'a> {
@@ -87,9 +98,7 @@ impl<'a> Compute for ModelCompute<'a> {
     }
 
     fn begin(&self, kv: KvFormat) -> Result<Sequence<'a>, String> {
-        let sequence = Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?;
-        // Fixed: what a request gets must not depend on how busy the machine is.
-        Ok(sequence.with_background(self.background.clone(), Timing::Fixed))
+        Ok(self.in_background(Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?))
     }
 
     fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
@@ -121,11 +130,21 @@ impl<'a> Compute for ModelCompute<'a> {
         sequence.forget_queries();
     }
 
-    fn bytes(&self, sequence: &Sequence<'a>) -> usize {
-        sequence.cache().bytes().total()
+    fn bytes(&self, sequence: &Sequence<'a>, beside: Option<&Sequence<'a>>) -> usize {
+        let shared = beside.map_or(0, |other| sequence.cache().bytes_shared_with(other.cache()));
+        sequence.cache().bytes().total() - shared
     }
 
     fn read_bytes(&self, sequence: &Sequence<'a>) -> u64 {
         sequence.cache().bytes_read()
+    }
+
+    fn cache(&self, sequence: &Sequence<'a>) -> KvCache {
+        sequence.cache().clone()
+    }
+
+    fn adopt(&self, cache: KvCache) -> Result<Sequence<'a>, String> {
+        let sequence = Sequence::with_cache(self.model, self.pool, cache);
+        Ok(self.in_background(sequence.map_err(|error| error.to_string())?))
     }
 }

@@ -1,11 +1,14 @@
 //! The step: who has ended, who begins, who needs bytes, who reads, what came of it.
 
-use crate::memory::Memory;
+use crate::memory::{Memory, Reservation};
+use crate::prefix::{self, Prefix, Prefixes};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
-use crate::{Compute, End, Event, Figures, Reading, Request};
+use crate::{Compute, Context, End, Event, Figures, Kept, Reading, Request};
 use mosaickv_model::Part;
+use std::cell::Cell;
 use std::cmp::Reverse;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,11 +26,28 @@ pub struct Settings {
     pub tokens_per_step: usize,
     /// Requests that wait at a time; further ones are refused.
     pub most_waiting: usize,
+    /// What becomes of prompts that were read.
+    pub prefix_cache: PrefixCache,
+}
+
+/// What becomes of prompts that were read, and of what followed them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefixCache {
+    /// They are kept as long as nobody needs the bytes, for requests that begin with the same tokens.
+    On,
+    /// They are forgotten, but for those that are to be kept.
+    Off,
 }
 
 impl Default for Settings {
     fn default() -> Settings {
-        Settings { kv_memory: 4 << 30, most_sequences: 64, tokens_per_step: 512, most_waiting: 512 }
+        Settings {
+            kv_memory: 4 << 30,
+            most_sequences: 64,
+            tokens_per_step: 512,
+            most_waiting: 512,
+            prefix_cache: PrefixCache::On,
+        }
     }
 }
 
@@ -114,6 +134,7 @@ pub struct Engine<C: Compute> {
     waiting: Vec<Active>,
     /// In the order in which they began.
     running: Vec<Running<C::Sequence>>,
+    prefixes: Prefixes<C::Sequence>,
     submitted: u64,
     /// Of requests that have ended in this step.
     farewells: Vec<Farewell>,
@@ -132,6 +153,7 @@ impl<C: Compute> Engine<C> {
             memory: Memory::new(settings.kv_memory),
             waiting: vec![],
             running: vec![],
+            prefixes: Prefixes::default(),
             submitted: 0,
             farewells: vec![],
             done: Figures::default(),
@@ -182,7 +204,7 @@ impl<C: Compute> Engine<C> {
     /// Ends all requests.
     pub fn stop(&mut self) {
         for running in self.running.drain(..) {
-            self.farewells.push(running.end(&self.compute, &mut self.memory, End::Shutdown));
+            self.farewells.push(running.end(&self.compute, &mut self.memory, None, End::Shutdown));
         }
         self.farewells.extend(self.waiting.drain(..).map(|active| active.end(End::Shutdown)));
         self.say_farewells();
@@ -190,13 +212,17 @@ impl<C: Compute> Engine<C> {
 
     /// What is going on.
     pub fn figures(&self) -> Figures {
-        let sum = |of: &dyn Fn(&Running<C::Sequence>) -> usize| self.running.iter().map(of).sum();
+        let sum = |of: &dyn Fn(&Running<C::Sequence>) -> usize| self.running.iter().map(of).sum::<usize>();
+        let kv_prefixes = self.prefixes.all().map(|prefix| prefix.bytes).sum();
         Figures {
             running: self.running.len(),
             waiting: self.waiting.len(),
             kv_budget: self.memory.budget(),
             kv_reserved: self.memory.reserved(),
-            kv_allocated: sum(&|running| running.bytes),
+            kv_allocated: sum(&|running| running.bytes) + kv_prefixes,
+            prefixes: self.prefixes.all().count(),
+            kv_prefixes,
+            kv_droppable: self.droppable(),
             kv_exact: sum(&|running| self.compute.exact_bytes(running.read)),
             ..self.done
         }
@@ -213,25 +239,76 @@ impl<C: Compute> Engine<C> {
         for active in self.waiting.extract_if(.., |active| is_cancelled(active)) {
             self.farewells.push(active.end(End::Cancelled));
         }
-        for running in self.running.extract_if(.., |running| is_cancelled(&running.active)) {
-            self.farewells.push(running.end(&self.compute, &mut self.memory, End::Cancelled));
+        while let Some(i) = self.running.iter().position(|running| is_cancelled(&running.active)) {
+            self.end(i, End::Cancelled);
         }
+    }
+
+    fn end(&mut self, index: usize, end: End) {
+        let running = self.running.remove(index);
+        let prefixes = (self.settings.prefix_cache == PrefixCache::On).then_some(&mut self.prefixes);
+        self.farewells.push(running.end(&self.compute, &mut self.memory, prefixes, end));
     }
 
     /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for those that run to go
     /// on for a while.
     fn admit(&mut self) {
         while self.running.len() < self.settings.most_sequences
-            && let Some(next) = self.waiting.first()
+            && let Some(next) = self.next_to_begin()
         {
-            let needed = self.compute.prompt_bytes(next.kv, next.speech.prompt);
+            let active = &self.waiting[next];
+            let found = active.prefix(&mut self.prefixes).map(|prefix| {
+                let sequence = prefix.sequence.clone();
+                (prefix, sequence)
+            });
+            let needed = match &found {
+                Some((prefix, sequence)) => {
+                    let own = self.compute.bytes(sequence, Some(&prefix.sequence));
+                    own + self.compute.growth_bytes(active.kv, MEASURED_EVERY)
+                }
+                None => self.compute.prompt_bytes(active.kv, active.speech.prompt),
+            };
             let growth = |running: &Running<_>| self.compute.growth_bytes(running.active.kv, MEASURED_EVERY);
             let growth: usize = self.running.iter().map(growth).sum();
-            if needed + growth > self.memory.budget() - self.memory.reserved() && !self.running.is_empty() {
+            let is_alone = self.running.is_empty();
+            if needed + growth > self.memory.free() + self.droppable() && !is_alone {
                 break;
             }
-            let Some(reservation) = self.memory.reserve(needed) else { break };
-            let active = self.waiting.remove(0);
+            let reservation = self.reserve(needed);
+            let active = match (&reservation, is_alone) {
+                (None, false) => break,
+                _ => self.waiting.remove(next),
+            };
+            let Some(reservation) = reservation else {
+                let why = self.why_no_room(needed);
+                self.farewells.push(active.end(End::Failed(why)));
+                continue;
+            };
+            self.begin(active, found, reservation);
+        }
+    }
+
+    /// The first one that waits and need not wait for a prompt that is being read, and is its own.
+    fn next_to_begin(&self) -> Option<usize> {
+        let is_read = |active: &Active| {
+            self.settings.prefix_cache == PrefixCache::On
+                && active.speech.prompt >= prefix::LEAST_TOKENS
+                && self.running.iter().any(|running| {
+                    let Running { active: other, read, .. } = running;
+                    *read < other.speech.prompt && other.kv == active.kv && other.prompt() == active.prompt()
+                })
+        };
+        self.waiting.iter().position(|active| !is_read(active))
+    }
+
+    fn begin(
+        &mut self,
+        mut active: Active,
+        found: Option<(Rc<Prefix<C::Sequence>>, C::Sequence)>,
+        reservation: Reservation,
+    ) {
+        self.done.prefix_queries += active.speech.prompt as u64;
+        let Some((base, sequence)) = found else {
             match self.compute.begin(active.kv) {
                 Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
                 Err(why) => {
@@ -239,17 +316,80 @@ impl<C: Compute> Engine<C> {
                     self.farewells.push(active.end(End::Failed(why)));
                 }
             }
+            return;
+        };
+        self.done.prefix_hits += base.prompt as u64;
+        if let Some(keep) = active.keep.take() {
+            keep(base.kept(&self.compute));
+        }
+        let mut running = Running::after(&self.compute, active, (base, sequence), reservation);
+        let is_granted = running.measure(&self.compute, &mut self.memory);
+        debug_assert!(is_granted, "as many bytes as this were reserved");
+        let end = running.hear_base(&mut self.done);
+        self.running.push(running);
+        if let Some(end) = end {
+            self.end(self.running.len() - 1, end);
         }
     }
 
-    /// Reserves what those that are past their prompts may take next. Where that is not free, the request that is last in order
-    /// loses its cache, and waits to read again what it has read.
+    /// `bytes`, if need be in place of prefixes that nobody needs.
+    fn reserve(&mut self, bytes: usize) -> Option<Reservation> {
+        loop {
+            match self.memory.reserve(bytes) {
+                None if self.prefixes.drop_one(&mut self.memory) => {}
+                reservation => return reservation,
+            }
+        }
+    }
+
+    /// Bytes of prefixes that no request and nobody outside needs.
+    fn droppable(&self) -> usize {
+        self.prefixes.droppable(self.running.iter().filter_map(|running| running.base.as_ref()))
+    }
+
+    fn why_no_room(&self, needed: usize) -> String {
+        let (budget, kept) = (self.memory.budget(), self.memory.reserved());
+        format!(
+            "{needed} more bytes of keys and values are needed, but of {budget} that all caches may take \
+             saved contexts have {kept}; delete some, or start the server with a larger --kv-memory"
+        )
+    }
+
+    /// Takes a context in that was kept before; it stays as long as what is returned.
+    pub fn restore(&mut self, context: Context) -> Result<Kept, String> {
+        let Context { kv, tokens, prompt, logits, cache } = context;
+        let fits = cache.format() == kv
+            && cache.tokens() == tokens.len()
+            && (1..=tokens.len()).contains(&prompt)
+            && logits.as_ref().is_none_or(|logits| logits.len() == self.compute.vocab());
+        if !fits || tokens.len() > self.compute.context() {
+            return Err(format!(
+                "a cache of {} tokens in the format {} for a context of {} tokens ({prompt} compressed together) in the format {kv}",
+                cache.tokens(),
+                cache.format(),
+                tokens.len()
+            ));
+        }
+        let sequence = self.compute.adopt(cache)?;
+        let bytes = self.compute.bytes(&sequence, None) + prefix::bytes_of_logits(logits.as_ref());
+        let reservation = self.reserve(bytes).ok_or_else(|| self.why_no_room(bytes))?;
+        let (pin, used) = (Arc::default(), Cell::default());
+        let prefix =
+            Prefix { kv, tokens, prompt, sequence, logits, base: None, bytes, reservation, pin, used };
+        Ok(self.prefixes.insert(&mut self.memory, prefix).kept(&self.compute))
+    }
+
+    /// Reserves what those that are past their prompts may take next. Where that is not free, prefixes that nobody needs are
+    /// dropped; then the request that is last in order loses its cache, and waits to read again what it has read.
     fn make_room(&mut self) {
         let mut i = 0;
         while i < self.running.len() {
             let running = &mut self.running[i];
             if running.is_measured() || running.measure(&self.compute, &mut self.memory) {
                 i += 1;
+                continue;
+            }
+            if self.prefixes.drop_one(&mut self.memory) {
                 continue;
             }
             let last = (0..self.running.len()).max_by_key(|&j| self.running[j].active.order);
@@ -261,7 +401,7 @@ impl<C: Compute> Engine<C> {
                     last.active.tokens.len(),
                     self.memory.budget()
                 );
-                self.farewells.push(last.end(&self.compute, &mut self.memory, End::Failed(why)));
+                self.farewells.push(last.end(&self.compute, &mut self.memory, None, End::Failed(why)));
                 return;
             }
             self.done.preemptions += 1;
@@ -276,9 +416,11 @@ impl<C: Compute> Engine<C> {
     fn read(&mut self, turns: &[Turn]) -> Result<Vec<Heard>, String> {
         let mut all: Vec<_> = self.running.iter_mut().map(Some).collect();
         let (mut readings, mut speeches, mut heard) = (vec![], vec![], vec![]);
+        let keeps = self.settings.prefix_cache == PrefixCache::On;
         for turn in turns {
             let Running { active, sequence, .. } = all[turn.index].take().expect("at most one turn each");
             let wanted = active.wanted(&turn.tokens);
+            let is_kept = keeps || active.keep.is_some();
             let Active { tokens, speech, .. } = active;
             let tokens = &tokens[..];
             readings.push(Reading {
@@ -287,12 +429,16 @@ impl<C: Compute> Engine<C> {
                 part: turn.part,
                 wanted,
             });
-            speeches.push((tokens, turn.tokens.start, speech));
+            speeches.push((tokens, turn.tokens.start, speech, is_kept));
             heard.push(Heard::default());
         }
         self.compute.read(readings, &mut |i, t, logits| {
-            let (tokens, start, speech) = &mut speeches[i];
-            heard[i].add(speech.hear(tokens, *start + t + 1, logits));
+            let (tokens, start, speech, is_kept) = &mut speeches[i];
+            let place = *start + t + 1;
+            if *is_kept && place == speech.prompt && place == tokens.len() {
+                heard[i].logits = Some(logits.to_vec());
+            }
+            heard[i].add(speech.hear(tokens, place, logits));
         })?;
         Ok(heard)
     }
@@ -302,7 +448,8 @@ impl<C: Compute> Engine<C> {
         let failed = heard.as_ref().err().cloned();
         let heard = heard.unwrap_or_else(|_| turns.iter().map(|_| Heard::default()).collect());
         let mut ends: Vec<(usize, End)> = vec![];
-        for (turn, heard) in turns.iter().zip(heard) {
+        for (turn, mut heard) in turns.iter().zip(heard) {
+            let logits = heard.logits.take();
             let running = &mut self.running[turn.index];
             running.read = turn.tokens.end;
             if turn.part != Part::Step {
@@ -312,17 +459,32 @@ impl<C: Compute> Engine<C> {
                 Some(why) => Some(End::Failed(why.clone())),
                 None => running.active.tell(heard, &mut self.done).or_else(|| running.is_read_out()),
             };
-            match end {
-                Some(end) => ends.push((turn.index, end)),
-                None if turn.part == Part::PromptEnd => {
-                    self.done.compress_seconds += running.compress(&self.compute).as_secs_f64();
-                }
-                None => {}
+            if turn.part == Part::PromptEnd
+                && failed.is_none()
+                && (end.is_none() || running.active.keep.is_some())
+            {
+                self.done.compress_seconds += running.compress(&self.compute).as_secs_f64();
+                self.leave(turn.index, logits);
             }
+            ends.extend(end.map(|end| (turn.index, end)));
         }
         ends.sort_unstable_by_key(|(index, _)| Reverse(*index));
         for (index, end) in ends {
-            self.farewells.push(self.running.remove(index).end(&self.compute, &mut self.memory, end));
+            self.end(index, end);
+        }
+    }
+
+    /// Leaves a prompt that was just compressed to others, if it is worth it or somebody asked for it.
+    fn leave(&mut self, index: usize, logits: Option<Vec<f32>>) {
+        let running = &mut self.running[index];
+        let is_worth_it = running.active.speech.prompt >= prefix::LEAST_TOKENS;
+        let keep = running.active.keep.take();
+        if keep.is_none() && !(is_worth_it && self.settings.prefix_cache == PrefixCache::On) {
+            return;
+        }
+        let prefix = running.leave(&self.compute, &mut self.memory, &mut self.prefixes, logits);
+        if let (Some(keep), Some(prefix)) = (keep, prefix) {
+            keep(prefix.kept(&self.compute));
         }
     }
 }

@@ -11,24 +11,26 @@
 mod compute;
 mod engine;
 mod memory;
+mod prefix;
 mod request;
 mod sample;
 mod schedule;
 mod service;
 
 pub use compute::{Compute, ModelCompute, Reading};
-pub use engine::{Engine, Refused, Settings};
+pub use engine::{Engine, PrefixCache, Refused, Settings};
 pub use sample::{Sampling, log_probabilities};
 pub use service::{Figures, Service, Ticket};
 
-use mosaickv_kv::KvFormat;
+use mosaickv_kv::{KvCache, KvFormat};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What someone wants to have continued.
 pub struct Request {
     /// Tokens that are read before compression; at least one.
     pub prompt: Vec<u32>,
-    /// Tokens that follow the prompt and are known: they are read one by one through the compressed cache, and reported like those
+    /// Tokens that follow the prompt and are known: they are read through the compressed cache, each as if it came alone, and reported like those
     /// that are sampled, with their log probabilities.
     pub given: Vec<u32>,
     /// How keys and values are kept.
@@ -50,6 +52,38 @@ pub struct Request {
     pub priority: i32,
     /// What restricts the answer to a grammar.
     pub grammar: Option<Box<dyn Grammar>>,
+    /// Who wants the prompt to stay when it is compressed.
+    pub keep: Option<Keep>,
+}
+
+/// Gets a prompt that was read and compressed. Called on the engine's thread; it must not block.
+pub type Keep = Box<dyn FnOnce(Kept) + Send>;
+
+/// Tokens that were read, and their keys and values.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// How they are kept.
+    pub kv: KvFormat,
+    /// All of them.
+    pub tokens: Vec<u32>,
+    /// How many of the first were compressed together; whoever goes on from it has a prompt of as many.
+    pub prompt: usize,
+    /// What follows the last one, `[vocab]`, if that was computed.
+    pub logits: Option<Vec<f32>>,
+    /// Their keys and values.
+    pub cache: KvCache,
+}
+
+/// A context that stays in the engine as long as this or a clone of it lives: requests that begin with its tokens go on from it.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// Which it is. Its pages are shared with the engine's.
+    pub context: Context,
+    /// Bytes allocated for its keys and values.
+    pub bytes: usize,
+    /// Bytes that they would take as f16.
+    pub exact_bytes: usize,
+    _pin: Arc<()>,
 }
 
 impl Request {
@@ -67,6 +101,7 @@ impl Request {
             prompt_logprobs: PromptLogprobs::Off,
             priority: 0,
             grammar: None,
+            keep: None,
         }
     }
 }
@@ -151,4 +186,6 @@ pub struct Bill {
     pub compress: Duration,
     /// How often it lost its cache.
     pub preemptions: usize,
+    /// Tokens of its prompt and those given that had been read before.
+    pub cached_tokens: usize,
 }

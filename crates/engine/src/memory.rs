@@ -23,6 +23,11 @@ impl Memory {
         self.budget
     }
 
+    /// What is not reserved.
+    pub fn free(&self) -> usize {
+        self.budget - self.reserved
+    }
+
     /// What is reserved.
     pub fn reserved(&self) -> usize {
         self.reserved
@@ -30,7 +35,7 @@ impl Memory {
 
     /// `bytes`, if so many are free.
     pub fn reserve(&mut self, bytes: usize) -> Option<Reservation> {
-        if bytes > self.budget - self.reserved {
+        if bytes > self.free() {
             return None;
         }
         self.reserved += bytes;
@@ -47,6 +52,12 @@ impl Memory {
         self.reserved = others + bytes;
         reservation.0 = bytes;
         true
+    }
+
+    /// `bytes` of a reservation, as one of their own; `None`, and nothing changes, if it has fewer.
+    pub fn split(&mut self, reservation: &mut Reservation, bytes: usize) -> Option<Reservation> {
+        reservation.0 = reservation.0.checked_sub(bytes)?;
+        Some(Reservation(bytes))
     }
 
     /// Gives bytes back.

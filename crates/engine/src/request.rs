@@ -2,13 +2,16 @@
 
 use crate::engine::MEASURED_EVERY;
 use crate::memory::{Memory, Reservation};
+use crate::prefix::{Prefix, Prefixes, bytes_of_logits};
 use crate::sample::Sampler;
-use crate::schedule::Lag;
-use crate::{Bill, Compute, End, Event, Figures, PromptLogprobs, Request, Token, log_probabilities};
+use crate::schedule::{Lag, STEPS_TOGETHER};
+use crate::{Bill, Compute, End, Event, Figures, Keep, PromptLogprobs, Request, Token, log_probabilities};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Wanted;
+use std::cell::Cell;
 use std::cmp::Reverse;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -22,9 +25,13 @@ pub(crate) struct Active {
     pub(crate) kv: KvFormat,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) speech: Speech,
+    /// Who wants its prompt to be kept.
+    pub(crate) keep: Option<Keep>,
     emit: Box<dyn FnMut(Event) + Send>,
     times: Times,
     preemptions: usize,
+    /// Tokens that it did not have to read when it began.
+    cached: Option<usize>,
 }
 
 /// What a request hears of the model, and says.
@@ -56,6 +63,8 @@ struct Times {
 pub(crate) struct Heard {
     events: Vec<Event>,
     error: Option<String>,
+    /// What follows the prompt, if that is to be kept.
+    pub(crate) logits: Option<Vec<f32>>,
 }
 
 impl Heard {
@@ -86,6 +95,11 @@ impl Speech {
     /// The place of the last token that there will be.
     fn last_place(&self) -> usize {
         self.known + self.most - 1
+    }
+
+    /// Whether it can do without the logits that tokens up to place `read` follow from, but for those at `read` itself if it `has_last`.
+    fn can_begin_at(&self, read: usize, has_last: bool) -> bool {
+        self.reported > self.last_place() || read < self.reported || (read == self.reported && has_last)
     }
 
     /// Logits that token `place` of the sequence follows from: reports it if it is known, else samples it.
@@ -140,7 +154,30 @@ impl Active {
             sampler: Sampler::new(request.sampling, request.grammar, &tokens),
         };
         let times = Times { arrived: Instant::now(), begun: None, first: None, compress: Duration::ZERO };
-        Active { order, tokens, kv: request.kv, cancelled, speech, emit, times, preemptions: 0 }
+        Active {
+            order,
+            tokens,
+            kv: request.kv,
+            cancelled,
+            speech,
+            keep: request.keep,
+            emit,
+            times,
+            preemptions: 0,
+            cached: None,
+        }
+    }
+
+    /// The tokens that are compressed together.
+    pub(crate) fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.speech.prompt]
+    }
+
+    /// Where it can begin, if its tokens were read before.
+    pub(crate) fn prefix<S>(&self, prefixes: &mut Prefixes<S>) -> Option<Rc<Prefix<S>>> {
+        prefixes.find((self.kv, &self.tokens, self.speech.prompt), |prefix| {
+            self.speech.can_begin_at(prefix.tokens.len(), prefix.logits.is_some())
+        })
     }
 
     /// Logits that are needed of a pass over these of its tokens.
@@ -148,6 +185,7 @@ impl Active {
         // The places of tokens that follow from the pass and are not reported.
         let places = self.speech.reported.max(read.start + 1)..=read.end.min(self.speech.last_place());
         match places.size_hint().0 {
+            0 if self.keep.is_some() && read.end == self.speech.prompt => Wanted::Last,
             0 => Wanted::Nothing,
             1 if *places.start() == read.end => Wanted::Last,
             _ => Wanted::All,
@@ -195,6 +233,7 @@ impl Active {
             decode: first.map_or(Duration::ZERO, |first| now - first),
             compress,
             preemptions: self.preemptions,
+            cached_tokens: self.cached.unwrap_or(0),
             ..Bill::default()
         }
     }
@@ -206,23 +245,62 @@ pub(crate) struct Running<S> {
     pub(crate) sequence: S,
     /// Tokens that the sequence has read.
     pub(crate) read: usize,
-    /// Bytes allocated when it was last looked at.
+    /// Bytes allocated for it alone when it was last looked at.
     pub(crate) bytes: usize,
+    /// What it is a clone of, or has left a clone of.
+    pub(crate) base: Option<Rc<Prefix<S>>>,
     reservation: Reservation,
-    /// Tokens that it had read then; `None`: it has not been compressed.
-    measured: Option<usize>,
-    /// Bytes of keys and values that attention had read when the prompt was done.
-    read_before: u64,
+    /// Tokens that it may have read before it is looked at again; 0: at once, if it is past its prompt.
+    granted: usize,
+    /// Bytes of keys and values that attention had read of the sequence when it began here.
+    inherited: u64,
+    /// When the prompt was done: tokens read, and bytes that attention had read.
+    compressed: (usize, u64),
 }
 
 impl<S> Running<S> {
-    pub(crate) fn new(mut active: Active, sequence: S, reservation: Reservation) -> Running<S> {
+    /// Begins with an empty sequence.
+    pub(crate) fn new(active: Active, sequence: S, reservation: Reservation) -> Running<S> {
+        Running::begin(active, sequence, reservation, (0, 0))
+    }
+
+    /// Goes on from a clone of what others have read.
+    pub(crate) fn after<C: Compute<Sequence = S>>(
+        compute: &C,
+        active: Active,
+        (base, sequence): (Rc<Prefix<S>>, S),
+        reservation: Reservation,
+    ) -> Running<S> {
+        let begins = (base.tokens.len(), compute.read_bytes(&sequence));
+        let running = Running::begin(active, sequence, reservation, begins);
+        Running { base: Some(base), ..running }
+    }
+
+    fn begin(
+        mut active: Active,
+        sequence: S,
+        reservation: Reservation,
+        (read, inherited): (usize, u64),
+    ) -> Running<S> {
         active.times.begun.get_or_insert_with(Instant::now);
-        Running { active, sequence, read: 0, bytes: 0, reservation, measured: None, read_before: 0 }
+        active.cached.get_or_insert(read);
+        let compressed = (read, inherited);
+        Running {
+            active,
+            sequence,
+            read,
+            bytes: 0,
+            base: None,
+            reservation,
+            granted: 0,
+            inherited,
+            compressed,
+        }
     }
 
     pub(crate) fn lag(&self) -> Lag {
-        Lag { read: self.read, prompt: self.active.speech.prompt, known: self.active.tokens.len() }
+        let (prompt, known) = (self.active.speech.prompt, self.active.tokens.len());
+        Lag { read: self.read, prompt, known, granted: self.granted }
     }
 
     /// The end of a request that samples nothing: all of it is read.
@@ -231,67 +309,142 @@ impl<S> Running<S> {
         is_over.then_some(End::Length)
     }
 
+    /// Hears what follows the tokens that it did not have to read, if that is known and wanted. Says whether, and why, this was
+    /// the end.
+    pub(crate) fn hear_base(&mut self, done: &mut Figures) -> Option<End> {
+        let mut heard = Heard::default();
+        if let Some(logits) = self.base.as_ref().and_then(|base| base.logits.as_ref()) {
+            let Active { tokens, speech, .. } = &mut self.active;
+            heard.add(speech.hear(tokens, self.read, logits));
+        }
+        self.active.tell(heard, done).or_else(|| self.is_read_out())
+    }
+
     /// Compresses the prompt; how long that took.
     pub(crate) fn compress<C: Compute<Sequence = S>>(&mut self, compute: &C) -> Duration {
         let start = Instant::now();
         compute.compress(&mut self.sequence);
-        self.read_before = compute.read_bytes(&self.sequence);
-        self.bytes = compute.bytes(&self.sequence);
+        self.compressed = (self.read, compute.read_bytes(&self.sequence));
+        self.bytes = compute.bytes(&self.sequence, None);
         // What is no longer needed is given back at the next step, when it is measured.
-        self.measured = None;
+        self.granted = 0;
         let took = start.elapsed();
         self.active.times.compress += took;
         took
     }
 
+    /// Leaves a clone of a prompt that was just compressed to others.
+    pub(crate) fn leave<C: Compute<Sequence = S>>(
+        &mut self,
+        compute: &C,
+        memory: &mut Memory,
+        prefixes: &mut Prefixes<S>,
+        logits: Option<Vec<f32>>,
+    ) -> Option<Rc<Prefix<S>>>
+    where
+        S: Clone,
+    {
+        let sequence = self.sequence.clone();
+        let bytes = compute.bytes(&sequence, None) + bytes_of_logits(logits.as_ref());
+        // A prompt takes fewer bytes when it is compressed than were reserved for reading it.
+        let reservation = memory.split(&mut self.reservation, bytes)?;
+        let prefix = Prefix {
+            kv: self.active.kv,
+            tokens: self.active.prompt().to_vec(),
+            prompt: self.active.speech.prompt,
+            sequence,
+            logits,
+            base: None,
+            bytes,
+            reservation,
+            pin: Arc::default(),
+            used: Cell::default(),
+        };
+        let prefix = prefixes.insert(memory, prefix);
+        self.bytes = compute.bytes(&self.sequence, Some(&prefix.sequence));
+        self.base = Some(prefix.clone());
+        Some(prefix)
+    }
+
     /// Whether its reservation is enough for the next step.
     pub(crate) fn is_measured(&self) -> bool {
-        let is_prompt = self.read < self.active.speech.prompt;
-        is_prompt || self.measured.is_some_and(|measured| self.read < measured + MEASURED_EVERY)
+        self.read < self.active.speech.prompt || self.read < self.granted
     }
 
     /// Makes the reservation what it takes now and may take until it is next measured; `false` if that is not free.
     pub(crate) fn measure<C: Compute<Sequence = S>>(&mut self, compute: &C, memory: &mut Memory) -> bool {
-        self.bytes = compute.bytes(&self.sequence);
-        let needed = self.bytes + compute.growth_bytes(self.active.kv, MEASURED_EVERY);
-        let is_free = memory.resize(&mut self.reservation, needed);
-        if is_free {
-            self.measured = Some(self.read);
+        let base = self.base.as_ref().map(|base| &base.sequence);
+        self.bytes = compute.bytes(&self.sequence, base);
+        let known = (self.active.tokens.len() - self.read).clamp(MEASURED_EVERY, STEPS_TOGETHER);
+        for tokens in [known, MEASURED_EVERY] {
+            let needed = self.bytes + compute.growth_bytes(self.active.kv, tokens);
+            if memory.resize(&mut self.reservation, needed) {
+                self.granted = self.read + tokens;
+                return true;
+            }
         }
-        is_free
+        false
     }
 
     /// Loses its cache.
     pub(crate) fn preempt(self, memory: &mut Memory) -> Active {
-        let Running { mut active, sequence, reservation, .. } = self;
-        drop(sequence);
+        let Running { mut active, sequence, base, reservation, .. } = self;
+        drop((sequence, base));
         memory.release(reservation);
         active.preemptions += 1;
         active
     }
 
-    /// Ends.
+    /// Ends. What it has read after its prompt is left to others, if there are `prefixes` and they would go on from it as it would.
     pub(crate) fn end<C: Compute<Sequence = S>>(
         self,
         compute: &C,
         memory: &mut Memory,
+        prefixes: Option<&mut Prefixes<S>>,
         end: End,
     ) -> Farewell {
-        let Running { active, sequence, reservation, read, read_before, .. } = self;
+        let Running { active, sequence, base, mut reservation, read, inherited, compressed, .. } = self;
         let all = compute.read_bytes(&sequence);
-        let steps = read.saturating_sub(active.speech.prompt);
+        let steps = read.saturating_sub(compressed.0);
         let bill = Bill {
-            kv_bytes: compute.bytes(&sequence),
+            kv_bytes: compute.bytes(&sequence, None),
             exact_bytes: compute.exact_bytes(read),
             read_bytes_per_step: if steps == 0 {
                 0.0
             } else {
-                all.saturating_sub(read_before) as f64 / steps as f64
+                all.saturating_sub(compressed.1) as f64 / steps as f64
             },
             ..active.bill()
         };
-        drop(sequence);
-        memory.release(reservation);
-        Farewell { emit: active.emit, end, bill, read: all }
+        let bytes = compute.bytes(&sequence, base.as_ref().map(|base| &base.sequence));
+        let is_whole = matches!(end, End::Stop | End::Length | End::Cancelled);
+        let is_new = base.as_ref().is_some_and(|base| read > base.tokens.len());
+        match prefixes {
+            Some(prefixes)
+                if is_whole
+                    && is_new
+                    && active.kv.clones_go_on()
+                    && memory.resize(&mut reservation, bytes) =>
+            {
+                let prefix = Prefix {
+                    kv: active.kv,
+                    tokens: active.tokens[..read].to_vec(),
+                    prompt: active.speech.prompt,
+                    sequence,
+                    logits: None,
+                    base,
+                    bytes,
+                    reservation,
+                    pin: Arc::default(),
+                    used: Cell::default(),
+                };
+                prefixes.insert(memory, prefix);
+            }
+            _ => {
+                drop((sequence, base));
+                memory.release(reservation);
+            }
+        }
+        Farewell { emit: active.emit, end, bill, read: all - inherited }
     }
 }

@@ -1,7 +1,7 @@
 //! An engine on a thread of its own, and how others speak to it.
 
 use crate::engine::refusal;
-use crate::{Compute, Engine, Event, ModelCompute, Refused, Request, Settings};
+use crate::{Compute, Context, Engine, Event, Kept, ModelCompute, Refused, Request, Settings};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::Background;
 use mosaickv_model::Model;
@@ -23,6 +23,16 @@ pub struct Figures {
     pub kv_reserved: usize,
     /// Bytes allocated of those.
     pub kv_allocated: usize,
+    /// Prompts that were read, and what followed them, kept for others.
+    pub prefixes: usize,
+    /// Bytes allocated for them, among `kv_allocated`.
+    pub kv_prefixes: usize,
+    /// Bytes of them that nobody needs now.
+    pub kv_droppable: usize,
+    /// Prompt tokens of requests that began, once for each time.
+    pub prefix_queries: u64,
+    /// Those that were found among the prefixes.
+    pub prefix_hits: u64,
     /// Bytes that the tokens of all caches would take as f16.
     pub kv_exact: usize,
     /// Bytes of keys and values read by attention.
@@ -58,10 +68,9 @@ struct Shared {
     sent: AtomicUsize,
 }
 
-struct Command {
-    request: Request,
-    emit: Box<dyn FnMut(Event) + Send>,
-    cancelled: Arc<AtomicBool>,
+enum Command {
+    Submit { request: Box<Request>, emit: Box<dyn FnMut(Event) + Send>, cancelled: Arc<AtomicBool> },
+    Restore { context: Box<Context>, tell: Box<dyn FnOnce(Result<Kept, String>) + Send> },
 }
 
 /// A request's place in the engine: dropping it cancels the request, if it has not ended.
@@ -108,11 +117,27 @@ impl Service {
             return Err(Refused::QueueFull { waiting });
         }
         let cancelled = Arc::new(AtomicBool::new(false));
-        let command = Command { request, emit: Box::new(emit), cancelled: cancelled.clone() };
+        let (request, emit) = (Box::new(request), Box::new(emit));
+        let command = Command::Submit { request, emit, cancelled: cancelled.clone() };
         self.shared.sent.fetch_add(1, Ordering::Relaxed);
+        self.send(command)?;
+        Ok(Ticket(cancelled))
+    }
+
+    /// Takes a context in that was kept before. `tell` is called on the engine's thread, with the reason if it can't be; it must
+    /// not block.
+    pub fn restore(
+        &self,
+        context: Context,
+        tell: impl FnOnce(Result<Kept, String>) + Send + 'static,
+    ) -> Result<(), Refused> {
+        self.send(Command::Restore { context: Box::new(context), tell: Box::new(tell) })
+    }
+
+    fn send(&self, command: Command) -> Result<(), Refused> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         let is_sent = commands.as_ref().is_some_and(|commands| commands.send(command).is_ok());
-        if is_sent { Ok(Ticket(cancelled)) } else { Err(Refused::Stopped) }
+        if is_sent { Ok(()) } else { Err(Refused::Stopped) }
     }
 
     /// What is going on.
@@ -156,9 +181,14 @@ fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, sent: &At
                 None
             }
         });
-        for Command { request, emit, cancelled } in first.into_iter().chain(rest) {
-            engine.submit(request, emit, cancelled);
-            sent.fetch_sub(1, Ordering::Relaxed);
+        for command in first.into_iter().chain(rest) {
+            match command {
+                Command::Submit { request, emit, cancelled } => {
+                    engine.submit(*request, emit, cancelled);
+                    sent.fetch_sub(1, Ordering::Relaxed);
+                }
+                Command::Restore { context, tell } => tell(engine.restore(*context)),
+            }
         }
         if is_over {
             break;

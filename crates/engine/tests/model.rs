@@ -58,7 +58,8 @@ fn answers(model: &Model, settings: Settings, which: &[usize]) -> (Vec<Vec<Token
         });
         tokens.collect()
     };
-    assert_eq!(engine.figures().kv_reserved, 0);
+    let figures = engine.figures();
+    assert_eq!(figures.kv_reserved, figures.kv_prefixes);
     (told.iter().map(of_one).collect(), engine.figures().preemptions)
 }
 
@@ -119,17 +120,17 @@ fn check_bytes<'a>(
         let part = if is_end { Part::PromptEnd } else { Part::Prompt };
         let reading = Reading { sequence: &mut sequence, tokens: chunk, part, wanted: Wanted::Nothing };
         compute.read(vec![reading], &mut |_, _, _| ()).unwrap();
-        let got = compute.bytes(&sequence);
+        let got = compute.bytes(&sequence, None);
         assert!(got <= most, "{kv}, {} tokens: {got} of {most}", prompt.len());
     }
     compute.compress(&mut sequence);
-    let mut measured = compute.bytes(&sequence);
+    let mut measured = compute.bytes(&sequence, None);
     assert!(measured <= most, "{kv}, compressed: {measured} of {most}");
     for i in 0..130 {
         let tokens = &prompt[i..=i];
         let reading = Reading { sequence: &mut sequence, tokens, part: Part::Step, wanted: Wanted::Nothing };
         compute.read(vec![reading], &mut |_, _, _| ()).unwrap();
-        let got = compute.bytes(&sequence);
+        let got = compute.bytes(&sequence, None);
         let most = measured + compute.growth_bytes(kv, 16);
         assert!(got <= most, "{kv}, {i} tokens later: {got} of {most}");
         if (i + 1) % 16 == 0 {

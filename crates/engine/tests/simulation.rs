@@ -1,8 +1,10 @@
 //! Random arrivals, cancellations and a tiny memory, with a stand-in for the model: after every step the bytes add up, and in the end
 //! every request got each of its tokens once, whatever ran beside it.
 
-use mosaickv_engine::{Compute, End, Engine, Event, PromptLogprobs, Reading, Request, Settings};
-use mosaickv_kv::KvFormat;
+use mosaickv_engine::{
+    Compute, End, Engine, Event, Kept, PrefixCache, PromptLogprobs, Reading, Request, Settings,
+};
+use mosaickv_kv::{KvCache, KvFormat, KvShape};
 use mosaickv_model::{Part, Wanted};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -21,24 +23,30 @@ struct Fake {
     live: Rc<Cell<usize>>,
 }
 
+/// A clone shares its pages, one for each token.
+#[derive(Clone)]
 struct FakeSequence {
     tokens: Vec<u32>,
-    bytes: usize,
+    pages: Vec<Rc<FakePage>>,
     has_ended: bool,
     is_compressed: bool,
+}
+
+struct FakePage {
+    bytes: usize,
     live: Rc<Cell<usize>>,
 }
 
-impl FakeSequence {
-    fn take(&mut self, bytes: usize) {
-        self.live.set(self.live.get() + bytes - self.bytes);
-        self.bytes = bytes;
+impl FakePage {
+    fn new(bytes: usize, live: &Rc<Cell<usize>>) -> Rc<FakePage> {
+        live.set(live.get() + bytes);
+        Rc::new(FakePage { bytes, live: live.clone() })
     }
 }
 
-impl Drop for FakeSequence {
+impl Drop for FakePage {
     fn drop(&mut self) {
-        self.take(0);
+        self.live.set(self.live.get() - self.bytes);
     }
 }
 
@@ -60,8 +68,7 @@ impl Compute for Fake {
     }
 
     fn begin(&self, _: KvFormat) -> Result<FakeSequence, String> {
-        let live = self.live.clone();
-        Ok(FakeSequence { tokens: vec![], bytes: 0, has_ended: false, is_compressed: false, live })
+        Ok(FakeSequence { tokens: vec![], pages: vec![], has_ended: false, is_compressed: false })
     }
 
     fn prompt_bytes(&self, _: KvFormat, tokens: usize) -> usize {
@@ -101,7 +108,7 @@ impl Compute for Fake {
             }
             sequence.has_ended |= part == Part::PromptEnd;
             let each = if sequence.is_compressed { TOKEN / 8 } else { TOKEN };
-            sequence.take(sequence.bytes + tokens.len() * each);
+            sequence.pages.extend(tokens.iter().map(|_| FakePage::new(each, &self.live)));
         }
         Ok(())
     }
@@ -109,15 +116,26 @@ impl Compute for Fake {
     fn compress(&self, sequence: &mut FakeSequence) {
         assert!(sequence.has_ended && !sequence.is_compressed);
         sequence.is_compressed = true;
-        sequence.take(sequence.tokens.len() * TOKEN / 8);
+        sequence.pages.iter_mut().for_each(|page| *page = FakePage::new(TOKEN / 8, &self.live));
     }
 
-    fn bytes(&self, sequence: &FakeSequence) -> usize {
-        sequence.bytes
+    fn bytes(&self, sequence: &FakeSequence, beside: Option<&FakeSequence>) -> usize {
+        let others = beside.map_or(&[][..], |other| &other.pages);
+        let is_shared = |i: usize| others.get(i).is_some_and(|other| Rc::ptr_eq(other, &sequence.pages[i]));
+        (0..sequence.pages.len()).filter(|&i| !is_shared(i)).map(|i| sequence.pages[i].bytes).sum()
     }
 
     fn read_bytes(&self, _: &FakeSequence) -> u64 {
         0
+    }
+
+    fn cache(&self, _: &FakeSequence) -> KvCache {
+        let shape = KvShape { layers: 1, heads: 1, kv_heads: 1, head_dim: 16, window: None };
+        KvCache::new(shape, KvFormat::Exact).unwrap()
+    }
+
+    fn adopt(&self, _: KvCache) -> Result<FakeSequence, String> {
+        Err("a stand-in has no caches".to_owned())
     }
 }
 
@@ -188,6 +206,19 @@ impl Client {
     }
 }
 
+impl Client {
+    /// A conversation that goes on: its prompt, and all that followed, up to here or to somewhere before.
+    fn turn(&self) -> Option<(Vec<u32>, Vec<u32>)> {
+        let events = self.events.lock().unwrap();
+        let Some(Event::Ended(End::Length, _)) = events.last() else { return None };
+        let sampled = events.iter().filter_map(|event| match event {
+            Event::Sampled(token) => Some(token.id),
+            _ => None,
+        });
+        Some((self.prompt.clone(), self.given.iter().copied().chain(sampled).collect()))
+    }
+}
+
 struct World {
     engine: Engine<Fake>,
     live: Rc<Cell<usize>>,
@@ -213,7 +244,17 @@ impl World {
         let given = if self.below(4) == 0 { self.below(40) } else { 0 };
         let most = if self.below(8) == 0 { 0 } else { 1 + self.below(answer) };
         let mut tokens = |n| (0..n).map(|_| self.draws.next_u64() as u32 % VOCAB as u32).collect();
-        let (prompt, given): (Vec<u32>, Vec<u32>) = (tokens(length), tokens(given));
+        let (mut prompt, mut given): (Vec<u32>, Vec<u32>) = (tokens(length), tokens(given));
+        // A third ask the same again, or go on with what was answered.
+        let (again, cut) = (self.below(3) == 0, self.below(100));
+        let earlier = self.below(self.clients.len().max(1));
+        if let Some((same, mut followed)) = self.clients.get(earlier).and_then(Client::turn).filter(|_| again)
+        {
+            let room = CONTEXT - same.len() - most - given.len();
+            followed.truncate((followed.len() * cut / 60).min(room));
+            followed.extend(given);
+            (prompt, given) = (same, followed);
+        }
         let prompt_logprobs = self.below(5) == 0;
         let (events, cancelled) = (Arc::new(Mutex::new(vec![])), Arc::new(AtomicBool::new(false)));
         let request = Request {
@@ -253,6 +294,7 @@ impl World {
         let figures = self.engine.figures();
         assert!(self.live.get() <= figures.kv_reserved, "{} live of {figures:?}", self.live.get());
         assert!(figures.kv_reserved <= figures.kv_budget, "{figures:?}");
+        assert!(figures.kv_droppable <= figures.kv_prefixes && figures.kv_prefixes <= figures.kv_reserved);
         let mut alive = 0;
         for client in &mut self.clients {
             let end = client.end();
@@ -292,16 +334,25 @@ fn simulate(seed: u64, settings: Settings) -> World {
 
 #[test]
 fn bytes_are_conserved_and_each_token_is_sent_once() {
-    let mut preemptions = 0;
+    let (mut preemptions, mut hits) = (0, 0);
     for seed in 0..60 {
         let kv_memory = [30_000, 60_000, 150_000, 400_000][seed as usize / 2 % 4];
         let most_sequences = [3, 8, 64][seed as usize % 3];
         let tokens_per_step = [1, 512, 2000][seed as usize / 8 % 3];
-        let settings = Settings { kv_memory, most_sequences, tokens_per_step, most_waiting: 1000 };
+        let prefix_cache = if seed % 4 < 3 { PrefixCache::On } else { PrefixCache::Off };
+        let settings =
+            Settings { kv_memory, most_sequences, tokens_per_step, most_waiting: 1000, prefix_cache };
         let world = simulate(seed, settings);
         let figures = world.engine.figures();
         assert!(world.engine.is_idle(), "seed {seed}: starved, {figures:?}");
-        assert_eq!((figures.kv_reserved, world.live.get()), (0, 0), "seed {seed}");
+        let kept = figures.kv_prefixes;
+        assert_eq!(figures.kv_reserved, kept, "seed {seed}");
+        // Beside pages there are logits.
+        let logits = kept - world.live.get();
+        assert!(logits.is_multiple_of(4 * VOCAB) && logits <= figures.prefixes * 4 * VOCAB, "seed {seed}");
+        assert_eq!((figures.kv_droppable, figures.prefixes == 0), (kept, kept == 0), "seed {seed}");
+        assert!(prefix_cache == PrefixCache::On || kept == 0, "seed {seed}");
+        hits += figures.prefix_hits;
         assert!(world.clients.len() > 20);
         for client in &world.clients {
             assert!(client.end().is_some());
@@ -310,13 +361,19 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
         preemptions += figures.preemptions;
     }
     assert!(preemptions > 20, "only {preemptions} preemptions: the memory is not tiny");
+    assert!(hits > 5_000, "only {hits} tokens were found among the prefixes");
 }
 
 /// Of requests that fit together, one that came first ends no later than if it had waited for all before it.
 #[test]
 fn first_come_is_first_served() {
-    let settings =
-        Settings { kv_memory: 60_000, most_sequences: 8, tokens_per_step: 300, most_waiting: 1000 };
+    let settings = Settings {
+        kv_memory: 60_000,
+        most_sequences: 8,
+        tokens_per_step: 300,
+        most_waiting: 1000,
+        prefix_cache: PrefixCache::Off,
+    };
     let world = simulate(6, settings);
     let begun: Vec<usize> = world.clients.iter().map(|client| client.submitted).collect();
     assert!(begun.is_sorted());
@@ -362,4 +419,77 @@ fn an_answer_that_outgrows_the_memory_alone_fails_with_words() {
         other => panic!("{other:?}"),
     }
     assert_eq!((world.live.get(), world.engine.figures().kv_reserved), (0, 0));
+}
+
+/// Submits, runs until all is quiet, and says what the end was and what it cost.
+fn answer(world: &mut World, request: Request) -> (End, mosaickv_engine::Bill) {
+    let events = Arc::new(Mutex::new(vec![]));
+    let to = events.clone();
+    let emit = Box::new(move |event| to.lock().unwrap().push(event));
+    world.engine.submit(request, emit, Arc::new(AtomicBool::new(false)));
+    while world.engine.step() {}
+    match events.lock().unwrap().last() {
+        Some(Event::Ended(end, bill)) => (end.clone(), *bill),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_conversation_that_goes_on_is_not_read_again() {
+    let mut world = World::new(0, Settings::default());
+    let prompt: Vec<u32> = (0..700).map(|i| i % 91).collect();
+    let (_, bill) = answer(&mut world, request(prompt.clone(), 10));
+    assert_eq!(bill.cached_tokens, 0);
+    let mut given = vec![];
+    for _ in 0..10 {
+        given.push(follower(&[&prompt[..], &given].concat()));
+    }
+    given.extend([5, 6, 7]);
+    let (_, bill) = answer(&mut world, Request { given: given.clone(), ..request(prompt.clone(), 4) });
+    // The last token of an answer was not read.
+    assert_eq!((bill.cached_tokens, bill.prompt_tokens), (709, 713));
+    // Another question to the same prompt.
+    let other = Request { given: vec![9, 9], ..request(prompt.clone(), 4) };
+    assert_eq!(answer(&mut world, other).1.cached_tokens, 700);
+    // The same again: what follows the prompt is known too.
+    assert_eq!(answer(&mut world, request(prompt.clone(), 1)).1.cached_tokens, 700);
+    // Who wants to hear of the prompt's tokens must have them read.
+    let reported =
+        Request { logprobs: Some(0), prompt_logprobs: PromptLogprobs::On, ..request(prompt.clone(), 1) };
+    assert_eq!(answer(&mut world, reported).1.cached_tokens, 0);
+    // A longer prompt is compressed otherwise.
+    let longer = [&prompt[..], &[1]].concat();
+    assert_eq!(answer(&mut world, request(longer, 1)).1.cached_tokens, 0);
+}
+
+#[test]
+fn what_is_kept_stays_and_what_is_not_makes_room() {
+    // Room for one prompt of 1,000 tokens while it is read, and 300 more.
+    let settings = Settings { kv_memory: 1300 * (TOKEN + TOKEN / 8), ..Settings::default() };
+    let mut world = World::new(0, settings);
+    let kept: Arc<Mutex<Vec<Kept>>> = Arc::default();
+    let prompt = |seed: u32| (0..1000).map(|i| (i * seed) % 97).collect::<Vec<u32>>();
+    let keep = |world: &mut World, seed: u32| {
+        let to = kept.clone();
+        let keep: mosaickv_engine::Keep = Box::new(move |it| to.lock().unwrap().push(it));
+        answer(world, Request { keep: Some(keep), ..request(prompt(seed), 0) })
+    };
+    assert_eq!(keep(&mut world, 1).0, End::Length);
+    for seed in 2..6 {
+        answer(&mut world, request(prompt(seed), 3));
+    }
+    assert_eq!(answer(&mut world, request(prompt(1), 3)).1.cached_tokens, 1000, "it was dropped");
+    assert_eq!(kept.lock().unwrap()[0].context.tokens, prompt(1));
+    // Until there is no room for the next prompt beside all that is kept.
+    let ends: Vec<End> = (10..40).map(|seed| keep(&mut world, seed).0).collect();
+    let kept_now = ends.iter().position(|end| *end != End::Length).expect("a memory without an end");
+    assert!((2..30).contains(&kept_now), "{kept_now} were kept");
+    match &ends[kept_now] {
+        End::Failed(why) => assert!(why.contains("saved contexts"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    kept.lock().unwrap().clear();
+    assert_eq!(answer(&mut world, request(prompt(50), 3)).0, End::Length);
+    let figures = world.engine.figures();
+    assert_eq!(figures.kv_droppable, figures.kv_prefixes);
 }

@@ -10,10 +10,12 @@
 #![expect(clippy::needless_range_loop, reason = "indices over arrays of registers read as the formula does")]
 
 use crate::isa::Isa;
+use crate::saved::{Input, Malformed, write_count, write_numbers};
 use crate::simd::{Kernel, Simd, dispatch};
 use crate::state::{AttnState, fold_scores};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::io::{self, Write};
 use std::ops::Range;
 
 /// Tokens in a page.
@@ -123,6 +125,30 @@ impl ExactPage {
             to.copy_from_slice(&half);
         }
         self.tokens += 1;
+    }
+
+    /// Writes the page down, for [`read`](ExactPage::read).
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        write_count(out, self.capacity())?;
+        write_count(out, self.tokens)?;
+        write_numbers(out, numbers(&self.data))
+    }
+
+    /// A page that was written down, of vectors of `head_dim` channels.
+    pub fn read(input: &mut Input, head_dim: usize) -> Result<ExactPage, Malformed> {
+        let (capacity, tokens) = (input.count()?, input.count()?);
+        let fits = (TILE_TOKENS..=PAGE_TOKENS).contains(&capacity)
+            && capacity.is_multiple_of(TILE_TOKENS)
+            && tokens <= capacity;
+        Malformed::unless(fits, || format!("an exact page of {tokens} tokens with room for {capacity}"))?;
+        let held: Vec<f16> = input.numbers(2 * head_dim * capacity)?;
+        Malformed::unless(held.iter().all(|x| x.is_finite()), || {
+            "keys or values that are not finite".into()
+        })?;
+        let mut page = ExactPage::new(head_dim, capacity);
+        numbers_mut(&mut page.data).copy_from_slice(&held);
+        page.tokens = tokens;
+        Ok(page)
     }
 
     /// Forgets the first `count` tokens; the rest move to the front.

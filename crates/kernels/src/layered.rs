@@ -29,6 +29,7 @@ mod credit;
 mod encode;
 pub mod oracle;
 mod queries;
+mod saved;
 mod score;
 
 pub use attend::{ALL_TILES, attend_tiles};

@@ -13,6 +13,7 @@ pub mod packed;
 pub mod pool;
 pub mod rotate;
 pub mod rows;
+pub mod saved;
 pub mod select;
 pub mod state;
 pub mod stream;

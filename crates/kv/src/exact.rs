@@ -4,6 +4,8 @@
 use crate::{KvBytes, Step, cleared};
 use mosaickv_kernels::AttnState;
 use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend, attend_pages};
+use mosaickv_kernels::saved::{Input, Malformed, write_count};
+use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -117,6 +119,38 @@ impl ExactHead {
         // The open page's header is inside this head, which the list of heads counts.
         bytes.exact += self.pages().map(ExactPage::bytes).sum::<usize>() - size_of::<ExactPage>();
         bytes.lists += self.sealed.capacity() * size_of::<Arc<ExactPage>>() + self.sealed.len() * ARC_BYTES;
+    }
+
+    pub(crate) fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        write_count(out, self.dropped)?;
+        write_count(out, self.sealed.len())?;
+        self.pages().try_for_each(|page| page.write(out))
+    }
+
+    pub(crate) fn read(
+        input: &mut Input,
+        head_dim: usize,
+        window: Option<usize>,
+    ) -> Result<ExactHead, Malformed> {
+        let (dropped, sealed) = (input.count()?, input.count()?);
+        let fits = dropped <= u32::MAX as usize && sealed <= input.left();
+        Malformed::unless(fits, || format!("{sealed} exact pages after {dropped} that were dropped"))?;
+        let mut page = || ExactPage::read(input, head_dim);
+        let pages: Result<Vec<_>, _> = (0..sealed).map(|_| page().map(Arc::new)).collect();
+        let head = ExactHead { sealed: pages?, open: page()?, window, dropped };
+        let room = head.pages().all(|page| page.capacity() == PAGE_TOKENS);
+        Malformed::unless(room, || "an exact page that does not have room for 64 tokens".into())?;
+        head.check().map_err(Malformed)?;
+        Ok(head)
+    }
+
+    /// Of pages that are the same in both.
+    pub(crate) fn bytes_shared_with(&self, other: &ExactHead) -> usize {
+        let first = self.dropped.max(other.dropped);
+        let (ours, theirs) = (self.sealed.iter().skip(first - self.dropped), other.sealed.iter());
+        let both =
+            ours.zip(theirs.skip(first - other.dropped)).filter(|(ours, theirs)| Arc::ptr_eq(ours, theirs));
+        both.map(|(page, _)| page.bytes() + ARC_BYTES).sum()
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {

@@ -197,6 +197,12 @@ impl KvFormat {
         }
     }
 
+    /// Whether a clone of a cache goes on to the bit as the cache itself does, whenever it is made. In the packed format that is so
+    /// only right after the prompt: growing segments of a clone keep their borrowed strategies.
+    pub fn clones_go_on(self) -> bool {
+        !matches!(self, KvFormat::Packed(_))
+    }
+
     /// Whether the prompt of this layer is compressed at its end.
     pub(crate) fn compresses(self, layer: usize) -> bool {
         match self {

@@ -14,6 +14,7 @@ mod distortion;
 mod encode;
 mod importance;
 mod plan;
+mod saved;
 pub(crate) mod select;
 mod tail;
 mod target;
@@ -82,6 +83,9 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
+    /// What it takes beside its pages' bytes.
+    const BYTES: usize = ARC_BYTES + size_of::<Segment>();
+
     /// Without tokens, of vectors of `d` channels.
     fn empty(d: usize) -> Arc<Segment> {
         Arc::new(Segment { pages: Pages::new(d), dropped: 0 })
@@ -177,6 +181,11 @@ impl LayeredHead {
 
     /// In order of tokens.
     pub(crate) fn segments(&self) -> [&Segment; 4] {
+        self.shared().map(|segment| &**segment)
+    }
+
+    /// The same, as clones share them.
+    fn shared(&self) -> [&Arc<Segment>; 4] {
         [&self.prompt, &self.tail, &self.leaving, &self.window]
     }
 
@@ -185,10 +194,23 @@ impl LayeredHead {
             + self.buffer.as_ref().map_or(0, |buffer| buffer.bytes() - size_of::<ExactPage>());
         for segment in self.segments() {
             bytes.packed += segment.pages.bytes();
-            bytes.lists += ARC_BYTES + size_of::<Segment>();
+            bytes.lists += Segment::BYTES;
         }
         bytes.packed += self.scales.bytes();
         bytes.queries += self.asked.bytes();
+    }
+
+    /// Whether tokens have left the window and are not yet in the tail.
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.tokens() > 0
+    }
+
+    /// Of segments, means and spreads that are the same in both.
+    pub(crate) fn bytes_shared_with(&self, other: &LayeredHead) -> usize {
+        let both =
+            self.shared().into_iter().zip(other.shared()).filter(|(ours, theirs)| Arc::ptr_eq(ours, theirs));
+        let segments: usize = both.map(|(segment, _)| segment.pages.bytes() + Segment::BYTES).sum();
+        segments + if Arc::ptr_eq(&self.scales, &other.scales) { self.scales.bytes() } else { 0 }
     }
 
     pub(crate) fn check(&self) -> Result<(), String> {

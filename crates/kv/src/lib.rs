@@ -17,6 +17,7 @@ mod bound;
 #[path = "../tests/common/mod.rs"]
 mod common;
 mod compress;
+mod error;
 mod exact;
 mod format;
 mod inspect;
@@ -27,19 +28,20 @@ mod oracle;
 mod packed;
 mod phases;
 mod rotation;
+mod saved;
 
 use baselines::{Head, RecentQueries};
 use compress::Encoding;
 use exact::ExactHead;
 use layered::{Closing, LayeredHead, Samples};
 use learner::Learning;
-use mosaickv_kernels::packed::PackedError;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use baselines::{GgmlType, Kivi, Quantized, Quest, SnapKv, Strawman, Turn};
+pub use error::KvError;
 pub use format::{KvFormat, KvFormats};
 pub use inspect::{HalfInfo, HeadInfo, PageInfo, SegmentInfo};
 pub use layered::{ByteCount, Calibration, Dropping, HeadCalibration, Layered, Moments, Select, Target};
@@ -48,6 +50,7 @@ pub use observe::Overlap;
 pub use packed::{Packed, SINKS};
 pub use phases::Phases;
 pub use rotation::Basis;
+pub use saved::ReadError;
 
 /// Query heads that may share a KV head.
 const MOST_QUERIES: usize = 128;
@@ -107,106 +110,6 @@ impl KvShape {
         let remembered = |layer| self.window_of(layer).map_or(tokens, |window| window.min(tokens));
         (0..self.layers).map(remembered).sum::<usize>() * self.kv_heads * self.head_dim * 2
     }
-}
-
-/// Why a cache can't be made or go on.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum KvError {
-    /// The shape is none that the kernels take.
-    #[error(
-        "unsupported attention shape: {heads} query heads, {kv_heads} KV heads, head_dim {head_dim}; wanted \
-         query heads a multiple of KV heads (at most {MOST_QUERIES} times), and a head_dim that is a positive multiple of {HEAD_DIM_STEP}"
-    )]
-    Shape {
-        /// `H`
-        heads: usize,
-        /// `G`
-        kv_heads: usize,
-        /// `D`
-        head_dim: usize,
-    },
-    /// A sliding window in which a query would not see itself, or a period of no layers.
-    #[error("a sliding window of 0 tokens, or full attention every 0 layers; wanted at least 1 of each")]
-    Window,
-    /// The strategy can't be had for this shape.
-    #[error("strategy: {0}")]
-    Strategy(#[from] PackedError),
-    /// The format's parameters are none that it can have, or do not fit the model.
-    #[error("KV format {format}: {why}")]
-    Format {
-        /// As it was asked for.
-        format: String,
-        /// The parameter or the model's number that does not fit, and what would.
-        why: String,
-    },
-    /// A compressed copy of a cache whose layers are not exact any more.
-    #[error(
-        "layer {layer} of this cache is compressed already; make the copy from a cache in the format exact"
-    )]
-    AlreadyCompressed {
-        /// The first such layer.
-        layer: usize,
-    },
-    /// The format is made from the newest queries, which this cache did not remember.
-    #[error(
-        "{format} observes the newest {wanted} queries of a prompt, but layer {layer} remembers {got}; call \
-         remember_queries before the prompt is read"
-    )]
-    NoQueries {
-        /// As it was asked for.
-        format: String,
-        /// Which layer.
-        layer: usize,
-        /// Queries needed.
-        wanted: usize,
-        /// Queries that are there.
-        got: usize,
-    },
-    /// The format needs a calibration of the model, and there is none.
-    #[error(
-        "{format} stores what a calibration of the model tells it to, and this model has none; run `mosaickv calibrate`"
-    )]
-    NoCalibration {
-        /// As it was asked for.
-        format: String,
-    },
-    /// A calibration of a model of another shape.
-    #[error(
-        "a calibration of {got} heads of {got_dim} channels in {got_layers} layers; wanted {wanted} of {head_dim} in {layers}"
-    )]
-    Calibration {
-        /// Heads that it has.
-        got: usize,
-        /// Layers that it has.
-        got_layers: usize,
-        /// Channels of its heads; 0 if they differ, or there are none.
-        got_dim: usize,
-        /// Heads that the cache has.
-        wanted: usize,
-        /// Layers that the cache has.
-        layers: usize,
-        /// `D` of the cache.
-        head_dim: usize,
-    },
-    /// A key or value is NaN or infinite; nothing was stored.
-    #[error(
-        "layer {layer} computed keys or values that are not finite; the model's weights are damaged, or its \
-         activations exceed f32"
-    )]
-    NotFinite {
-        /// Which layer.
-        layer: usize,
-    },
-    /// [`KvCache::check`] found a broken invariant: a bug of ours.
-    #[error("cache integrity, layer {layer}, KV head {head}: {what}")]
-    Integrity {
-        /// Which layer.
-        layer: usize,
-        /// Which KV head.
-        head: usize,
-        /// The invariant and the numbers.
-        what: String,
-    },
 }
 
 /// Bytes allocated for a cache, by what they hold.
@@ -340,37 +243,33 @@ impl KvCache {
         Ok(self)
     }
 
-    /// To be called between two forward passes: hands what was packed meanwhile, or has left a window, to whoever works out
-    /// strategies and plans, and swaps in the segments that are finished or due. Without this, temporary segments stay and
-    /// windows grow.
-    pub fn between_steps(&mut self) {
-        for (l, layer) in self.layers.iter_mut().enumerate() {
-            if let Layer::Packed(heads) = layer {
+    /// To be called after each token that follows a prompt, when the layer has attended: hands what was packed meanwhile, or has left
+    /// a window, to whoever works out strategies and plans, and swaps in the segments that are finished or due. Without this,
+    /// temporary segments stay and windows grow.
+    pub fn tend(&mut self, layer: usize) {
+        match &mut self.layers[layer] {
+            Layer::Packed(heads) => {
                 for (g, head) in heads.iter_mut().enumerate() {
-                    self.learning.attend_to((l, g), head);
+                    self.learning.attend_to((layer, g), head);
                 }
             }
+            Layer::Layered(heads) => {
+                let start = Instant::now();
+                self.closings.retain(|(l, closing)| *l != layer || !closing.swap(heads));
+                if let Some(closing) = Closing::begin(heads) {
+                    let closing = Arc::new(closing);
+                    self.learning.hand_over(layer, &closing);
+                    self.closings.push((layer, closing));
+                }
+                self.phases.flush += start.elapsed();
+            }
+            Layer::Exact(_) | Layer::Baseline(_) => {}
         }
-        self.close_layered();
     }
 
-    fn close_layered(&mut self) {
-        let start = Instant::now();
-        let KvCache { layers, closings, learning, .. } = self;
-        closings.retain(|(l, closing)| match &mut layers[*l] {
-            Layer::Layered(heads) => !closing.swap(heads),
-            _ => unreachable!("a closing of layer {l}, which is not layered"),
-        });
-        for (l, layer) in layers.iter_mut().enumerate() {
-            if let Layer::Layered(heads) = layer
-                && let Some(closing) = Closing::begin(heads)
-            {
-                let closing = Arc::new(closing);
-                learning.hand_over(l, &closing);
-                closings.push((l, closing));
-            }
-        }
-        self.phases.flush += start.elapsed();
+    /// [`tend`](KvCache::tend) to all layers.
+    pub fn between_steps(&mut self) {
+        (0..self.layers.len()).for_each(|layer| self.tend(layer));
     }
 
     /// What has become of segments that grew while tokens were generated.
@@ -541,6 +440,24 @@ impl KvCache {
             bytes.queries += samples.iter().map(Samples::bytes).sum::<usize>();
         }
         bytes
+    }
+
+    /// Bytes of pages that this cache shares with one that it is a clone of, or that is a clone of it: among the
+    /// [`bytes`](KvCache::bytes) of both.
+    pub fn bytes_shared_with(&self, other: &KvCache) -> usize {
+        let of_layer = |(ours, theirs): (&Layer, &Layer)| match (ours, theirs) {
+            (Layer::Exact(ours), Layer::Exact(theirs)) => {
+                ours.iter().zip(theirs).map(|(ours, theirs)| ours.bytes_shared_with(theirs)).sum()
+            }
+            (Layer::Packed(ours), Layer::Packed(theirs)) => {
+                ours.iter().zip(theirs).map(|(ours, theirs)| ours.bytes_shared_with(theirs)).sum()
+            }
+            (Layer::Layered(ours), Layer::Layered(theirs)) => {
+                ours.iter().zip(theirs).map(|(ours, theirs)| ours.bytes_shared_with(theirs)).sum()
+            }
+            _ => 0,
+        };
+        self.layers.iter().zip(&other.layers).map(of_layer).sum::<usize>()
     }
 
     /// Checks every invariant that can be checked without the original keys and values.

@@ -328,6 +328,13 @@ impl PackedHead {
         }
     }
 
+    /// Of segments that are the same in both, at the same place.
+    pub(crate) fn bytes_shared_with(&self, other: &PackedHead) -> usize {
+        let both =
+            self.segments.iter().zip(&other.segments).filter(|(ours, theirs)| Arc::ptr_eq(ours, theirs));
+        both.map(|(segment, _)| segment.packed_bytes() + segment.list_bytes()).sum()
+    }
+
     pub(crate) fn check(&self) -> Result<(), String> {
         if self.sinks.tokens() < SINKS && (!self.segments.is_empty() || self.buffer.tokens() > 0) {
             return Err(format!("{} sinks before later tokens", self.sinks.tokens()));

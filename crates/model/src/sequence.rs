@@ -9,11 +9,15 @@ use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, attend_each};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Tokens of a prompt that go through the layers together; bounds the activations' memory.
 const CHUNK_TOKENS: usize = 8192;
+
+/// Tokens after a compressed prompt that share a pass: the weights are read once for all of them.
+const STEPS_TOGETHER: usize = 256;
 
 /// Logits that are computed together at most, unless one token has more.
 const BLOCK_LOGITS: usize = 1 << 24;
@@ -45,7 +49,7 @@ pub struct Share<'s, 'a> {
 /// What the tokens of a pass are to their sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// One token after a prompt.
+    /// Tokens after a prompt: each reads what is compressed, as if it came alone.
     Step,
     /// The beginning or the middle of a prompt.
     Prompt,
@@ -119,7 +123,16 @@ impl Model {
 impl<'a> Sequence<'a> {
     /// An empty sequence.
     pub fn new(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Result<Sequence<'a>, KvError> {
-        let cache = KvCache::new(model.kv_shape(), format)?;
+        Sequence::with_cache(model, pool, KvCache::new(model.kv_shape(), format)?)
+    }
+
+    /// A sequence that has read what is in a cache of this model.
+    pub fn with_cache(model: &'a Model, pool: &'a Pool, cache: KvCache) -> Result<Sequence<'a>, KvError> {
+        let (got, wanted) = (cache.shape(), model.kv_shape());
+        if got != wanted {
+            return Err(KvError::OtherShape { got, wanted });
+        }
+        let format = cache.format();
         let cache = match (&model.calibration, format) {
             (Some(calibration), _) => cache.with_calibration(calibration.clone())?,
             (None, KvFormat::Layered(_)) => {
@@ -184,7 +197,7 @@ impl<'a> Sequence<'a> {
 
     /// Reads a whole prompt, compresses it layer by layer as the format says, and returns the logits `[vocab]`
     /// that follow its last token. `progress` is called with layers done and layers in all. After a compressed
-    /// prompt a further one goes token by token, each reading what is compressed.
+    /// prompt the tokens of a further one are [steps](Part::Step).
     pub fn prefill(
         &mut self,
         prompt: &[u32],
@@ -193,13 +206,14 @@ impl<'a> Sequence<'a> {
         assert!(!prompt.is_empty(), "a prompt needs at least one token");
         self.check(prompt)?;
         if self.cache.is_compressed() {
-            let (last, before) = prompt.split_last().expect("not empty");
-            for (i, &token) in before.iter().enumerate() {
-                self.feed(token)?;
-                progress(i + 1, prompt.len());
+            let (mut logits, mut done) = (vec![], 0);
+            for tokens in prompt.chunks(STEPS_TOGETHER) {
+                done += tokens.len();
+                let wanted = if done == prompt.len() { Wanted::Last } else { Wanted::Nothing };
+                let share = Share { sequence: self, tokens, part: Part::Step, wanted };
+                read_each(&mut [share], &mut |_, _, of_last| logits = of_last.to_vec())?;
+                progress(done, prompt.len());
             }
-            let logits = self.step(*last)?;
-            progress(prompt.len(), prompt.len());
             return Ok(logits);
         }
         let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
@@ -243,15 +257,16 @@ impl<'a> Sequence<'a> {
     }
 
     /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
-    /// one of them. Compresses nothing; after a compressed prompt it goes token by token.
+    /// one of them. Compresses nothing; after a compressed prompt the tokens are [steps](Part::Step).
     pub fn score(&mut self, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) -> Result<(), ForwardError> {
         self.check(tokens)?;
         if tokens.is_empty() {
             return Ok(());
         }
         if self.cache.is_compressed() {
-            for (i, &token) in tokens.iter().enumerate() {
-                each(i, &self.step(token)?);
+            for (i, tokens) in tokens.chunks(STEPS_TOGETHER).enumerate() {
+                let share = Share { sequence: self, tokens, part: Part::Step, wanted: Wanted::All };
+                read_each(&mut [share], &mut |_, t, logits| each(i * STEPS_TOGETHER + t, logits))?;
             }
             return Ok(());
         }
@@ -299,9 +314,9 @@ pub fn read_each(
     let Some(first) = shares.first() else { return Ok(()) };
     let pass = first.sequence.pass();
     assert!(shares.is_sorted_by_key(|share| share.part != Part::Step), "a prompt before a step");
-    for Share { sequence, tokens, part, .. } in &*shares {
+    for Share { sequence, tokens, .. } in &*shares {
         assert!(std::ptr::eq(sequence.model, pass.model), "sequences of different models");
-        assert!(!tokens.is_empty() && (*part != Part::Step || tokens.len() == 1), "a step of some tokens");
+        assert!(!tokens.is_empty(), "a share without tokens");
         sequence.check(tokens)?;
     }
     let hidden = layers_each(shares, &mut |_| ())?;
@@ -362,7 +377,7 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         start..start + share.tokens.len()
     });
     let positions: Vec<usize> = positions.collect();
-    let hidden = pass.layers(&tokens, positions.iter().copied(), &mut |l, projected, out| {
+    pass.layers(&tokens, positions.iter().copied(), &mut |l, projected, out| {
         let start = Instant::now();
         attend(shares, l, projected, out)?;
         for share in shares.iter_mut().filter(|share| share.part == Part::PromptEnd) {
@@ -372,16 +387,10 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         shares.iter_mut().for_each(|share| share.sequence.attention += took);
         done(l + 1);
         Ok(())
-    })?;
-    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
-        let start = Instant::now();
-        sequence.cache.between_steps();
-        sequence.attention += start.elapsed();
-    }
-    Ok(hidden)
+    })
 }
 
-/// Stores a layer's keys and values, and attends: to what follows prompts together, and to prompts one by one.
+/// Stores a layer's keys and values, and attends: the steps of all sequences together, and prompts one by one.
 fn attend(
     shares: &mut [Share],
     l: usize,
@@ -390,25 +399,71 @@ fn attend(
 ) -> Result<(), ForwardError> {
     let Some(first) = shares.first() else { return Ok(()) };
     let (pool, shape) = (first.sequence.pool, first.sequence.cache.shape());
-    let (of_keys, of_queries) = (shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim);
-    let mut row = 0;
-    for Share { sequence, tokens, .. } in &mut *shares {
-        let rows = row * of_keys..(row + tokens.len()) * of_keys;
-        sequence.cache.append(pool, l, &projected.keys[rows.clone()], &projected.values[rows])?;
-        row += tokens.len();
-    }
+    let rows = Rows {
+        of_keys: shape.kv_heads * shape.head_dim,
+        of_queries: shape.heads * shape.head_dim,
+        projected,
+    };
     let (steps, prompts) = shares.split_at_mut(shares.partition_point(|share| share.part == Part::Step));
-    let (now, mut queries) = projected.queries.split_at(steps.len() * of_queries);
-    let (out, mut rest) = out.split_at_mut(steps.len() * of_queries);
-    let mut caches: Vec<&mut KvCache> = steps.iter_mut().map(|share| &mut share.sequence.cache).collect();
-    attend_each(&mut caches, pool, l, now, out);
+    let mut row = attend_steps(steps, (pool, l), &rows, out)?;
     for Share { sequence, tokens, .. } in prompts {
-        let (now, later) = queries.split_at(tokens.len() * of_queries);
-        let (out, others) = rest.split_at_mut(tokens.len() * of_queries);
-        sequence.cache.attend(pool, l, now, out);
-        (queries, rest) = (later, others);
+        let count = tokens.len();
+        let (keys, values, queries) = rows.of(row..row + count);
+        sequence.cache.append(pool, l, keys, values)?;
+        sequence.cache.attend(pool, l, queries, &mut out[row * rows.of_queries..][..count * rows.of_queries]);
+        row += count;
     }
     Ok(())
+}
+
+/// What a layer projected, by tokens.
+struct Rows<'p> {
+    of_keys: usize,
+    of_queries: usize,
+    projected: &'p Projected<'p>,
+}
+
+impl Rows<'_> {
+    /// Keys, values and queries of some tokens.
+    fn of(&self, tokens: Range<usize>) -> (&[f32], &[f32], &[f32]) {
+        let part = |width: usize| tokens.start * width..tokens.end * width;
+        let (of_keys, of_queries) = (part(self.of_keys), part(self.of_queries));
+        let Projected { keys, values, queries, .. } = self.projected;
+        (&keys[of_keys.clone()], &values[of_keys], &queries[of_queries])
+    }
+}
+
+/// One token of each sequence after the other, those of all sequences side by side: each sees what it would see alone, to the
+/// bit. Returns how many tokens that were.
+fn attend_steps(
+    steps: &mut [Share],
+    (pool, l): (&Pool, usize),
+    rows: &Rows,
+    out: &mut [f32],
+) -> Result<usize, ForwardError> {
+    let most = steps.iter().map(|share| share.tokens.len()).max().unwrap_or(0);
+    let (mut queries, mut attended) = (vec![], vec![]);
+    for t in 0..most {
+        let (mut caches, mut places, mut first) = (vec![], vec![], 0);
+        queries.clear();
+        for Share { sequence, tokens, .. } in steps.iter_mut() {
+            if t < tokens.len() {
+                let (key, value, query) = rows.of(first + t..first + t + 1);
+                sequence.cache.append(pool, l, key, value)?;
+                queries.extend_from_slice(query);
+                caches.push(&mut sequence.cache);
+                places.push(first + t);
+            }
+            first += tokens.len();
+        }
+        attended.resize(queries.len(), 0.0);
+        attend_each(&mut caches, pool, l, &queries, &mut attended);
+        for (place, from) in places.into_iter().zip(attended.chunks_exact(rows.of_queries)) {
+            out[place * rows.of_queries..][..rows.of_queries].copy_from_slice(from);
+        }
+        caches.into_iter().for_each(|cache| cache.tend(l));
+    }
+    Ok(steps.iter().map(|share| share.tokens.len()).sum())
 }
 
 /// The most probable token; the first of equals.

@@ -5,7 +5,7 @@
 use crate::{ThreadArgs, calibrate, fetch};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use mosaickv_engine::Settings;
+use mosaickv_engine::{PrefixCache, Settings};
 use mosaickv_kv::{ByteCount, KvFormat, Layered};
 use mosaickv_model::{Model, Text};
 use mosaickv_server::{App, Metrics, Options, UnknownFields, serve as serve_connections};
@@ -67,6 +67,9 @@ pub struct ServeArgs {
     /// Requests that wait at a time; further ones get 429
     #[arg(long, env = "MOSAICKV_MAX_WAITING", default_value_t = 512, value_name = "REQUESTS")]
     max_waiting: u32,
+    /// Forget prompts when their answers are complete, instead of keeping them for requests that begin with the same tokens
+    #[arg(long, env = "MOSAICKV_NO_PREFIX_CACHE")]
+    no_prefix_cache: bool,
     /// Names of the model in requests; answers carry the first [default: the model's own]
     #[arg(long, short = 'a', visible_alias = "alias", env = "MOSAICKV_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', num_args = 1..)]
     served_model_name: Vec<String>,
@@ -206,6 +209,7 @@ impl ServeArgs {
             most_sequences: positive("--max-num-seqs", self.max_num_seqs)?,
             tokens_per_step: positive("--max-num-batched-tokens", self.max_num_batched_tokens)?,
             most_waiting: positive("--max-waiting", self.max_waiting)?,
+            prefix_cache: if self.no_prefix_cache { PrefixCache::Off } else { PrefixCache::On },
         })
     }
 

@@ -205,5 +205,6 @@ fn request(plan: &Plan, asked: &Asked, logprobs: Option<usize>, kv: KvFormat) ->
         },
         priority: plan.priority,
         grammar: None,
+        keep: None,
     }
 }

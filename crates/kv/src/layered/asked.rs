@@ -15,11 +15,11 @@ const STEP: usize = 8;
 /// Queries of one head, as bytes in the calibration's channels over spreads.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Asked {
-    positions: Vec<u32>,
+    pub(super) positions: Vec<u32>,
     /// `[N, R, D]`
-    bytes: Vec<i8>,
+    pub(super) bytes: Vec<i8>,
     /// `[N, R]`: what a byte's step stands for, and what makes a score the logarithm of an attention weight.
-    scales: Vec<[f32; 2]>,
+    pub(super) scales: Vec<[f32; 2]>,
 }
 
 impl Asked {

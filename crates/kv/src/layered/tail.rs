@@ -33,7 +33,7 @@ const SWAP_AFTER: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Closing {
     /// Tokens in the cache when it left.
-    since: usize,
+    pub(super) since: usize,
     heads: Vec<Leaving>,
     drop: Dropping,
     /// What the heads' tails get.
@@ -61,6 +61,11 @@ impl Closing {
         let (since, drop) = (first.tokens(), first.settings.drop);
         let heads = heads.iter_mut().map(LayeredHead::leave).collect();
         Some(Closing { since, heads, drop, stored: OnceLock::new() })
+    }
+
+    /// One whose work was done before.
+    pub(super) fn done(since: usize, stored: Vec<Segment>) -> Closing {
+        Closing { since, heads: vec![], drop: Dropping::default(), stored: OnceLock::from(stored) }
     }
 
     /// Does the work, or waits for the one who is at it; nothing if it is done.

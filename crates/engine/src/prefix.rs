@@ -1,0 +1,149 @@
+//! Which prompts have been read before? Their caches are kept as long as there are bytes, and who begins with the same tokens goes on
+//! from a clone, which shares the pages.
+//!
+//! How a prompt is compressed depends on all of it. So requests share a prefix only if their prompts, up to where they are
+//! compressed, are the same; what follows may differ, and an ended request's cache serves whoever goes on from all of its
+//! tokens. A request that finds its prefix gets to the bit what it would get without.
+
+use crate::memory::{Memory, Reservation};
+use crate::{Compute, Context, Kept};
+use mosaickv_kv::KvFormat;
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Prompts of fewer tokens are not kept: they are read as soon as found.
+pub(crate) const LEAST_TOKENS: usize = 256;
+
+/// A sequence that others may go on from.
+pub(crate) struct Prefix<S> {
+    pub(crate) kv: KvFormat,
+    /// All that it has read.
+    pub(crate) tokens: Vec<u32>,
+    /// The first of them that were compressed together.
+    pub(crate) prompt: usize,
+    pub(crate) sequence: S,
+    /// What follows its last token, `[vocab]`, if that was computed.
+    pub(crate) logits: Option<Vec<f32>>,
+    /// What it is a clone of, whose bytes are not counted again.
+    pub(crate) base: Option<Rc<Prefix<S>>>,
+    /// Of it and of nothing else.
+    pub(crate) bytes: usize,
+    pub(crate) reservation: Reservation,
+    /// Others hold copies as long as it must stay.
+    pub(crate) pin: Arc<()>,
+    /// When it was last gone on from.
+    pub(crate) used: Cell<u64>,
+}
+
+impl<S> Prefix<S> {
+    /// For somebody outside of the engine, as long as whom it stays.
+    pub(crate) fn kept<C: Compute<Sequence = S>>(&self, compute: &C) -> Kept {
+        let context = Context {
+            kv: self.kv,
+            tokens: self.tokens.clone(),
+            prompt: self.prompt,
+            logits: self.logits.clone(),
+            cache: compute.cache(&self.sequence),
+        };
+        let exact_bytes = compute.exact_bytes(self.tokens.len());
+        Kept { context, bytes: compute.bytes(&self.sequence, None), exact_bytes, _pin: self.pin.clone() }
+    }
+}
+
+/// Bytes of what follows a prefix.
+pub(crate) fn bytes_of_logits(logits: Option<&Vec<f32>>) -> usize {
+    logits.map_or(0, |logits| size_of_val(&**logits))
+}
+
+/// All of them, by what was compressed together.
+pub(crate) struct Prefixes<S> {
+    by_prompt: HashMap<u64, Vec<Rc<Prefix<S>>>>,
+    clock: u64,
+}
+
+impl<S> Default for Prefixes<S> {
+    fn default() -> Prefixes<S> {
+        Prefixes { by_prompt: HashMap::new(), clock: 0 }
+    }
+}
+
+fn key(kv: KvFormat, prompt: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (kv.to_string(), prompt).hash(&mut hasher);
+    hasher.finish()
+}
+
+impl<S> Prefixes<S> {
+    /// The longest one whose tokens `tokens` begin with, of a prompt of the first `prompt` of them, that `serves`.
+    pub(crate) fn find(
+        &mut self,
+        (kv, tokens, prompt): (KvFormat, &[u32], usize),
+        serves: impl Fn(&Prefix<S>) -> bool,
+    ) -> Option<Rc<Prefix<S>>> {
+        let known = self.by_prompt.get(&key(kv, &tokens[..prompt]))?;
+        let fits = |prefix: &&Rc<Prefix<S>>| {
+            prefix.kv == kv && prefix.prompt == prompt && tokens.starts_with(&prefix.tokens) && serves(prefix)
+        };
+        let longest = known.iter().filter(fits).max_by_key(|prefix| prefix.tokens.len())?;
+        self.clock += 1;
+        longest.used.set(self.clock);
+        Some(longest.clone())
+    }
+
+    /// Takes one in, which was just used; if the same one is there already, its bytes are free again.
+    pub(crate) fn insert(&mut self, memory: &mut Memory, prefix: Prefix<S>) -> Rc<Prefix<S>> {
+        let same = self.find((prefix.kv, &prefix.tokens, prefix.prompt), |other| {
+            other.tokens.len() == prefix.tokens.len() && (other.logits.is_some() || prefix.logits.is_none())
+        });
+        if let Some(same) = same {
+            memory.release(prefix.reservation);
+            return same;
+        }
+        self.clock += 1;
+        prefix.used.set(self.clock);
+        let prefix = Rc::new(prefix);
+        let key = key(prefix.kv, &prefix.tokens[..prefix.prompt]);
+        self.by_prompt.entry(key).or_default().push(prefix.clone());
+        prefix
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Rc<Prefix<S>>> {
+        self.by_prompt.values().flatten()
+    }
+
+    /// Bytes that can be had by dropping those that neither `held` ones nor anybody outside needs.
+    pub(crate) fn droppable<'s>(&'s self, held: impl Iterator<Item = &'s Rc<Prefix<S>>>) -> usize {
+        let pinned = self.all().filter(|prefix| Arc::strong_count(&prefix.pin) > 1);
+        let mut needed = HashSet::new();
+        for prefix in held.chain(pinned) {
+            let mut next = Some(prefix);
+            while let Some(prefix) = next {
+                needed.insert(Rc::as_ptr(prefix));
+                next = prefix.base.as_ref();
+            }
+        }
+        self.all().filter(|prefix| !needed.contains(&Rc::as_ptr(prefix))).map(|prefix| prefix.bytes).sum()
+    }
+
+    /// Drops the one that was not used for longest, of those that nobody needs; `false` if there is none.
+    pub(crate) fn drop_one(&mut self, memory: &mut Memory) -> bool {
+        let is_free =
+            |prefix: &&Rc<Prefix<S>>| Rc::strong_count(prefix) == 1 && Arc::strong_count(&prefix.pin) == 1;
+        let Some(oldest) = self.all().filter(is_free).min_by_key(|prefix| prefix.used.get()).cloned() else {
+            return false;
+        };
+        let key = key(oldest.kv, &oldest.tokens[..oldest.prompt]);
+        if let Some(all) = self.by_prompt.get_mut(&key) {
+            all.retain(|prefix| !Rc::ptr_eq(prefix, &oldest));
+            if all.is_empty() {
+                self.by_prompt.remove(&key);
+            }
+        }
+        let oldest = Rc::into_inner(oldest).expect("nobody else has it");
+        memory.release(oldest.reservation);
+        true
+    }
+}
