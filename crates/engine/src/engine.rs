@@ -4,7 +4,7 @@ use crate::memory::{Memory, Reservation};
 use crate::prefix::{self, Prefix, Prefixes};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
-use crate::{Compute, Context, End, Event, Figures, Kept, Reading, Request};
+use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
 use mosaickv_model::Part;
 use std::cell::Cell;
 use std::cmp::Reverse;
@@ -373,7 +373,7 @@ impl<C: Compute> Engine<C> {
         let sequence = self.compute.adopt(cache)?;
         let bytes = self.compute.bytes(&sequence, None) + prefix::bytes_of_logits(logits.as_ref());
         let reservation = self.reserve(bytes).ok_or_else(|| self.why_no_room(bytes))?;
-        let (pin, used) = (Arc::default(), Cell::default());
+        let (pin, used) = (Pin::default(), Cell::default());
         let prefix =
             Prefix { kv, tokens, prompt, sequence, logits, base: None, bytes, reservation, pin, used };
         Ok(self.prefixes.insert(&mut self.memory, prefix).kept(&self.compute))

@@ -23,7 +23,7 @@ pub use sample::{Sampling, log_probabilities};
 pub use service::{Figures, Service, Ticket};
 
 use mosaickv_kv::{KvCache, KvFormat};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// What someone wants to have continued.
@@ -74,7 +74,7 @@ pub struct Context {
     pub cache: KvCache,
 }
 
-/// A context that stays in the engine as long as this or a clone of it lives: requests that begin with its tokens go on from it.
+/// A context that stays in the engine as long as its pin does: requests that begin with its tokens go on from it.
 #[derive(Clone, Debug)]
 pub struct Kept {
     /// Which it is. Its pages are shared with the engine's.
@@ -83,7 +83,35 @@ pub struct Kept {
     pub bytes: usize,
     /// Bytes that they would take as f16.
     pub exact_bytes: usize,
-    _pin: Arc<()>,
+    /// Why it stays.
+    pub pin: Pin,
+}
+
+/// As long as this or a clone of it lives, a context stays in the engine.
+#[derive(Clone, Debug, Default)]
+pub struct Pin(Arc<()>);
+
+/// Tells whether a context is still in the engine, which may drop it.
+#[derive(Clone, Debug)]
+pub struct WeakPin(Weak<()>);
+
+impl Pin {
+    /// Without keeping it there.
+    pub fn downgrade(&self) -> WeakPin {
+        WeakPin(Arc::downgrade(&self.0))
+    }
+
+    /// Whether nobody else has one.
+    pub(crate) fn is_alone(&self) -> bool {
+        Arc::strong_count(&self.0) == 1
+    }
+}
+
+impl WeakPin {
+    /// Keeps the context there, if it still is.
+    pub fn upgrade(&self) -> Option<Pin> {
+        self.0.upgrade().map(Pin)
+    }
 }
 
 impl Request {

@@ -6,13 +6,12 @@
 //! tokens. A request that finds its prefix gets to the bit what it would get without.
 
 use crate::memory::{Memory, Reservation};
-use crate::{Compute, Context, Kept};
+use crate::{Compute, Context, Kept, Pin};
 use mosaickv_kv::KvFormat;
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
-use std::sync::Arc;
 
 /// Prompts of fewer tokens are not kept: they are read as soon as found.
 pub(crate) const LEAST_TOKENS: usize = 256;
@@ -32,8 +31,8 @@ pub(crate) struct Prefix<S> {
     /// Of it and of nothing else.
     pub(crate) bytes: usize,
     pub(crate) reservation: Reservation,
-    /// Others hold copies as long as it must stay.
-    pub(crate) pin: Arc<()>,
+    /// Others hold clones as long as it must stay.
+    pub(crate) pin: Pin,
     /// When it was last gone on from.
     pub(crate) used: Cell<u64>,
 }
@@ -49,7 +48,7 @@ impl<S> Prefix<S> {
             cache: compute.cache(&self.sequence),
         };
         let exact_bytes = compute.exact_bytes(self.tokens.len());
-        Kept { context, bytes: compute.bytes(&self.sequence, None), exact_bytes, _pin: self.pin.clone() }
+        Kept { context, bytes: compute.bytes(&self.sequence, None), exact_bytes, pin: self.pin.clone() }
     }
 }
 
@@ -116,7 +115,7 @@ impl<S> Prefixes<S> {
 
     /// Bytes that can be had by dropping those that neither `held` ones nor anybody outside needs.
     pub(crate) fn droppable<'s>(&'s self, held: impl Iterator<Item = &'s Rc<Prefix<S>>>) -> usize {
-        let pinned = self.all().filter(|prefix| Arc::strong_count(&prefix.pin) > 1);
+        let pinned = self.all().filter(|prefix| !prefix.pin.is_alone());
         let mut needed = HashSet::new();
         for prefix in held.chain(pinned) {
             let mut next = Some(prefix);
@@ -130,8 +129,7 @@ impl<S> Prefixes<S> {
 
     /// Drops the one that was not used for longest, of those that nobody needs; `false` if there is none.
     pub(crate) fn drop_one(&mut self, memory: &mut Memory) -> bool {
-        let is_free =
-            |prefix: &&Rc<Prefix<S>>| Rc::strong_count(prefix) == 1 && Arc::strong_count(&prefix.pin) == 1;
+        let is_free = |prefix: &&Rc<Prefix<S>>| Rc::strong_count(prefix) == 1 && prefix.pin.is_alone();
         let Some(oldest) = self.all().filter(is_free).min_by_key(|prefix| prefix.used.get()).cloned() else {
             return false;
         };

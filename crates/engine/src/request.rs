@@ -5,7 +5,9 @@ use crate::memory::{Memory, Reservation};
 use crate::prefix::{Prefix, Prefixes, bytes_of_logits};
 use crate::sample::Sampler;
 use crate::schedule::{Lag, STEPS_TOGETHER};
-use crate::{Bill, Compute, End, Event, Figures, Keep, PromptLogprobs, Request, Token, log_probabilities};
+use crate::{
+    Bill, Compute, End, Event, Figures, Keep, Pin, PromptLogprobs, Request, Token, log_probabilities,
+};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Wanted;
 use std::cell::Cell;
@@ -357,7 +359,7 @@ impl<S> Running<S> {
             base: None,
             bytes,
             reservation,
-            pin: Arc::default(),
+            pin: Pin::default(),
             used: Cell::default(),
         };
         let prefix = prefixes.insert(memory, prefix);
@@ -435,7 +437,7 @@ impl<S> Running<S> {
                     base,
                     bytes,
                     reservation,
-                    pin: Arc::default(),
+                    pin: Pin::default(),
                     used: Cell::default(),
                 };
                 prefixes.insert(memory, prefix);

@@ -207,6 +207,11 @@ fn weights_digest(path: &Path) -> Result<Vec<u8>> {
     Ok(sha.finalize().to_vec())
 }
 
+/// The same for people, as hexadecimal digits.
+pub fn weights_name(path: &Path) -> Result<String> {
+    Ok(hex(&weights_digest(path)?, 32))
+}
+
 /// A digest of the beginnings and lengths of the model's files.
 pub fn files_digest(path: &Path) -> Result<String> {
     const MOST: u64 = 1 << 20;

@@ -76,6 +76,9 @@ pub struct ServeArgs {
     /// What `mosaickv calibrate` wrote, for the layered format [default: learnt once from texts in this program]
     #[arg(long, value_name = "FILE", env = "MOSAICKV_CALIBRATION")]
     calibration: Option<PathBuf>,
+    /// The folder for contexts that are saved, which is made if it is not there [default: contexts are in memory alone]
+    #[arg(long, visible_alias = "slot-save-path", env = "MOSAICKV_CONTEXTS", value_name = "FOLDER")]
+    contexts: Option<PathBuf>,
     #[command(flatten)]
     threads: ThreadArgs,
     #[command(flatten)]
@@ -156,8 +159,9 @@ async fn run(args: &ServeArgs, options: Options, settings: Settings, path: PathB
         let (app, kv, threads) = (app.clone(), args.kv, args.threads.count());
         let calibration = args.calibration.clone();
         move || -> Result<()> {
+            let weights = calibrate::weights_name(&path)?;
             let (model, text) = load((&path, calibration.as_deref()), threads, kv)?;
-            app.load(Arc::new(model), text, threads, settings);
+            app.load((Arc::new(model), weights), text, threads, settings);
             Ok(())
         }
     });
@@ -217,6 +221,10 @@ impl ServeArgs {
         let clients = &self.clients;
         let most_tokens = self.max_model_len.map(|tokens| tokens as usize);
         ensure!(most_tokens != Some(0), "--max-model-len is 0; wanted at least 1");
+        if let Some(folder) = &self.contexts {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make the folder {} for saved contexts", folder.display()))?;
+        }
         Ok(Options {
             names: self.names()?,
             kv: self.kv,
@@ -232,6 +240,7 @@ impl ServeArgs {
             request_timeout: clients.request_timeout,
             shutdown_timeout: clients.shutdown_timeout,
             allow_origins: clients.allow_origin.clone(),
+            contexts: self.contexts.clone(),
             ..Options::default()
         })
     }

@@ -8,7 +8,7 @@ use crate::job::{Caller, Job};
 use crate::kv::KvReport;
 use crate::plan::Plan;
 use crate::reply::{Timings, Usage};
-use mosaickv_engine::{Bill, PromptLogprobs, Request};
+use mosaickv_engine::{Bill, Pin, PromptLogprobs, Request};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Text;
 use std::collections::VecDeque;
@@ -26,13 +26,15 @@ pub struct Order {
     pub logprobs: Option<usize>,
     /// What restricts each answer, if anything does.
     pub restriction: Option<Restriction>,
+    /// Why what the prompts go on from stays in memory.
+    pub pin: Option<Pin>,
 }
 
 /// A prompt.
 pub struct Asked {
     /// Its tokens.
     pub tokens: Vec<u32>,
-    /// Tokens of it that are read before compression; the others are given one by one.
+    /// Tokens of it that are read before compression; the others are read through what is compressed.
     pub read: usize,
     /// Most tokens to be answered.
     pub most_tokens: usize,
@@ -58,6 +60,15 @@ pub struct Tally {
     pub output_tokens: usize,
     /// The engine's bills of those that ended.
     pub bills: Vec<Bill>,
+    /// Of each prompt, the tokens that no answer to it had to read, as far as answers have ended.
+    pub cached: Vec<Option<usize>>,
+}
+
+impl Tally {
+    /// Tokens of prompts that had been read before.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached.iter().flatten().sum()
+    }
 }
 
 /// The answers of a request while they are made.
@@ -82,7 +93,7 @@ impl Answering {
         caller: Caller,
         order: Order,
     ) -> Result<Answering, ApiError> {
-        let Order { prompts, plan, kv, logprobs, restriction } = order;
+        let Order { prompts, plan, kv, logprobs, restriction, pin } = order;
         let most = loaded.settings.most_waiting.max(1);
         if prompts.len().saturating_mul(plan.choices) > most {
             let message = format!(
@@ -108,10 +119,10 @@ impl Answering {
         Ok(Answering {
             app: app.clone(),
             loaded: loaded.clone(),
-            job: Job::submit(app, loaded, caller, requests)?,
+            job: Job::submit(app, loaded, (caller, pin), requests)?,
             choices,
             opening,
-            tally: Tally { prompt_tokens, ..Tally::default() },
+            tally: Tally { prompt_tokens, cached: vec![None; prompts.len()], ..Tally::default() },
             kv,
             with_report: plan.with_report,
         })
@@ -136,6 +147,9 @@ impl Answering {
         if let Some((finish, bill)) = &delta.finish {
             self.tally.output_tokens += choice.sampled();
             self.tally.bills.push(*bill);
+            let of_prompt = self.choices.len() / self.tally.cached.len();
+            let cached = &mut self.tally.cached[index / of_prompt];
+            *cached = Some(cached.unwrap_or(usize::MAX).min(bill.cached_tokens));
             self.app.meters().finished(*finish, bill, self.job.elapsed());
         }
         Ok(Some((index, delta)))
@@ -158,7 +172,7 @@ impl Answering {
 
     /// What keys and values took, unless the request wants no report.
     pub fn kv_report(&self) -> Option<KvReport> {
-        self.with_report.then(|| KvReport::new(self.kv, &self.tally.bills))
+        self.with_report.then(|| KvReport::new(self.kv, &self.tally.bills, self.tally.cached_tokens()))
     }
 }
 

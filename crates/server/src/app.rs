@@ -1,13 +1,16 @@
 //! What do all requests share? The options, the model once it is loaded, the figures, and whether the server is about to end.
 
+use crate::contexts::Contexts;
 use crate::grammar::{GrammarSource, Unusable};
 use crate::meters::Meters;
+use crate::saved::{Home, Identity};
 use crate::slots::Slots;
 use crate::tools::Dialect;
 use mosaickv_engine::{Service, Settings};
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Model, Text};
+use mosaickv_model::{Model, Text, calibrate};
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -41,6 +44,8 @@ pub struct Options {
     pub keep_alive: Duration,
     /// Origins whose web pages may ask; `*` for any.
     pub allow_origins: Vec<String>,
+    /// The folder that saved contexts are in; without one they are in memory alone.
+    pub contexts: Option<PathBuf>,
 }
 
 /// Who may read the metrics.
@@ -76,6 +81,7 @@ impl Default for Options {
             shutdown_timeout: Duration::from_secs(30),
             keep_alive: Duration::from_secs(10),
             allow_origins: vec![],
+            contexts: None,
         }
     }
 }
@@ -94,6 +100,8 @@ pub struct Loaded {
     pub vocab: usize,
     /// How it does tools.
     pub dialect: Dialect,
+    /// What saved contexts must fit.
+    pub home: Home,
     /// What restricts its answers, or why nothing can.
     pub grammars: Result<GrammarSource, Unusable>,
 }
@@ -108,6 +116,7 @@ struct Shared {
     loaded: OnceLock<Arc<Loaded>>,
     meters: Meters,
     slots: Slots,
+    contexts: Contexts,
     /// Requests that a drain waits for.
     running: TaskTracker,
     is_draining: AtomicBool,
@@ -123,29 +132,47 @@ impl App {
     pub fn new(options: Options) -> App {
         assert!(!options.names.is_empty(), "a model without a name cannot be asked for");
         let meters = Meters::new(&options.names[0]);
+        let contexts = Contexts::new(options.contexts.clone());
         App(Arc::new(Shared {
             options,
             created: now(),
             loaded: OnceLock::new(),
             meters,
             slots: Slots::default(),
+            contexts,
             running: TaskTracker::new(),
             is_draining: AtomicBool::new(false),
             noted: Mutex::default(),
         }))
     }
 
-    /// From now on this model answers, on `threads` threads. A second call changes nothing.
-    pub fn load(&self, model: Arc<Model>, text: Text, threads: usize, settings: Settings) {
+    /// From now on this model answers, on `threads` threads. `weights` is a digest of its weights, or whatever else tells its
+    /// saved contexts from another model's. A second call changes nothing.
+    pub fn load(
+        &self,
+        (model, weights): (Arc<Model>, String),
+        text: Text,
+        threads: usize,
+        settings: Settings,
+    ) {
         self.0.loaded.get_or_init(|| {
             let context = self.0.options.most_tokens.unwrap_or(usize::MAX).min(model.context());
             let vocab = model.config.vocab;
+            let calibration = model.calibration.as_deref().map(calibrate::digest);
+            let home = Home {
+                identity: Identity { weights, calibration },
+                shape: model.kv_shape(),
+                calibration: model.calibration.clone(),
+                vocab,
+                kv_memory: settings.kv_memory,
+            };
+            self.0.contexts.look(&home);
             let service = Service::start(model, threads, settings);
             let (dialect, grammars) = (Dialect::of(&text), GrammarSource::new(&text));
             if let Err(why) = &grammars {
                 tracing::warn!("answers cannot be restricted: {why}");
             }
-            Arc::new(Loaded { text, service, settings, context, vocab, dialect, grammars })
+            Arc::new(Loaded { text, service, settings, context, vocab, dialect, home, grammars })
         });
     }
 
@@ -175,6 +202,10 @@ impl App {
 
     pub(crate) fn slots(&self) -> &Slots {
         &self.0.slots
+    }
+
+    pub(crate) fn contexts(&self) -> &Contexts {
+        &self.0.contexts
     }
 
     /// While the token lives a drain waits.

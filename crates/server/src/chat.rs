@@ -4,12 +4,14 @@ use crate::answer::{Answering, Asked, Echo, Order};
 use crate::app::{App, Loaded, now};
 use crate::body::{JsonObject, Reader};
 use crate::choice::Delta;
+use crate::contexts::Held;
 use crate::error::{ApiError, ErrorBody};
 use crate::fields::{ChatOnly, ChatRequest, Common};
 use crate::grammar::{Restriction, Wanted};
 use crate::job::Caller;
 use crate::plan::{Delivery, MOST_LOGPROBS, Plan, within};
 use crate::reply::{AssistantMessage, ChatChoice, ChatDelta, ChatLogprobs, ChatPiece, Finish, Reply};
+use crate::saved::Source;
 use crate::stream::{Begun, Complete, Head, Shape};
 use crate::tools::{CallReader, Piece, Tools, conversation, read_answer};
 use crate::understand::{Arrival, aside};
@@ -17,6 +19,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
+use mosaickv_kv::Layered;
 use mosaickv_model::{Ending, Text};
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -58,10 +61,20 @@ fn begin(
     let least = within("max_tokens", common.max_tokens, 1..=usize::MAX)?;
     common.max_tokens =
         within("max_completion_tokens", chat.max_completion_tokens, 1..=usize::MAX)?.or(least);
-    let (plan, kv) = app.plan(loaded, headers, &common)?;
+    let (plan, kv, held) = app.plan(loaded, headers, &common)?;
     let tools = Tools::from_request(object)?;
-    let mut tokens = prompt(app, loaded, &chat, tools.as_ref())?;
+    let (mut tokens, read) = match &held {
+        Some(held) => after(app, loaded, chat.clone(), (tools.as_ref(), held))?,
+        None => {
+            let tokens = prompt(app, loaded, &chat, tools.as_ref())?;
+            let read = boundary(app, loaded, &chat, (tools.as_ref(), &tokens))?;
+            (tokens, read)
+        }
+    };
+    let length = tokens.len();
     let most_tokens = plan.fit(&mut tokens, usize::MAX, loaded.context)?;
+    // What is cut off at the front takes the boundary with it.
+    let read = if tokens.len() == length { read } else { tokens.len() };
     let head = Head {
         id: format!("chatcmpl-{}", Uuid::new_v4().simple()),
         object: if plan.delivery == Delivery::Whole { "chat.completion" } else { "chat.completion.chunk" },
@@ -73,9 +86,9 @@ fn begin(
     let restriction = restriction(loaded, object, &common, tools.as_ref())?;
     let shape = ChatShape::new(loaded, tools, logprobs.is_some(), &plan);
     let delivery = plan.delivery;
-    let read = tokens.len();
     let prompts = vec![Asked { tokens, read, most_tokens, echo: Echo::Off }];
-    let order = Order { prompts, plan, kv, logprobs, restriction };
+    let pin = held.map(|held| held.pin);
+    let order = Order { prompts, plan, kv, logprobs, restriction, pin };
     Ok(Begun { answering: Answering::begin(app, loaded, caller, order)?, head, shape, delivery, unread })
 }
 
@@ -112,6 +125,59 @@ pub fn prompt(
         );
     }
     Ok(encoded.tokens)
+}
+
+/// The tokens of a conversation that goes on from a context, and how many of them were compressed together there.
+fn after(
+    app: &App,
+    loaded: &Loaded,
+    mut chat: ChatOnly,
+    (tools, held): (Option<&Tools>, &Held),
+) -> Result<(Vec<u32>, usize), ApiError> {
+    let Source::Messages(first) = &held.named.source else {
+        let message = "The context is of a text; go on from it with POST /v1/completions.";
+        return Err(ApiError::invalid("kv.context", message));
+    };
+    let later = chat.messages.take().unwrap_or_default();
+    chat.messages = Some(first.iter().cloned().chain(later).collect());
+    let tokens = prompt(app, loaded, &chat, tools)?;
+    if !tokens.starts_with(&held.tokens) || tokens.len() == held.tokens.len() {
+        let message = "The conversation does not begin with the context's tokens: the chat template writes the first messages \
+                       otherwise when others follow, or tools or template variables change them.";
+        return Err(ApiError::invalid("kv.context", message));
+    }
+    Ok((tokens, held.named.prompt))
+}
+
+/// Up to where a conversation is compressed together: the end of its first messages that have enough tokens. What follows is read
+/// through what is compressed. So all conversations that begin with these messages share them, and a later turn goes on
+/// from the one before.
+fn boundary(
+    app: &App,
+    loaded: &Loaded,
+    chat: &ChatOnly,
+    (tools, tokens): (Option<&Tools>, &[u32]),
+) -> Result<usize, ApiError> {
+    let messages = chat.messages.as_deref().unwrap_or_default();
+    if tokens.len() < Layered::LEAST_TOKENS {
+        return Ok(tokens.len());
+    }
+    for count in 1..messages.len() {
+        let first = ChatOnly {
+            messages: Some(messages[..count].to_vec()),
+            // An answer that followed began where one is begun now.
+            add_generation_prompt: Some(messages[count]["role"] == "assistant"),
+            continue_final_message: None,
+            chat_template_kwargs: chat.chat_template_kwargs.clone(),
+            ..ChatOnly::default()
+        };
+        // Not every template takes the first messages alone.
+        let Ok(first) = prompt(app, loaded, &first, tools) else { continue };
+        if first.len() >= Layered::LEAST_TOKENS && first.len() < tokens.len() && tokens.starts_with(&first) {
+            return Ok(first.len());
+        }
+    }
+    Ok(tokens.len())
 }
 
 fn logprobs(chat: &ChatOnly) -> Result<Option<usize>, ApiError> {

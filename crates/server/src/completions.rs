@@ -5,6 +5,7 @@ use crate::app::{App, Loaded, now};
 use crate::body::{JsonObject, Reader};
 use crate::chat::restriction;
 use crate::choice::Delta;
+use crate::contexts::Held;
 use crate::error::{ApiError, ErrorBody};
 use crate::fields::{Common, CompletionOnly, CompletionRequest, Prompt};
 use crate::grammar::Wanted;
@@ -57,8 +58,8 @@ fn begin(
     let common: Common = reader.read()?;
     let fields: CompletionOnly = reader.read()?;
     let unread = reader.unread(app)?;
-    let (plan, kv) = app.plan(loaded, headers, &common)?;
-    let prompts = prompts(loaded, &fields, &plan)?;
+    let (plan, kv, held) = app.plan(loaded, headers, &common)?;
+    let prompts = prompts(loaded, &fields, &plan, held.as_ref())?;
     let logprobs = within("logprobs", fields.logprobs, 0..=MOST_LOGPROBS)?;
     let restriction = restriction(loaded, object, &common, None)?;
     let each = |asked: &Asked| vec![asked.tokens.clone(); plan.choices];
@@ -74,7 +75,8 @@ fn begin(
         prompt_token_ids: None,
     };
     let delivery = plan.delivery;
-    let order = Order { prompts, plan, kv, logprobs, restriction };
+    let pin = held.map(|held| held.pin);
+    let order = Order { prompts, plan, kv, logprobs, restriction, pin };
     Ok(Begun { answering: Answering::begin(app, loaded, caller, order)?, head, shape, delivery, unread })
 }
 
@@ -82,9 +84,15 @@ fn begin(
 type Given = (Vec<u32>, Option<String>);
 
 /// The prompts' tokens.
-fn prompts(loaded: &Loaded, fields: &CompletionOnly, plan: &Plan) -> Result<Vec<Asked>, ApiError> {
+fn prompts(
+    loaded: &Loaded,
+    fields: &CompletionOnly,
+    plan: &Plan,
+    held: Option<&Held>,
+) -> Result<Vec<Asked>, ApiError> {
     let missing = || ApiError::invalid("prompt", "prompt is missing or empty; wanted a text or token ids.");
-    let adds = fields.add_special_tokens.unwrap_or(true);
+    // What goes on from a context is no beginning.
+    let adds = fields.add_special_tokens.unwrap_or(held.is_none());
     let texts = |texts: &[String]| -> Result<Vec<Given>, ApiError> {
         texts.iter().map(|text| Ok((encode(&loaded.text, text, adds)?, Some(text.clone())))).collect()
     };
@@ -97,15 +105,18 @@ fn prompts(loaded: &Loaded, fields: &CompletionOnly, plan: &Plan) -> Result<Vec<
     if prompts.is_empty() {
         return Err(missing());
     }
-    prompts.into_iter().map(|prompt| asked(loaded, fields, plan, prompt)).collect()
+    prompts.into_iter().map(|prompt| asked(loaded, fields, (plan, held), prompt)).collect()
 }
 
 fn asked(
     loaded: &Loaded,
     fields: &CompletionOnly,
-    plan: &Plan,
+    (plan, held): (&Plan, Option<&Held>),
     (mut tokens, written): Given,
 ) -> Result<Asked, ApiError> {
+    if let Some(held) = held {
+        tokens.splice(0..0, held.tokens.iter().copied());
+    }
     if tokens.is_empty() {
         return Err(ApiError::invalid("prompt", "The prompt is empty; it needs at least one token."));
     }
@@ -117,6 +128,7 @@ fn asked(
     let before = tokens.len();
     let most_tokens = plan.fit(&mut tokens, DEFAULT_TOKENS, loaded.context)?;
     let read = match fields.score_from {
+        None if tokens.len() == before => held.map_or(tokens.len(), |held| held.named.prompt),
         None => tokens.len(),
         Some(from) if (1..tokens.len()).contains(&from) => from,
         Some(from) => {
@@ -128,7 +140,7 @@ fn asked(
         }
     };
     let echo = match fields.echo.unwrap_or(false) {
-        true => Echo::On(written.filter(|_| before == tokens.len())),
+        true => Echo::On(written.filter(|_| before == tokens.len() && held.is_none())),
         false => Echo::Off,
     };
     Ok(Asked { tokens, read, most_tokens, echo })

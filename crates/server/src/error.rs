@@ -4,6 +4,7 @@
 //! tell a client library whether to try again.
 
 use crate::grammar::Invalid;
+use crate::saved::SavedError;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use mosaickv_engine::Refused;
@@ -156,6 +157,41 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message)
             .with_code("shutting_down")
             .with_retry(RETRY_AFTER_DRAIN)
+    }
+
+    /// A saved context that is not there.
+    pub fn no_context(name: &str, param: &str) -> ApiError {
+        let message =
+            format!("There is no context {name:?}; GET /v1/kv/contexts lists those that there are.");
+        ApiError::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
+            .with_param(param)
+            .with_code("context_not_found")
+    }
+
+    /// A name that is taken.
+    pub fn conflict(param: &str, message: String) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, "invalid_request_error", message)
+            .with_param(param)
+            .with_code("already_exists")
+    }
+
+    /// A context for which there are no bytes while others are in use, or kept.
+    pub fn no_room(message: String) -> ApiError {
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message)
+            .with_code("kv_memory_full")
+            .with_retry(RETRY_AFTER)
+    }
+
+    /// A context that could not be written or deleted.
+    pub fn unsaved(name: &str, error: &SavedError) -> ApiError {
+        ApiError::internal(&format!("The file of the context {name} cannot be written or deleted: {error}"))
+    }
+
+    /// A context whose file is of no use.
+    pub fn unreadable(name: &str, error: &SavedError) -> ApiError {
+        ApiError::internal(&format!(
+            "The context {name} cannot be used: {error}; delete it and make it again"
+        ))
     }
 
     /// What this server does not do.

@@ -211,4 +211,6 @@ pub struct KvFields {
     pub select: Option<String>,
     /// Whether the answer says what was stored; it does unless this is false.
     pub report: Option<bool>,
+    /// The context that the prompt goes on from, as POST /v1/kv/contexts named it.
+    pub context: Option<String>,
 }

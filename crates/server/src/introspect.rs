@@ -99,12 +99,33 @@ pub async fn slots(State(app): State<App>) -> Result<Json<Vec<SlotState>>, ApiEr
     Ok(Json(app.slots().list(loaded.settings.most_sequences, loaded.context)))
 }
 
-/// Saving, restoring and erasing slots is not there.
+/// Saving, restoring and erasing slots is not there; contexts can be kept under names.
 #[utoipa::path(post, path = "/slots/{id}",
     params(("id" = String, Path, description = "The slot"), ("action" = Option<String>, Query, description = "What to do")),
     responses((status = 501, description = "Not supported", body = ErrorBody)))]
 pub async fn slot_action() -> ApiError {
-    ApiError::unsupported("Saving, restoring or erasing a slot")
+    ApiError::unsupported("Saving, restoring or erasing a slot, in place of which there is /v1/kv/contexts,")
+}
+
+/// What vLLM tells of its tokenizer, which lm-eval asks for.
+#[utoipa::path(get, path = "/tokenizer_info", responses(
+    (status = 200, description = "Special tokens and chat template", body = Object),
+    (status = "5XX", description = "A server that cannot answer now", body = ErrorBody),
+))]
+pub async fn tokenizer_info(State(app): State<App>) -> Result<Json<Value>, ApiError> {
+    let loaded = app.ready()?;
+    let text = &loaded.text;
+    let name = |id: Option<u32>| id.and_then(|id| text.tokenizer().id_to_token(id));
+    let eos = name(text.eos().first().copied());
+    Ok(Json(json!({
+        "tokenizer_class": "MosaicKV",
+        "bos_token": name(text.bos()),
+        "eos_token": eos,
+        // Nothing is padded here; clients want one all the same.
+        "pad_token": eos,
+        "chat_template": text.template().unwrap_or_default(),
+        "model_max_length": loaded.context,
+    })))
 }
 
 /// What gateways want to know of a server that they may send requests to.

@@ -5,7 +5,7 @@
 use crate::app::{App, Loaded};
 use crate::error::ApiError;
 use crate::slots::Slot;
-use mosaickv_engine::{Event, Request, Ticket};
+use mosaickv_engine::{Event, Pin, Request, Ticket};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -19,6 +19,7 @@ pub struct Job {
     left: usize,
     start: Instant,
     _running: TaskTrackerToken,
+    _pin: Option<Pin>,
 }
 
 struct Running {
@@ -56,7 +57,7 @@ impl Job {
     pub fn submit(
         app: &App,
         loaded: &Loaded,
-        caller: Caller,
+        (caller, pin): (Caller, Option<Pin>),
         requests: Vec<Request>,
     ) -> Result<Job, ApiError> {
         let (send, events) = mpsc::unbounded_channel();
@@ -75,7 +76,8 @@ impl Job {
             });
         }
         let left = answers.len();
-        Ok(Job { app: app.clone(), events, answers, left, start: caller.start, _running: caller.running })
+        let (app, start, _running) = (app.clone(), caller.start, caller.running);
+        Ok(Job { app, events, answers, left, start, _running, _pin: pin })
     }
 
     /// The next event of any answer; `None` when all have ended.

@@ -53,6 +53,16 @@ pub fn choose(
     suffix.map_or(Ok(default), |suffix| parse(suffix, "model"))
 }
 
+/// The format of a context that a request goes on from; the request may ask for no other.
+pub fn of_context(asked: KvFormat, default: KvFormat, context: KvFormat) -> Result<KvFormat, ApiError> {
+    if asked == context || asked == default {
+        return Ok(context);
+    }
+    let message =
+        format!("The context is kept as {context}, and the request asks for {asked}; leave that out.");
+    Err(ApiError::invalid(JSON.format, message))
+}
+
 /// What the fields of a [`KvFields`] are called where they come from.
 struct Names {
     format: &'static str,
@@ -128,8 +138,8 @@ pub struct KvReport {
 }
 
 impl KvReport {
-    /// Of answers with these bills.
-    pub fn new(format: KvFormat, bills: &[Bill]) -> KvReport {
+    /// Of answers with these bills, to prompts of which so many tokens were there before.
+    pub fn new(format: KvFormat, bills: &[Bill], cached_tokens: usize) -> KvReport {
         let stored_bytes: usize = bills.iter().map(|bill| bill.kv_bytes).sum();
         let exact_bytes: usize = bills.iter().map(|bill| bill.exact_bytes).sum();
         let read: f64 = bills.iter().map(|bill| bill.read_bytes_per_step).sum();
@@ -140,7 +150,7 @@ impl KvReport {
             ratio: if stored_bytes == 0 { 1.0 } else { exact_bytes as f64 / stored_bytes as f64 },
             read_bytes_per_step: read / bills.len().max(1) as f64,
             compress_seconds: bills.iter().map(|bill| bill.compress.as_secs_f64()).sum(),
-            cached_tokens: 0,
+            cached_tokens,
         }
     }
 }

@@ -39,12 +39,14 @@ struct SampledMeters {
     running: Gauge,
     waiting: Gauge,
     usage: Gauge,
-    bytes: [Gauge; 3],
+    bytes: [Gauge; 4],
     exact_bytes: Gauge,
     read_bytes: Counter,
     prompt_tokens: Counter,
     output_tokens: Counter,
     preemptions: Counter,
+    prefix_queries: Counter,
+    prefix_hits: Counter,
 }
 
 /// Makes meters with the label that all of them have.
@@ -91,18 +93,14 @@ impl Maker<'_> {
     }
 
     fn sampled(&self) -> SampledMeters {
-        // There is no prefix cache yet: nothing is looked up, and dashboards find both at 0.
-        self.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
-            .absolute(0);
-        self.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.").absolute(0);
         SampledMeters {
             running: self.gauge("vllm:num_requests_running", "Requests with a cache."),
             waiting: self.gauge("vllm:num_requests_waiting", "Requests that wait for theirs."),
             usage: self.gauge(
                 "vllm:kv_cache_usage_perc",
-                "Share of the bytes for keys and values that is reserved.",
+                "Share of the bytes for keys and values that is reserved for what nobody may drop.",
             ),
-            bytes: ["allocated", "reserved", "budget"].map(|part| self.bytes(part)),
+            bytes: ["allocated", "reserved", "budget", "prefixes"].map(|part| self.bytes(part)),
             exact_bytes: self.gauge(
                 "mosaickv_kv_bytes_exact_equivalent",
                 "Bytes that the tokens of all caches would take as f16.",
@@ -111,6 +109,10 @@ impl Maker<'_> {
                 .counter("mosaickv_kv_bytes_read_total", "Bytes of keys and values that attention read."),
             prompt_tokens: self.counter("vllm:prompt_tokens_total", "Prompt tokens read."),
             output_tokens: self.counter("vllm:generation_tokens_total", "Tokens sampled."),
+            prefix_queries: self
+                .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+            prefix_hits: self
+                .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
             preemptions: self
                 .counter("vllm:num_preemptions_total", "Requests that lost their caches and read again."),
         }
@@ -168,8 +170,9 @@ impl Meters {
         let (meters, figures) = (&self.sampled, figures.unwrap_or_default());
         meters.running.set(figures.running as f64);
         meters.waiting.set(figures.waiting as f64);
-        meters.usage.set(figures.kv_reserved as f64 / figures.kv_budget.max(1) as f64);
-        let bytes = [figures.kv_allocated, figures.kv_reserved, figures.kv_budget];
+        let needed = figures.kv_reserved - figures.kv_droppable;
+        meters.usage.set(needed as f64 / figures.kv_budget.max(1) as f64);
+        let bytes = [figures.kv_allocated, figures.kv_reserved, figures.kv_budget, figures.kv_prefixes];
         for (gauge, bytes) in meters.bytes.iter().zip(bytes) {
             gauge.set(bytes as f64);
         }
@@ -178,6 +181,8 @@ impl Meters {
         meters.prompt_tokens.absolute(figures.prompt_tokens);
         meters.output_tokens.absolute(figures.output_tokens);
         meters.preemptions.absolute(figures.preemptions);
+        meters.prefix_queries.absolute(figures.prefix_queries);
+        meters.prefix_hits.absolute(figures.prefix_hits);
         self.handle.render()
     }
 

@@ -105,7 +105,7 @@ impl Usage {
             prompt_tokens: tally.prompt_tokens,
             completion_tokens: tally.output_tokens,
             total_tokens: tally.prompt_tokens + tally.output_tokens,
-            prompt_tokens_details: PromptTokensDetails::default(),
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: tally.cached_tokens() },
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::{chat, completions, guard, introspect, models, tokenize};
+use crate::{chat, completions, contexts, guard, introspect, models, tokenize};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
@@ -81,6 +81,8 @@ fn described() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(api)
         .routes(routes!(chat::chat_completions))
         .routes(routes!(completions::completions))
+        .routes(routes!(contexts::create_context, contexts::contexts))
+        .routes(routes!(contexts::context, contexts::delete_context))
         .routes(routes!(models::models))
         .routes(routes!(models::model))
         .routes(routes!(tokenize::tokenize))
@@ -92,6 +94,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(introspect::props))
         .routes(routes!(introspect::slots))
         .routes(routes!(introspect::slot_action))
+        .routes(routes!(introspect::tokenizer_info))
         .routes(routes!(introspect::server_info))
 }
 
@@ -110,7 +113,7 @@ fn cors(origins: &[String]) -> CorsLayer {
         ["x-request-id", "x-kv-ratio", "x-ignored-params", "x-should-retry"].map(HeaderName::from_static);
     CorsLayer::new()
         .allow_origin(origin)
-        .allow_methods([Method::GET, Method::POST])
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers(asked.collect::<Vec<_>>())
         .expose_headers(told)
 }

@@ -1,6 +1,7 @@
 //! Which model, which format, what plan? What chat and text completions do alike before they look at their prompts.
 
 use crate::app::{App, Loaded};
+use crate::contexts::Held;
 use crate::error::ApiError;
 use crate::fields::Common;
 use crate::job::Caller;
@@ -57,16 +58,26 @@ impl App {
         }
     }
 
-    /// What these fields and headers ask for.
+    /// What these fields and headers ask for, and the context that they go on from.
     pub(crate) fn plan(
         &self,
         loaded: &Loaded,
         headers: &HeaderMap,
         common: &Common,
-    ) -> Result<(Plan, KvFormat), ApiError> {
+    ) -> Result<(Plan, KvFormat, Option<Held>), ApiError> {
         let suffix = self.known_model(common.model.as_deref())?;
-        let format = kv::choose(common.kv.as_ref(), headers, suffix, self.options().kv)?;
-        Ok((Plan::new(common, loaded)?, format))
+        let default = self.options().kv;
+        let format = kv::choose(common.kv.as_ref(), headers, suffix, default)?;
+        let plan = Plan::new(common, loaded)?;
+        let Some(name) = common.kv.as_ref().and_then(|kv| kv.context.as_ref()) else {
+            return Ok((plan, format, None));
+        };
+        if plan.truncate_prompt.is_some() {
+            let message = "A prompt that goes on from a context cannot be truncated at its front.";
+            return Err(ApiError::invalid("truncate_prompt_tokens", message));
+        }
+        let held = self.contexts().hold(loaded, name)?;
+        Ok((plan, kv::of_context(format, default, held.named.kv)?, Some(held)))
     }
 }
 

@@ -81,7 +81,7 @@ impl Server {
     pub fn start(options: Options, settings: Settings) -> Server {
         let server = Server::without_model(options);
         let (model, text) = tiny();
-        server.app.load(Arc::new(model), text, 1, settings);
+        server.app.load((Arc::new(model), "tiny".to_owned()), text, 1, settings);
         server
     }
 
@@ -90,7 +90,7 @@ impl Server {
         let server = Server::without_model(options);
         let (mut model, text) = tiny();
         model.config.context = 2048;
-        server.app.load(Arc::new(model), text, 1, settings);
+        server.app.load((Arc::new(model), "tiny".to_owned()), text, 1, settings);
         server
     }
 

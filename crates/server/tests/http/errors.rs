@@ -276,6 +276,6 @@ fn a_model_that_loads() {
     assert_eq!(server.get("/version").json()["version"], env!("CARGO_PKG_VERSION"));
     assert!(server.get("/metrics").body.contains("vllm:num_requests_waiting{model_name=\"model\"} 0"));
     let (model, text) = crate::common::tiny();
-    server.app.load(std::sync::Arc::new(model), text, 1, Settings::default());
+    server.app.load((std::sync::Arc::new(model), "tiny".to_owned()), text, 1, Settings::default());
     assert_eq!(server.get("/health").json(), json!({"status": "ok"}));
 }

@@ -80,6 +80,18 @@ fn tokens_in_both_dialects() {
 }
 
 #[test]
+fn what_a_tokenizer_knows() {
+    let server = Server::plain();
+    let info = server.get("/tokenizer_info").json();
+    for name in ["bos_token", "eos_token", "pad_token"] {
+        assert!(info[name].is_string() || info[name].is_null(), "{info}");
+    }
+    assert!(info["eos_token"].as_str().is_some_and(|token| !token.is_empty()), "{info}");
+    assert!(info["chat_template"].as_str().unwrap().contains("messages"), "{info}");
+    assert_eq!(info["model_max_length"], 256);
+}
+
+#[test]
 fn metrics_count_what_was_answered() {
     let server = Server::plain();
     let body = json!({"prompt": "Hi", "max_tokens": 5, "ignore_eos": true, "n": 2});
@@ -98,7 +110,7 @@ fn metrics_count_what_was_answered() {
     is(&format!("vllm:prompt_tokens_total{label}"), 2.0 * prompt);
     is(&format!("vllm:generation_tokens_total{label}"), 10.0);
     is(&format!("vllm:num_preemptions_total{label}"), 0.0);
-    is(&format!("vllm:prefix_cache_queries_total{label}"), 0.0);
+    is(&format!("vllm:prefix_cache_queries_total{label}"), 2.0 * prompt);
     is(&format!("vllm:prefix_cache_hits_total{label}"), 0.0);
     is("vllm:request_success_total{model_name=\"model\",finished_reason=\"length\"}", 2.0);
     is("vllm:request_success_total{model_name=\"model\",finished_reason=\"stop\"}", 0.0);
@@ -188,6 +200,9 @@ fn a_description_of_all_that_is_served() {
         "/slots",
         "/slots/{id}",
         "/server_info",
+        "/tokenizer_info",
+        "/v1/kv/contexts",
+        "/v1/kv/contexts/{name}",
     ] {
         assert!(paths.contains_key(path), "{path}");
     }

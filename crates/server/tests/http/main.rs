@@ -3,6 +3,8 @@
 mod chat;
 mod common;
 mod completions;
+mod contexts;
 mod errors;
 mod introspect;
 mod life;
+mod storm;
