@@ -85,7 +85,7 @@ pub enum Refused {
     /// The prompt can't be held, even alone.
     #[error(
         "the prompt's keys and values need {needed} bytes while it is read, but all caches together may take {budget}; \
-         shorten the prompt, or start the server with a larger --kv-memory"
+         shorten the prompt, or start the server with a larger --kv-memory or with --prefill-kv compressed"
     )]
     Budget {
         /// Bytes that it needs.
@@ -246,7 +246,8 @@ impl<C: Compute> Engine<C> {
 
     fn end(&mut self, index: usize, end: End) {
         let running = self.running.remove(index);
-        let prefixes = (self.settings.prefix_cache == PrefixCache::On).then_some(&mut self.prefixes);
+        let keeps = self.settings.prefix_cache == PrefixCache::On || running.active.keep.is_some();
+        let prefixes = keeps.then_some(&mut self.prefixes);
         self.farewells.push(running.end(&self.compute, &mut self.memory, prefixes, end));
     }
 
@@ -319,7 +320,9 @@ impl<C: Compute> Engine<C> {
             return;
         };
         self.done.prefix_hits += base.prompt as u64;
-        if let Some(keep) = active.keep.take() {
+        if base.tokens.len() == active.tokens.len()
+            && let Some(keep) = active.keep.take()
+        {
             keep(base.kept(&self.compute));
         }
         let mut running = Running::after(&self.compute, active, (base, sequence), reservation);
@@ -478,7 +481,9 @@ impl<C: Compute> Engine<C> {
     fn leave(&mut self, index: usize, logits: Option<Vec<f32>>) {
         let running = &mut self.running[index];
         let is_worth_it = running.active.speech.prompt >= prefix::LEAST_TOKENS;
-        let keep = running.active.keep.take();
+        // Who wants more than the prompt to be kept waits until it is read.
+        let is_all = running.active.speech.prompt == running.active.tokens.len();
+        let keep = if is_all { running.active.keep.take() } else { None };
         if keep.is_none() && !(is_worth_it && self.settings.prefix_cache == PrefixCache::On) {
             return;
         }

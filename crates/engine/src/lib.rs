@@ -30,8 +30,7 @@ use std::time::Duration;
 pub struct Request {
     /// Tokens that are read before compression; at least one.
     pub prompt: Vec<u32>,
-    /// Tokens that follow the prompt and are known: they are read through the compressed cache, each as if it came alone, and reported like those
-    /// that are sampled, with their log probabilities.
+    /// Tokens that follow the prompt and are known: they are read through the compressed cache, each as if it came alone.
     pub given: Vec<u32>,
     /// How keys and values are kept.
     pub kv: KvFormat,
@@ -46,7 +45,7 @@ pub struct Request {
     /// Of how many of the most probable tokens log probabilities are reported with each token; `None`: of none, and not of the
     /// token itself.
     pub logprobs: Option<usize>,
-    /// Whether the prompt's own tokens are reported too, with `logprobs`.
+    /// Which tokens that are known are reported too, with `logprobs`.
     pub prompt_logprobs: PromptLogprobs,
     /// Requests of a higher priority go first; of equals the one that came first.
     pub priority: i32,
@@ -134,14 +133,16 @@ impl Request {
     }
 }
 
-/// Whether the tokens of a prompt are reported.
+/// Which tokens that are known are reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PromptLogprobs {
-    /// They are not.
+    /// None.
     #[default]
     Off,
-    /// All but the first, each with its log probability after those before it, from the exact cache.
-    On,
+    /// Those given after the prompt, each with its log probability from the compressed cache.
+    Given,
+    /// These, and all of the prompt's but the first, with theirs from the exact cache.
+    All,
 }
 
 /// Which tokens may come next.

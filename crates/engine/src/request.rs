@@ -141,9 +141,9 @@ impl Active {
         tokens.extend(&request.given);
         let known = tokens.len();
         let reported = match (request.logprobs, request.prompt_logprobs) {
-            (Some(_), PromptLogprobs::On) => 1,
-            (Some(_), PromptLogprobs::Off) => prompt,
-            (None, _) => known,
+            (Some(_), PromptLogprobs::All) => 1,
+            (Some(_), PromptLogprobs::Given) => prompt,
+            (None, _) | (_, PromptLogprobs::Off) => known,
         };
         let speech = Speech {
             prompt,
@@ -405,7 +405,7 @@ impl<S> Running<S> {
         prefixes: Option<&mut Prefixes<S>>,
         end: End,
     ) -> Farewell {
-        let Running { active, sequence, base, mut reservation, read, inherited, compressed, .. } = self;
+        let Running { mut active, sequence, base, mut reservation, read, inherited, compressed, .. } = self;
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(compressed.0);
         let bill = Bill {
@@ -420,11 +420,14 @@ impl<S> Running<S> {
         };
         let bytes = compute.bytes(&sequence, base.as_ref().map(|base| &base.sequence));
         let is_whole = matches!(end, End::Stop | End::Length | End::Cancelled);
-        let is_new = base.as_ref().is_some_and(|base| read > base.tokens.len());
+        let keep = active.keep.take().filter(|_| read == active.tokens.len());
+        let is_wanted = keep.is_some() || base.is_some();
+        let is_new = read > base.as_ref().map_or(active.speech.prompt, |base| base.tokens.len());
         match prefixes {
             Some(prefixes)
                 if is_whole
                     && is_new
+                    && is_wanted
                     && active.kv.clones_go_on()
                     && memory.resize(&mut reservation, bytes) =>
             {
@@ -440,7 +443,10 @@ impl<S> Running<S> {
                     pin: Pin::default(),
                     used: Cell::default(),
                 };
-                prefixes.insert(memory, prefix);
+                let prefix = prefixes.insert(memory, prefix);
+                if let Some(keep) = keep {
+                    keep(prefix.kept(compute));
+                }
             }
             _ => {
                 drop((sequence, base));

@@ -5,10 +5,11 @@ mod common;
 
 use common::{SMOLLM2, smollm2};
 use mosaickv_engine::{
-    Compute, End, Engine, Event, ModelCompute, Reading, Request, Sampling, Service, Settings, Token,
+    Bill, Compute, Context, End, Engine, Event, Kept, ModelCompute, PrefixCache, PromptLogprobs, Reading,
+    Request, Sampling, Service, Settings, Token,
 };
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat};
+use mosaickv_kv::{Background, KvCache, KvFormat};
 use mosaickv_model::calibrate::calibrate;
 use mosaickv_model::{Model, Part, Wanted};
 use std::sync::atomic::AtomicBool;
@@ -41,7 +42,11 @@ fn answers(model: &Model, settings: Settings, which: &[usize]) -> (Vec<Vec<Token
             0 => request(all[..600].to_vec(), "packed", 70),
             1 => request(all[200..530].to_vec(), "exact", 60),
             2 => Request { sampling: warm, ..request(all[900..1000].to_vec(), "q8_0", 50) },
-            _ => Request { given: all[710..725].to_vec(), ..request(all[300..710].to_vec(), "exact", 20) },
+            _ => Request {
+                given: all[710..725].to_vec(),
+                prompt_logprobs: PromptLogprobs::Given,
+                ..request(all[300..710].to_vec(), "exact", 20)
+            },
         };
         let told = told.clone();
         let emit = Box::new(move |event| told.lock().unwrap().push(event));
@@ -181,4 +186,81 @@ fn a_dropped_ticket_cancels_and_a_stop_ends_all() {
     assert!(refused(request(tokens(10), "exact", 1)).unwrap().contains("stopped"));
     assert_eq!((service.figures().running, service.figures().kv_reserved), (0, 0));
     drop(kept);
+}
+
+type Answer = (Vec<Token>, Bill);
+
+/// Submits a request, and runs until it has ended.
+fn answer(engine: &mut Engine<ModelCompute>, request: Request) -> Answer {
+    let told: Arc<Mutex<Vec<Event>>> = Arc::default();
+    let to = told.clone();
+    engine.submit(request, Box::new(move |event| to.lock().unwrap().push(event)), Arc::default());
+    while engine.step() {}
+    let events = std::mem::take(&mut *told.lock().unwrap());
+    let (last, tokens) = events.split_last().unwrap();
+    let Event::Ended(End::Length, bill) = last else { panic!("{last:?}") };
+    let tokens = tokens.iter().map(|event| match event {
+        Event::Sampled(token) => token.clone(),
+        other => panic!("{other:?}"),
+    });
+    (tokens.collect(), *bill)
+}
+
+/// To the bit, with probabilities: after a prompt that somebody else read, after a conversation's turn before, and after a context that was
+/// written down.
+#[test]
+fn what_was_read_before_changes_nothing() {
+    let Some((mut model, text)) = smollm2() else { return };
+    let pool = Pool::new(2);
+    let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
+    model.calibration = Some(Arc::new(calibrate(&model, &pool, &[document], &mut |_, _| ()).unwrap()));
+    let all = tokens(2300);
+    let engine = |prefix_cache| {
+        let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
+        Engine::new(compute, Settings { prefix_cache, ..Settings::default() }, Arc::default())
+    };
+    for (kv, length) in [("exact", 300), ("packed", 500), ("kivi4", 300), ("layered", 2100)] {
+        let (prompt, question) = (all[..length].to_vec(), all[length..length + 90].to_vec());
+        let ask = |given: &[u32]| Request { given: given.to_vec(), ..request(prompt.clone(), kv, 30) };
+        let (mut without, mut with) = (engine(PrefixCache::Off), engine(PrefixCache::On));
+        let (first, bill) = answer(&mut with, ask(&[]));
+        assert_eq!(bill.cached_tokens, 0);
+        assert_eq!(answer(&mut without, ask(&[])).0, first, "{kv}");
+        let (again, bill) = answer(&mut with, ask(&[]));
+        assert_eq!((again, bill.cached_tokens), (first.clone(), length), "{kv}: the same again");
+        let want = answer(&mut without, ask(&question)).0;
+        let (got, bill) = answer(&mut with, ask(&question));
+        assert_eq!((got, bill.cached_tokens), (want.clone(), length), "{kv}: another question");
+        let turn: Vec<u32> = first.iter().map(|token| token.id).chain(question.iter().copied()).collect();
+        let (got, bill) = answer(&mut with, ask(&turn));
+        let read = if kv == "packed" { length } else { length + 29 };
+        assert_eq!(bill.cached_tokens, read, "{kv}");
+        assert_eq!(got, answer(&mut without, ask(&turn)).0, "{kv}: the next turn");
+        if kv.parse::<KvFormat>().unwrap().can_be_saved() {
+            let restored = restored(&model, keep(&mut without, ask(&[])));
+            let mut other = engine(PrefixCache::On);
+            let _kept = other.restore(restored).unwrap();
+            let (got, bill) = answer(&mut other, ask(&question));
+            assert_eq!((got, bill.cached_tokens), (want, length), "{kv}: from what was written");
+        }
+    }
+}
+
+/// The request's prompt, kept.
+fn keep(engine: &mut Engine<ModelCompute>, request: Request) -> Kept {
+    let kept: Arc<Mutex<Option<Kept>>> = Arc::default();
+    let to = kept.clone();
+    let keep: mosaickv_engine::Keep = Box::new(move |it| *to.lock().unwrap() = Some(it));
+    answer(engine, Request { keep: Some(keep), most_tokens: 0, logprobs: None, ..request });
+    let kept = kept.lock().unwrap().take();
+    kept.expect("nothing was kept")
+}
+
+/// A context as another process reads it.
+fn restored(model: &Model, kept: Kept) -> Context {
+    let mut bytes = vec![];
+    kept.context.cache.write(&mut bytes).unwrap();
+    let (shape, kv) = (model.kv_shape(), kept.context.kv);
+    let cache = KvCache::read(&bytes, shape, kv, model.calibration.clone()).unwrap();
+    Context { cache, ..kept.context }
 }

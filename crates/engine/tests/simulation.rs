@@ -260,7 +260,7 @@ impl World {
         let request = Request {
             given: given.clone(),
             logprobs: prompt_logprobs.then_some(2),
-            prompt_logprobs: if prompt_logprobs { PromptLogprobs::On } else { PromptLogprobs::Off },
+            prompt_logprobs: if prompt_logprobs { PromptLogprobs::All } else { PromptLogprobs::Off },
             ..request(prompt.clone(), most)
         };
         let told = events.clone();
@@ -455,7 +455,7 @@ fn a_conversation_that_goes_on_is_not_read_again() {
     assert_eq!(answer(&mut world, request(prompt.clone(), 1)).1.cached_tokens, 700);
     // Who wants to hear of the prompt's tokens must have them read.
     let reported =
-        Request { logprobs: Some(0), prompt_logprobs: PromptLogprobs::On, ..request(prompt.clone(), 1) };
+        Request { logprobs: Some(0), prompt_logprobs: PromptLogprobs::All, ..request(prompt.clone(), 1) };
     assert_eq!(answer(&mut world, reported).1.cached_tokens, 0);
     // A longer prompt is compressed otherwise.
     let longer = [&prompt[..], &[1]].concat();

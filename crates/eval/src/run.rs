@@ -25,6 +25,8 @@ pub struct Run<'a> {
     pub formats: &'a [KvFormat],
     /// Of activations where they meet quantized weights.
     pub precision: Precision,
+    /// Tokens of a prompt after which it is compressed, if it has more; the others are read through what is compressed.
+    pub most_exact: Option<usize>,
     /// Where the time went so far.
     pub times: Times,
 }
@@ -43,17 +45,24 @@ pub struct Times {
 impl<'a> Run<'a> {
     /// Nothing run yet; activations of 8 bits, as models are served.
     pub fn new(model: &'a Model, text: &'a Text, pool: &'a Pool, formats: &'a [KvFormat]) -> Run<'a> {
-        Run { model, text, pool, formats, precision: Precision::EightBits, times: Times::default() }
+        let (precision, times) = (Precision::EightBits, Times::default());
+        Run { model, text, pool, formats, precision, most_exact: None, times }
     }
 
     /// Lets every format answer the sample greedily: one row a format, in their order. They go on in step with each
     /// other, so that the weights are read once for all of them.
     pub fn answers(&mut self, sample: &Sample) -> Result<Vec<Row>, EvalError> {
         let prompt = self.prompt(sample)?;
-        let (exact, logits) = self.read(&prompt)?;
+        let (first, rest) = prompt.split_at(prompt.len().min(self.most_exact.unwrap_or(usize::MAX)));
+        let (exact, logits) = self.read(first)?;
         let mut answers = Vec::with_capacity(self.formats.len());
         for &format in self.formats {
-            answers.push(Answering::new(format, self.fork(&exact, format, None)?, greedy(&logits)));
+            let mut fork = self.fork(&exact, format, None)?;
+            let next = match rest {
+                [] => greedy(&logits),
+                rest => self.go_on(&mut fork, rest)?,
+            };
+            answers.push(Answering::new(format, fork, next));
         }
         drop(exact);
         let start = Instant::now();
@@ -121,6 +130,14 @@ impl<'a> Run<'a> {
         let logits = exact.prefill(prompt, &mut |_, _| ())?;
         self.times.prefill += start.elapsed();
         Ok((exact, logits))
+    }
+
+    /// Reads the rest of a prompt, through what is compressed: the token that follows.
+    fn go_on(&mut self, fork: &mut Sequence<'a>, rest: &[u32]) -> Result<u32, EvalError> {
+        let start = Instant::now();
+        let logits = fork.prefill(rest, &mut |_, _| ())?;
+        self.times.prefill += start.elapsed();
+        Ok(greedy(&logits))
     }
 
     /// A copy that is compressed, in all layers or in one.

@@ -7,6 +7,7 @@ mod report;
 mod ruler;
 
 use crate::calibrate::{files_digest, hex, load_for};
+use crate::prefill::PrefillKv;
 use crate::{ModelArgs, fetch};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -55,6 +56,10 @@ struct RunArgs {
     /// KV formats to compare, separated by commas, such as exact,layered,layered:4,packed,q8_0,kivi4,snapkv
     #[arg(long, default_value = "exact,layered", value_name = "FORMATS")]
     kv: KvFormats,
+    /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096
+    /// tokens, and the rest through what is compressed
+    #[arg(long, default_value = "exact", value_name = "WHAT")]
+    prefill_kv: PrefillKv,
     /// Where results go, one JSON object a line; an interrupted run goes on from there
     /// [default: eval-SUITE-DIGEST.jsonl]
     #[arg(short, long, value_name = "FILE")]
@@ -87,6 +92,12 @@ impl RunArgs {
         Ok(Loaded { model, text, pool, name })
     }
 
+    /// Formats that are compared on a loaded model.
+    fn run<'a>(&self, loaded: &'a Loaded, formats: &'a [KvFormat]) -> Run<'a> {
+        let run = Run::new(&loaded.model, &loaded.text, &loaded.pool, formats);
+        Run { most_exact: self.prefill_kv.tokens(), ..run }
+    }
+
     /// The formats, with `exact` before them if it is missing: answers are paired with its answers.
     fn paired(&self) -> Vec<KvFormat> {
         let mut formats = self.kv.0.clone();
@@ -112,6 +123,9 @@ impl RunArgs {
             && let Some(calibration) = &loaded.model.calibration
         {
             options.insert("calibration".to_owned(), calibrate::digest(calibration)[..16].to_owned());
+        }
+        if self.prefill_kv != PrefillKv::Exact {
+            options.insert("prefill".to_owned(), self.prefill_kv.to_string());
         }
         Settings {
             suite: suite.to_owned(),

@@ -7,14 +7,17 @@ mod bench;
 mod bill;
 mod budget;
 mod calibrate;
+mod config;
 mod demo;
 mod eval;
 mod fetch;
 mod inspect;
+mod prefill;
 mod serve;
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
 use mosaickv_kernels::isa::ISA_VARIABLE;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::KvFormat;
@@ -54,6 +57,14 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Show which strategy each segment of a document got, or which bits each page
     Inspect(inspect::InspectArgs),
+    /// Print what a shell needs to complete commands and flags
+    #[command(after_help = "Examples:\n  \
+        mosaickv completions bash > ~/.local/share/bash-completion/completions/mosaickv\n  \
+        mosaickv completions zsh > ~/.zfunc/_mosaickv")]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
 }
 
 #[derive(Args)]
@@ -124,7 +135,16 @@ impl ThreadArgs {
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).without_time().init();
-    let cli = Cli::parse_from(std::env::args_os().map(serve::long_flag));
+    let arguments: Vec<_> = std::env::args_os().map(serve::long_flag).collect();
+    let command = match config::with_defaults(Cli::command(), &arguments) {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let cli =
+        Cli::from_arg_matches(&command.get_matches_from(arguments)).unwrap_or_else(|error| error.exit());
     if let Err(error) = check_isa() {
         eprintln!("error: {error:#}");
         return ExitCode::from(2);
@@ -137,6 +157,10 @@ fn main() -> ExitCode {
         Command::Eval(command) => eval::eval(&command),
         Command::Calibrate(args) => calibrate::command(&args),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "mosaickv", &mut io::stdout());
+            Ok(())
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,7 @@
 //!
 //! The socket is there before the model: while it loads, /health says so.
 
+use crate::prefill::PrefillKv;
 use crate::{ThreadArgs, calibrate, fetch};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -25,9 +26,13 @@ const CONNECTION_THREADS: usize = 2;
 #[command(after_help = "Examples:\n  \
     mosaickv serve smollm2-135m\n  \
     mosaickv serve ./model.gguf --kv layered:8 --kv-memory 8GiB --max-num-seqs 32 --api-key-file keys.txt\n  \
+    mosaickv serve --config server.toml\n  \
     mosaickv serve ./Qwen3-0.6B --host 0.0.0.0 --port 80 --api-key secret --allow-origin https://chat.example\n  \
     curl http://127.0.0.1:8000/v1/completions -d '{\"prompt\": \"Three rivers:\", \"kv\": {\"format\": \"layered:6\"}}'")]
 pub struct ServeArgs {
+    /// A TOML file with flags as keys, such as kv-memory = "8GiB"; flags and the environment go before it
+    #[arg(long, env = "MOSAICKV_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
     /// A GGUF file, a safetensors folder, smollm2-135m, gemma3-270m, or, built with --features hub, owner/name:file
     #[arg(env = "MOSAICKV_MODEL")]
     model: String,
@@ -43,6 +48,10 @@ pub struct ServeArgs {
     /// Bytes that the keys and values of all requests may take together: 4GiB, 900MB
     #[arg(long, env = "MOSAICKV_KV_MEMORY", default_value = "4GiB", value_name = "BYTES")]
     kv_memory: ByteCount,
+    /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096
+    /// tokens, and the rest through what is compressed, in a fraction of the bytes
+    #[arg(long, env = "MOSAICKV_PREFILL_KV", default_value = "exact", value_name = "WHAT")]
+    prefill_kv: PrefillKv,
     /// Most tokens of prompt and answer [default: the model's context]
     #[arg(
         long,
@@ -229,6 +238,7 @@ impl ServeArgs {
             names: self.names()?,
             kv: self.kv,
             most_tokens,
+            most_exact: self.prefill_kv.tokens(),
             api_keys: clients.keys()?,
             metrics: if clients.open_metrics { Metrics::Open } else { Metrics::Guarded },
             unknown_fields: match clients.strict_params {

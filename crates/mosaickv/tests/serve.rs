@@ -39,14 +39,18 @@ impl Serving {
     }
 
     fn ask(&self, head: &str, body: &str) -> String {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
+        self.try_ask(head, body).unwrap()
+    }
+
+    fn try_ask(&self, head: &str, body: &str) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(&self.address)?;
         let key = "authorization: Bearer from-the-environment\r\nconnection: close";
         let head =
             format!("{head} HTTP/1.1\r\nhost: a\r\n{key}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
-        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(head.as_bytes())?;
         let mut reply = String::new();
-        stream.read_to_string(&mut reply).unwrap();
-        reply
+        stream.read_to_string(&mut reply)?;
+        Ok(reply)
     }
 
     fn signal(&self, name: &str) {
@@ -91,6 +95,86 @@ fn it_serves_until_it_is_told_to_end() {
     assert!(answer.contains("\"completion_tokens\":3") && answer.contains("\"model\":\"tiny\""), "{answer}");
     serving.signal("-TERM");
     serving.ends();
+}
+
+/// Flags out of a file: others that are typed, and those of the environment, go before them.
+#[test]
+fn a_file_has_the_flags() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("server.toml");
+    std::fs::write(
+        &file,
+        "kv-memory = \"77MB\"\nmax_num_seqs = 3\nserved-model-name = [\"one\", \"two\"]\nport = 1\n\
+                           api-key = \"not-this\"\nstrict-params = true\n",
+    )
+    .unwrap();
+    let serving = Serving::start(&["--config", file.to_str().unwrap()]);
+    let info = serving.ask("GET /server_info", "");
+    assert!(
+        info.contains("\"kv_memory_bytes\":77000000") && info.contains("\"max_running_requests\":3"),
+        "{info}"
+    );
+    assert!(info.contains("[\"one\",\"two\"]"), "{info}");
+    let refused = serving.ask("POST /v1/completions", "{\"prompt\":\"a\",\"nonsense\":1}");
+    assert!(refused.contains(" 400 ") && refused.contains("nonsense"), "{refused}");
+    for (text, words) in [
+        ("kv-memori = \"1GB\"", "there is no kv-memori"),
+        ("port = [1]", "of the type array"),
+        ("open-metrics = 3", "wanted true or false"),
+        ("port = \"many\"", "invalid value"),
+        ("port = ", "the configuration"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let done = Command::new(env!("CARGO_BIN_EXE_mosaickv"))
+            .args(["serve", "nothing", "--config"])
+            .arg(&file)
+            .output();
+        let done = done.unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(done.status.code() == Some(2) && said.contains(words), "{text}: {said}");
+    }
+}
+
+#[test]
+fn shells_can_complete_it() {
+    let done = Command::new(env!("CARGO_BIN_EXE_mosaickv")).args(["completions", "bash"]).output().unwrap();
+    let said = String::from_utf8(done.stdout).unwrap();
+    assert!(done.status.success() && said.contains("--kv-memory") && said.contains("complete"), "{said}");
+}
+
+/// Killed while it writes: what was saved before is there, and nothing that is not whole.
+#[test]
+fn a_server_that_is_killed_loses_no_context_that_was_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let body = |i: usize| format!("{{\"name\":\"c{i}\",\"prompt\":\"{}\"}}", "river ".repeat(20 + i % 20));
+    let mut saved = vec![];
+    for round in 0..4 {
+        let serving = Serving::start(&["--contexts", path]);
+        for i in &saved {
+            let asked = format!("{{\"prompt\":\" and\",\"max_tokens\":2,\"kv\":{{\"context\":\"c{i}\"}}}}");
+            let reply = serving.ask("POST /v1/completions", &asked);
+            assert!(reply.starts_with("HTTP/1.1 200"), "round {round}, c{i}: {reply}");
+        }
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| {
+                let mut made = vec![];
+                for i in round * 1000.. {
+                    // The connection breaks off when the server is killed.
+                    let Ok(reply) = serving.try_ask("POST /v1/kv/contexts", &body(i)) else { break };
+                    if !reply.starts_with("HTTP/1.1 201") {
+                        break;
+                    }
+                    made.push(i);
+                }
+                made
+            });
+            std::thread::sleep(Duration::from_millis(150 + 70 * round as u64));
+            serving.signal("-KILL");
+            saved.extend(writing.join().unwrap());
+        });
+    }
+    assert!(saved.len() > 4, "{saved:?}");
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub struct Asked {
     pub tokens: Vec<u32>,
     /// Tokens of it that are read before compression; the others are read through what is compressed.
     pub read: usize,
+    /// Whether log probabilities of those others are sent.
+    pub is_scored: bool,
     /// Most tokens to be answered.
     pub most_tokens: usize,
     /// Whether the answer begins with it.
@@ -183,20 +185,22 @@ fn open(
     logprobs: Option<usize>,
     text: &Text,
 ) -> Result<(Choice, Option<Delta>), ApiError> {
-    let Asked { tokens, read, .. } = asked;
+    let Asked { tokens, read, is_scored, .. } = asked;
     let has_entries = logprobs.is_some();
+    // Scored tokens come as events; of others the answer has nothing.
+    let before = if *is_scored && has_entries { &tokens[..*read] } else { &tokens[..] };
     if asked.echo == Echo::Off || tokens.is_empty() {
-        return Ok((Choice::new(plan, &tokens[..*read], has_entries), None));
+        return Ok((Choice::new(plan, before, has_entries), None));
     }
     if has_entries {
         let mut choice = Choice::new(plan, &[], has_entries);
         let delta = choice.first(text, tokens[0])?;
         return Ok((choice, Some(delta)));
     }
-    let mut choice = Choice::new(plan, &tokens[..*read], has_entries);
+    let mut choice = Choice::new(plan, before, has_entries);
     let echoed = match &asked.echo {
-        Echo::On(Some(written)) if *read == tokens.len() => written.clone(),
-        _ => text.decode(&tokens[..*read]).map_err(|error| ApiError::text("prompt", &error))?,
+        Echo::On(Some(written)) if before.len() == tokens.len() => written.clone(),
+        _ => text.decode(before).map_err(|error| ApiError::text("prompt", &error))?,
     };
     let delta = choice.echo(echoed);
     Ok((choice, Some(delta)))
@@ -214,7 +218,8 @@ fn request(plan: &Plan, asked: &Asked, logprobs: Option<usize>, kv: KvFormat) ->
         sampling: plan.sampling.clone(),
         logprobs,
         prompt_logprobs: match (&asked.echo, logprobs) {
-            (Echo::On(_), Some(_)) => PromptLogprobs::On,
+            (Echo::On(_), Some(_)) => PromptLogprobs::All,
+            _ if asked.is_scored => PromptLogprobs::Given,
             _ => PromptLogprobs::Off,
         },
         priority: plan.priority,

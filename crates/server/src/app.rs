@@ -26,6 +26,8 @@ pub struct Options {
     pub kv: KvFormat,
     /// Most tokens of prompt and answer, if fewer than the model's context.
     pub most_tokens: Option<usize>,
+    /// Tokens of a prompt after which it is compressed, if it has more: the others are read through what is compressed.
+    pub most_exact: Option<usize>,
     /// One of these must be sent; empty: none need be.
     pub api_keys: Vec<String>,
     /// Whether GET /metrics needs a key, if anything does.
@@ -72,6 +74,7 @@ impl Default for Options {
             names: vec!["model".to_owned()],
             kv: KvFormat::Exact,
             most_tokens: None,
+            most_exact: None,
             api_keys: vec![],
             metrics: Metrics::Guarded,
             unknown_fields: UnknownFields::Ignored,
@@ -194,6 +197,11 @@ impl App {
     /// The model, once it is there.
     pub fn loaded(&self) -> Option<&Arc<Loaded>> {
         self.0.loaded.get()
+    }
+
+    /// How many of a prompt's tokens are compressed together at most.
+    pub(crate) fn most_exact(&self, tokens: usize) -> usize {
+        self.0.options.most_exact.unwrap_or(usize::MAX).min(tokens)
     }
 
     pub(crate) fn meters(&self) -> &Meters {

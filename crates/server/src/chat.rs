@@ -75,6 +75,7 @@ fn begin(
     let most_tokens = plan.fit(&mut tokens, usize::MAX, loaded.context)?;
     // What is cut off at the front takes the boundary with it.
     let read = if tokens.len() == length { read } else { tokens.len() };
+    let read = app.most_exact(read);
     let head = Head {
         id: format!("chatcmpl-{}", Uuid::new_v4().simple()),
         object: if plan.delivery == Delivery::Whole { "chat.completion" } else { "chat.completion.chunk" },
@@ -86,7 +87,7 @@ fn begin(
     let restriction = restriction(loaded, object, &common, tools.as_ref())?;
     let shape = ChatShape::new(loaded, tools, logprobs.is_some(), &plan);
     let delivery = plan.delivery;
-    let prompts = vec![Asked { tokens, read, most_tokens, echo: Echo::Off }];
+    let prompts = vec![Asked { tokens, read, is_scored: false, most_tokens, echo: Echo::Off }];
     let pin = held.map(|held| held.pin);
     let order = Order { prompts, plan, kv, logprobs, restriction, pin };
     Ok(Begun { answering: Answering::begin(app, loaded, caller, order)?, head, shape, delivery, unread })

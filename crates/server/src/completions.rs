@@ -59,7 +59,7 @@ fn begin(
     let fields: CompletionOnly = reader.read()?;
     let unread = reader.unread(app)?;
     let (plan, kv, held) = app.plan(loaded, headers, &common)?;
-    let prompts = prompts(loaded, &fields, &plan, held.as_ref())?;
+    let prompts = prompts((app, loaded), &fields, &plan, held.as_ref())?;
     let logprobs = within("logprobs", fields.logprobs, 0..=MOST_LOGPROBS)?;
     let restriction = restriction(loaded, object, &common, None)?;
     let each = |asked: &Asked| vec![asked.tokens.clone(); plan.choices];
@@ -85,7 +85,7 @@ type Given = (Vec<u32>, Option<String>);
 
 /// The prompts' tokens.
 fn prompts(
-    loaded: &Loaded,
+    (app, loaded): (&App, &Loaded),
     fields: &CompletionOnly,
     plan: &Plan,
     held: Option<&Held>,
@@ -105,11 +105,11 @@ fn prompts(
     if prompts.is_empty() {
         return Err(missing());
     }
-    prompts.into_iter().map(|prompt| asked(loaded, fields, (plan, held), prompt)).collect()
+    prompts.into_iter().map(|prompt| asked((app, loaded), fields, (plan, held), prompt)).collect()
 }
 
 fn asked(
-    loaded: &Loaded,
+    (app, loaded): (&App, &Loaded),
     fields: &CompletionOnly,
     (plan, held): (&Plan, Option<&Held>),
     (mut tokens, written): Given,
@@ -143,7 +143,9 @@ fn asked(
         true => Echo::On(written.filter(|_| before == tokens.len() && held.is_none())),
         false => Echo::Off,
     };
-    Ok(Asked { tokens, read, most_tokens, echo })
+    let is_scored = fields.score_from.is_some();
+    let read = if is_scored { read } else { app.most_exact(read) };
+    Ok(Asked { tokens, read, is_scored, most_tokens, echo })
 }
 
 /// The tokens of a text to be continued, in which special tokens are what they are: whoever writes the whole prompt may write

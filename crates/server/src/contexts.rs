@@ -235,13 +235,15 @@ fn understand(
 async fn read(
     app: &App,
     loaded: &Arc<Loaded>,
-    tokens: Vec<u32>,
+    mut tokens: Vec<u32>,
     kv: KvFormat,
 ) -> Result<(Kept, Bill), ApiError> {
     let (keep, kept) = oneshot::channel();
     let (end, ended) = oneshot::channel();
     let keep: mosaickv_engine::Keep = Box::new(move |it| drop(keep.send(it)));
-    let request = Request { keep: Some(keep), ..Request::new(tokens, kv, 0) };
+    // Clones of other formats' caches that have read on are not what they were cloned from.
+    let given = if kv.clones_go_on() { tokens.split_off(app.most_exact(tokens.len())) } else { vec![] };
+    let request = Request { given, keep: Some(keep), ..Request::new(tokens, kv, 0) };
     let mut end = Some(end);
     let emit = move |event| {
         if let (Event::Ended(why, bill), Some(end)) = (event, end.take()) {

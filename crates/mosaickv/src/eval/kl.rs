@@ -1,6 +1,7 @@
 //! `mosaickv eval kl`: next-token distributions on texts, and on needles hidden in them.
 
 use super::{RunArgs, Work, digest, measure};
+use crate::prefill::PrefillKv;
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_eval::{Document, Layers, Run};
@@ -39,6 +40,12 @@ pub struct KlArgs {
 }
 
 pub fn kl(args: &KlArgs) -> Result<()> {
+    if args.run.prefill_kv != PrefillKv::Exact {
+        bail!(
+            "--prefill-kv {}: here --prefix says after how many tokens a text is compressed",
+            args.run.prefill_kv
+        );
+    }
     let texts = args.text.iter().map(|path| crate::read_document(path)).collect::<Result<Vec<_>>>()?;
     let names: Vec<String> =
         args.text.iter().map(|p| p.file_name().unwrap_or(p.as_os_str()).to_string_lossy().into()).collect();

@@ -60,7 +60,7 @@ pub fn longbench(args: &LongbenchArgs) -> Result<()> {
         rows_per_unit: formats.len(),
         unit: "samples",
     };
-    let mut run = Run::new(&loaded.model, &loaded.text, &loaded.pool, &formats);
+    let mut run = args.run.run(&loaded, &formats);
     measure(&work, &mut run, &mut |run, i| {
         let (group, index) = units[i];
         let (sample, _) = run.longbench(groups[group][index])?;

@@ -4,8 +4,8 @@ use super::{RunArgs, Work, digest, files_digest, in_turns, measure, say_missing,
 use crate::demo::DOCUMENT;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use mosaickv_eval::Sample;
 use mosaickv_eval::ruler::{self, Generator, Sources, Task};
-use mosaickv_eval::{Run, Sample};
 use mosaickv_model::Text;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -70,7 +70,7 @@ pub fn ruler(args: &RulerArgs) -> Result<()> {
         rows_per_unit: formats.len(),
         unit: "samples",
     };
-    let mut run = Run::new(&loaded.model, &loaded.text, &loaded.pool, &formats);
+    let mut run = args.run.run(&loaded, &formats);
     measure(&work, &mut run, &mut |run, i| {
         let (group, index) = units[i];
         let sample = origin.sample(group, index, &loaded.text)?;
