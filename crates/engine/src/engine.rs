@@ -282,7 +282,7 @@ impl<C: Compute> Engine<C> {
             };
             let Some(reservation) = reservation else {
                 let why = self.why_no_room(needed);
-                self.farewells.push(active.end(End::Failed(why)));
+                self.farewells.push(active.end(End::NoRoom(why)));
                 continue;
             };
             self.begin(active, found, reservation);
@@ -404,7 +404,7 @@ impl<C: Compute> Engine<C> {
                     last.active.tokens.len(),
                     self.memory.budget()
                 );
-                self.farewells.push(last.end(&self.compute, &mut self.memory, None, End::Failed(why)));
+                self.farewells.push(last.end(&self.compute, &mut self.memory, None, End::NoRoom(why)));
                 return;
             }
             self.done.preemptions += 1;

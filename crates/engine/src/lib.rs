@@ -188,6 +188,8 @@ pub enum End {
     Cancelled,
     /// The engine stopped before it was done.
     Shutdown,
+    /// It needs more bytes than there are, even alone: how many, and what to do.
+    NoRoom(String),
     /// What failed.
     Failed(String),
 }

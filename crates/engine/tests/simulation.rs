@@ -415,7 +415,7 @@ fn an_answer_that_outgrows_the_memory_alone_fails_with_words() {
     let events = events.lock().unwrap();
     assert!(events.len() > 500, "{} tokens", events.len());
     match events.last() {
-        Some(Event::Ended(End::Failed(why), _)) => assert!(why.contains("--kv-memory"), "{why}"),
+        Some(Event::Ended(End::NoRoom(why), _)) => assert!(why.contains("--kv-memory"), "{why}"),
         other => panic!("{other:?}"),
     }
     assert_eq!((world.live.get(), world.engine.figures().kv_reserved), (0, 0));
@@ -485,7 +485,7 @@ fn what_is_kept_stays_and_what_is_not_makes_room() {
     let kept_now = ends.iter().position(|end| *end != End::Length).expect("a memory without an end");
     assert!((2..30).contains(&kept_now), "{kept_now} were kept");
     match &ends[kept_now] {
-        End::Failed(why) => assert!(why.contains("saved contexts"), "{why}"),
+        End::NoRoom(why) => assert!(why.contains("saved contexts"), "{why}"),
         other => panic!("{other:?}"),
     }
     kept.lock().unwrap().clear();

@@ -148,6 +148,7 @@ impl Choice {
             (State::Stopped, _) | (State::Open, End::Stop) => Finish::Stop,
             (State::Open, End::Length) => Finish::Length,
             (_, End::Shutdown) => return Err(ApiError::draining()),
+            (_, End::NoRoom(why)) => return Err(ApiError::no_room(why)),
             (_, End::Failed(what)) => return Err(ApiError::internal(&format!("The model failed: {what}"))),
             (state, end) => {
                 return Err(ApiError::internal(&format!("An answer that is {state:?} ended as {end:?}")));

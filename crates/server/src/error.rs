@@ -175,11 +175,10 @@ impl ApiError {
             .with_code("already_exists")
     }
 
-    /// A context for which there are no bytes while others are in use, or kept.
+    /// What needs more bytes of keys and values than there are, or than saved contexts leave.
     pub fn no_room(message: String) -> ApiError {
-        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable_error", message)
+        ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "unavailable_error", message)
             .with_code("kv_memory_full")
-            .with_retry(RETRY_AFTER)
     }
 
     /// A context that could not be written or deleted.

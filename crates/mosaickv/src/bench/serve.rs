@@ -206,7 +206,7 @@ fn listen(
                     left -= 1;
                     done();
                 }
-                Event::Ended(End::Failed(why), _) => bail!("a request failed: {why}"),
+                Event::Ended(End::Failed(why) | End::NoRoom(why), _) => bail!("a request failed: {why}"),
                 other => bail!("a request ended before its time: {other:?}"),
             }
         }
