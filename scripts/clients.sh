@@ -1,5 +1,6 @@
 #!/bin/sh
-# Do clients that others wrote get what they expect of `mosaickv serve`? The openai Python SDK and schemathesis.
+# Do clients that others wrote get what they expect of `mosaickv serve`? The openai Python SDK, lm-eval, a gateway (smg), a load
+# client (locust) and schemathesis.
 #
 # usage: clients.sh MOSAICKV MODEL [WORK]
 #
@@ -41,7 +42,7 @@ environment() {
         echo "skipped: no package registry can be reached ($(tail -n 1 "$work/pip.log"))"
         exit 0
     fi
-    $pip install 'openai>=3.54,<4' 'schemathesis>=4.32,<5'
+    $pip install 'openai>=3.54,<4' 'schemathesis>=4.32,<5' 'smg>=1.13,<2' 'locust>=2.47,<3'
 }
 
 # Starts a server with further arguments; its address and process are in CHECKED_URL and pid afterwards.
@@ -95,12 +96,21 @@ if [ "${LM_EVAL:-1}" = 1 ]; then
 else
     echo "skipped: lm-eval (LM_EVAL=0)"
 fi
+# Ten seconds of four users: whether it works, not how fast.
+load() {
+    LOAD_TEXT="$here/../../crates/mosaickv/demo/document.txt" LOAD_CHARS=1500 LOAD_TOKENS=8 "$work/venv/bin/locust" \
+        -f "$here/locustfile.py" --headless --users 4 --spawn-rate 4 --run-time 10s --stop-timeout 30 --host "$CHECKED_URL" \
+        --only-summary --exit-code-on-error 1
+}
+part "locust" load
 part "drain" "$work/venv/bin/python" "$here/drain.py" "$pid"
 stop
 
 start --max-num-seqs 1 --max-waiting 1
 part "full queue" "$work/venv/bin/python" "$here/busy.py"
 stop
+
+part "gateway" "$work/venv/bin/python" "$here/gateway.py" "$mosaickv" "$model" "$work/venv/bin/smg" "$work"
 
 start --max-model-len 512
 cd "$work"

@@ -243,7 +243,7 @@ impl KvCache {
         Ok(self)
     }
 
-    /// To be called after each token that follows a prompt, when the layer has attended: hands what was packed meanwhile, or has left
+    /// To be called between two tokens that follow a prompt, for each layer: hands what was packed meanwhile, or has left
     /// a window, to whoever works out strategies and plans, and swaps in the segments that are finished or due. Without this,
     /// temporary segments stay and windows grow.
     pub fn tend(&mut self, layer: usize) {

@@ -377,7 +377,7 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         start..start + share.tokens.len()
     });
     let positions: Vec<usize> = positions.collect();
-    pass.layers(&tokens, positions.iter().copied(), &mut |l, projected, out| {
+    let hidden = pass.layers(&tokens, positions.iter().copied(), &mut |l, projected, out| {
         let start = Instant::now();
         attend(shares, l, projected, out)?;
         for share in shares.iter_mut().filter(|share| share.part == Part::PromptEnd) {
@@ -387,7 +387,13 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         shares.iter_mut().for_each(|share| share.sequence.attention += took);
         done(l + 1);
         Ok(())
-    })
+    })?;
+    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
+        let start = Instant::now();
+        sequence.cache.between_steps();
+        sequence.attention += start.elapsed();
+    }
+    Ok(hidden)
 }
 
 /// Stores a layer's keys and values, and attends: the steps of all sequences together, and prompts one by one.
@@ -448,6 +454,9 @@ fn attend_steps(
         queries.clear();
         for Share { sequence, tokens, .. } in steps.iter_mut() {
             if t < tokens.len() {
+                if t > 0 {
+                    sequence.cache.tend(l);
+                }
                 let (key, value, query) = rows.of(first + t..first + t + 1);
                 sequence.cache.append(pool, l, key, value)?;
                 queries.extend_from_slice(query);
@@ -461,7 +470,6 @@ fn attend_steps(
         for (place, from) in places.into_iter().zip(attended.chunks_exact(rows.of_queries)) {
             out[place * rows.of_queries..][..rows.of_queries].copy_from_slice(from);
         }
-        caches.into_iter().for_each(|cache| cache.tend(l));
     }
     Ok(steps.iter().map(|share| share.tokens.len()).sum())
 }
