@@ -5,6 +5,7 @@ use crate::prefix::{self, Prefix, Prefixes};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
+use mosaickv_kv::KvFormat;
 use mosaickv_model::Part;
 use std::cell::Cell;
 use std::cmp::Reverse;
@@ -356,6 +357,14 @@ impl<C: Compute> Engine<C> {
             "{needed} more bytes of keys and values are needed, but of {budget} that all caches may take \
              saved contexts have {kept}; delete some, or start the server with a larger --kv-memory"
         )
+    }
+
+    /// The longest context that `tokens` begin with, of a prompt of the first `prompt` of them; it stays as long as its pin.
+    pub fn find(&mut self, kv: KvFormat, tokens: &[u32], prompt: usize) -> Option<Kept> {
+        if prompt > tokens.len() {
+            return None;
+        }
+        self.prefixes.find((kv, tokens, prompt), |_| true).map(|prefix| prefix.kept(&self.compute))
     }
 
     /// Takes a context in that was kept before; it stays as long as what is returned.

@@ -3,7 +3,7 @@
 use crate::engine::refusal;
 use crate::{Compute, Context, Engine, Event, Kept, ModelCompute, Refused, Request, Settings};
 use mosaickv_kernels::Pool;
-use mosaickv_kv::Background;
+use mosaickv_kv::{Background, KvFormat};
 use mosaickv_model::Model;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -70,6 +70,7 @@ struct Shared {
 
 enum Command {
     Submit { request: Box<Request>, emit: Box<dyn FnMut(Event) + Send>, cancelled: Arc<AtomicBool> },
+    Find { kv: KvFormat, tokens: Vec<u32>, prompt: usize, tell: Box<dyn FnOnce(Option<Kept>) + Send> },
     Restore { context: Box<Context>, tell: Box<dyn FnOnce(Result<Kept, String>) + Send> },
 }
 
@@ -134,6 +135,18 @@ impl Service {
         self.send(Command::Restore { context: Box::new(context), tell: Box::new(tell) })
     }
 
+    /// Looks for the longest context that `tokens` begin with, of a prompt of the first `prompt` of them. `tell` is called on the
+    /// engine's thread; it must not block.
+    pub fn find(
+        &self,
+        kv: KvFormat,
+        tokens: Vec<u32>,
+        prompt: usize,
+        tell: impl FnOnce(Option<Kept>) + Send + 'static,
+    ) -> Result<(), Refused> {
+        self.send(Command::Find { kv, tokens, prompt, tell: Box::new(tell) })
+    }
+
     fn send(&self, command: Command) -> Result<(), Refused> {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         let is_sent = commands.as_ref().is_some_and(|commands| commands.send(command).is_ok());
@@ -187,6 +200,7 @@ fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, sent: &At
                     engine.submit(*request, emit, cancelled);
                     sent.fetch_sub(1, Ordering::Relaxed);
                 }
+                Command::Find { kv, tokens, prompt, tell } => tell(engine.find(kv, &tokens, prompt)),
                 Command::Restore { context, tell } => tell(engine.restore(*context)),
             }
         }

@@ -180,6 +180,7 @@ pub async fn create_context(
     let (kept, bill) = read(&app, &loaded, tokens, kv).await?;
     let report = KvReport::new(kv, &[bill], bill.cached_tokens);
     let named = aside(move || {
+        app.contexts().check_new(&name, kv)?;
         let named = app.contexts().insert(&loaded, name, source, kept)?;
         Ok(NewContext { context: named.card(app.name()), kv: report })
     });
@@ -320,11 +321,14 @@ fn check_name(name: &str) -> Result<(), ApiError> {
     if begins && name.len() <= LONGEST_NAME && name.chars().all(is_part) {
         return Ok(());
     }
-    let message = format!(
+    Err(ApiError::invalid("name", not_a_name(name)))
+}
+
+fn not_a_name(name: &str) -> String {
+    format!(
         "{name:?} is no name for a context: wanted up to {LONGEST_NAME} letters, digits, dots, dashes and underscores, of which the \
          first is a letter or digit."
-    );
-    Err(ApiError::invalid("name", message))
+    )
 }
 
 impl Contexts {
@@ -387,7 +391,6 @@ impl Contexts {
         kept: Kept,
     ) -> Result<Arc<Named>, ApiError> {
         let Kept { context, bytes, exact_bytes, pin } = kept;
-        self.check_new(&name, context.kv)?;
         let created = now();
         let tokens: Arc<[u32]> = context.tokens.as_slice().into();
         let place = match &self.folder {
@@ -416,6 +419,27 @@ impl Contexts {
         Ok(named)
     }
 
+    /// Whether a slot can be saved in or restored from a file of this name.
+    pub fn check_folder(&self, name: &str) -> Result<(), ApiError> {
+        check_name(name).map_err(|_| ApiError::invalid("filename", not_a_name(name)))?;
+        match self.folder {
+            Some(_) => Ok(()),
+            None => {
+                Err(ApiError::unsupported("Saving or restoring a slot by a server without --contexts FOLDER"))
+            }
+        }
+    }
+
+    /// Keeps a context under a name, in place of one that may be there.
+    pub fn put(&self, loaded: &Loaded, name: String, kept: Kept) -> Result<(), ApiError> {
+        let kv = kept.context.kv;
+        if !kv.can_be_saved() {
+            let message = format!("What is kept as {kv} cannot be saved; exact and layered can.");
+            return Err(ApiError::invalid("id", message));
+        }
+        self.insert(loaded, name, Source::Prompt, kept).map(|_| ())
+    }
+
     fn remove(&self, name: &str) -> Result<(), ApiError> {
         let named = self.get(name, "name")?;
         if let Place::Saved(path, _) = &*named.lock() {
@@ -431,8 +455,8 @@ impl Contexts {
     }
 
     /// The context of this name, in memory. Blocks while it is read.
-    pub fn hold(&self, loaded: &Loaded, name: &str) -> Result<Held, ApiError> {
-        let named = self.get(name, "kv.context")?;
+    pub fn hold(&self, loaded: &Loaded, name: &str, param: &str) -> Result<Held, ApiError> {
+        let named = self.get(name, param)?;
         let mut place = named.lock();
         let (tokens, pin) = match &mut *place {
             Place::Kept(tokens, pin) => (tokens.clone(), pin.clone()),
@@ -479,6 +503,11 @@ impl Named {
             exact_bytes: header.exact_bytes,
             place: Mutex::new(Place::Saved(path, None)),
         })
+    }
+
+    /// Bytes allocated for its keys and values.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     fn lock(&self) -> MutexGuard<'_, Place> {

@@ -99,14 +99,6 @@ pub async fn slots(State(app): State<App>) -> Result<Json<Vec<SlotState>>, ApiEr
     Ok(Json(app.slots().list(loaded.settings.most_sequences, loaded.context)))
 }
 
-/// Saving, restoring and erasing slots is not there; contexts can be kept under names.
-#[utoipa::path(post, path = "/slots/{id}",
-    params(("id" = String, Path, description = "The slot"), ("action" = Option<String>, Query, description = "What to do")),
-    responses((status = 501, description = "Not supported", body = ErrorBody)))]
-pub async fn slot_action() -> ApiError {
-    ApiError::unsupported("Saving, restoring or erasing a slot, in place of which there is /v1/kv/contexts,")
-}
-
 /// What vLLM tells of its tokenizer, which lm-eval asks for.
 #[utoipa::path(get, path = "/tokenizer_info", responses(
     (status = 200, description = "Special tokens and chat template", body = Object),

@@ -4,7 +4,7 @@
 
 use crate::app::{App, Loaded};
 use crate::error::ApiError;
-use crate::slots::Slot;
+use crate::slots::{Rest, Slot};
 use mosaickv_engine::{Event, Pin, Request, Ticket};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
@@ -25,8 +25,8 @@ pub struct Job {
 struct Running {
     /// While somebody wants the answer.
     ticket: Option<Ticket>,
-    /// Until it has ended.
-    slot: Option<Slot>,
+    /// Until it has ended; and what it will leave there.
+    slot: Option<(Slot, Rest)>,
     timeline: Timeline,
 }
 
@@ -64,14 +64,19 @@ impl Job {
         let mut answers = Vec::with_capacity(requests.len());
         for (index, request) in requests.into_iter().enumerate() {
             let tokens = request.prompt.len() + request.given.len();
-            let slot = app.slots().enter(&caller.id, tokens, request.kv.to_string());
+            let slot = app.slots().enter(&caller.id, tokens, request.kv);
+            let rest = Rest {
+                kv: request.kv,
+                tokens: request.prompt.iter().chain(&request.given).copied().collect(),
+                prompt: request.prompt.len(),
+            };
             let (most, send) = (request.most_tokens, send.clone());
             // A closed queue means that nobody listens any more; the ticket is dropped with it.
             let ticket = loaded.service.submit(request, move |event| drop(send.send((index, event))));
             let ticket = ticket.map_err(|refused| ApiError::refused(&refused, most, "prompt"))?;
             answers.push(Running {
                 ticket: Some(ticket),
-                slot: Some(slot),
+                slot: Some((slot, rest)),
                 timeline: Timeline { last: None },
             });
         }
@@ -97,10 +102,14 @@ impl Job {
         let (index, event) =
             received.ok_or_else(|| ApiError::internal("The engine has ended unexpectedly"))?;
         match event {
-            Event::Sampled(_) => self.count(index),
+            Event::Sampled(ref token) => self.count(index, token.id),
             Event::Ended(..) => {
                 self.left -= 1;
-                self.answers[index].slot = None;
+                if let Some((mut slot, rest)) = self.answers[index].slot.take() {
+                    if self.app.keeps_slot(slot.id()) {
+                        slot.leave(rest);
+                    }
+                }
             }
             Event::Prompt(_) | Event::Given(_) => {}
         }
@@ -117,9 +126,12 @@ impl Job {
         self.start.elapsed()
     }
 
-    fn count(&mut self, index: usize) {
+    fn count(&mut self, index: usize, token: u32) {
         let Running { slot, timeline, .. } = &mut self.answers[index];
-        slot.iter().for_each(Slot::count);
+        if let Some((slot, rest)) = slot {
+            slot.count();
+            rest.tokens.push(token);
+        }
         let now = Instant::now();
         self.app.meters().token(timeline, now - timeline.last.unwrap_or(self.start));
         timeline.last = Some(now);

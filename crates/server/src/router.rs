@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::{chat, completions, contexts, guard, introspect, models, tokenize};
+use crate::{chat, completions, contexts, guard, introspect, models, slots, tokenize};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
@@ -93,7 +93,7 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(introspect::metrics))
         .routes(routes!(introspect::props))
         .routes(routes!(introspect::slots))
-        .routes(routes!(introspect::slot_action))
+        .routes(routes!(slots::slot_action))
         .routes(routes!(introspect::tokenizer_info))
         .routes(routes!(introspect::server_info))
 }

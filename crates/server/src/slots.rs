@@ -1,30 +1,60 @@
-//! What is being answered right now? The list behind GET /slots.
+//! What is being answered right now, and what was last answered where? The list behind GET /slots, and what POST /slots/{id} does.
+//!
+//! An answer is in the first slot that is free, and leaves its tokens there when it ends.
 
-use serde::Serialize;
+use crate::app::App;
+use crate::contexts::Contexts;
+use crate::error::{ApiError, ErrorBody};
+use crate::understand::aside;
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{Path, Query, State};
+use mosaickv_kv::KvFormat;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Instant;
 use utoipa::ToSchema;
 
-/// All answers that run or wait.
+/// All slots that have been used.
 #[derive(Default)]
 pub struct Slots {
-    answers: Arc<Mutex<BTreeMap<u64, Answer>>>,
+    places: Arc<Mutex<BTreeMap<usize, Content>>>,
     next: AtomicU64,
 }
 
+/// What is in a slot.
+enum Content {
+    Answer(Answer),
+    Rest(Rest),
+}
+
 struct Answer {
+    task: u64,
     request: String,
     prompt_tokens: usize,
-    kv: String,
+    kv: KvFormat,
     sampled: Arc<AtomicUsize>,
 }
 
-/// An answer's place in the list, which it leaves when this is dropped.
+/// What an answer leaves: the tokens that were read, of which so many were compressed together.
+#[derive(Clone)]
+pub struct Rest {
+    /// How keys and values are kept.
+    pub kv: KvFormat,
+    /// Of the prompt and the answer.
+    pub tokens: Vec<u32>,
+    /// How many of them were compressed together.
+    pub prompt: usize,
+}
+
+/// An answer's slot, which is free when this is dropped.
 pub struct Slot {
-    id: u64,
+    id: usize,
     sampled: Arc<AtomicUsize>,
-    answers: Arc<Mutex<BTreeMap<u64, Answer>>>,
+    places: Arc<Mutex<BTreeMap<usize, Content>>>,
+    rest: Option<Rest>,
 }
 
 /// A slot as llama-server shows it, with what is ours.
@@ -51,34 +81,70 @@ pub struct SlotState {
     pub kv_format: Option<String>,
 }
 
+fn locked(places: &Mutex<BTreeMap<usize, Content>>) -> MutexGuard<'_, BTreeMap<usize, Content>> {
+    places.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Slots {
-    /// A place for an answer to a prompt of so many tokens.
-    pub fn enter(&self, request: &str, prompt_tokens: usize, kv: String) -> Slot {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+    /// A slot for an answer to a prompt of so many tokens.
+    pub fn enter(&self, request: &str, prompt_tokens: usize, kv: KvFormat) -> Slot {
+        let task = self.next.fetch_add(1, Ordering::Relaxed);
         let sampled = Arc::new(AtomicUsize::new(0));
-        let answer = Answer { request: request.to_owned(), prompt_tokens, kv, sampled: sampled.clone() };
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, answer);
-        Slot { id, sampled, answers: self.answers.clone() }
+        let answer =
+            Answer { task, request: request.to_owned(), prompt_tokens, kv, sampled: sampled.clone() };
+        let mut places = locked(&self.places);
+        let is_free = |id: &usize| !matches!(places.get(id), Some(Content::Answer(_)));
+        let id = (0..).find(is_free).expect("there are more numbers than answers");
+        places.insert(id, Content::Answer(answer));
+        drop(places);
+        Slot { id, sampled, places: self.places.clone(), rest: None }
     }
 
-    /// At least `least` slots; those without an answer come last.
+    /// At least `least` slots, and as many as work.
     pub fn list(&self, least: usize, context: usize) -> Vec<SlotState> {
-        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let busy = answers.iter().map(|(id, answer)| SlotState {
-            is_processing: true,
-            id_task: Some(*id),
-            request_id: Some(answer.request.clone()),
-            n_prompt_tokens: answer.prompt_tokens,
-            n_decoded: answer.sampled.load(Ordering::Relaxed),
-            kv_format: Some(answer.kv.clone()),
-            ..SlotState::default()
-        });
-        let mut slots: Vec<SlotState> = busy.collect();
-        slots.resize_with(slots.len().max(least), SlotState::default);
-        for (id, slot) in slots.iter_mut().enumerate() {
-            (slot.id, slot.n_ctx) = (id, context);
+        let places = locked(&self.places);
+        let works =
+            |(id, content): (&usize, &Content)| matches!(content, Content::Answer(_)).then_some(*id + 1);
+        let count = places.iter().filter_map(works).max().unwrap_or(0).max(least);
+        let state = |id| match places.get(&id) {
+            Some(Content::Answer(answer)) => SlotState {
+                id,
+                n_ctx: context,
+                is_processing: true,
+                id_task: Some(answer.task),
+                request_id: Some(answer.request.clone()),
+                n_prompt_tokens: answer.prompt_tokens,
+                n_decoded: answer.sampled.load(Ordering::Relaxed),
+                kv_format: Some(answer.kv.to_string()),
+            },
+            _ => SlotState { id, n_ctx: context, ..SlotState::default() },
+        };
+        (0..count).map(state).collect()
+    }
+
+    /// What the last answer left there; an error while one runs.
+    fn rest(&self, id: usize) -> Result<Rest, ApiError> {
+        match locked(&self.places).get(&id) {
+            Some(Content::Rest(rest)) => Ok(rest.clone()),
+            Some(Content::Answer(_)) => Err(ApiError::conflict("id", format!("Slot {id} is at work."))),
+            None => Err(ApiError::invalid("id", format!("Slot {id} is empty: no answer has ended there."))),
         }
-        slots
+    }
+
+    /// Changes what is left in a slot where no answer runs; what was there before.
+    fn replace(&self, id: usize, rest: Option<Rest>) -> Result<Option<Rest>, ApiError> {
+        let mut places = locked(&self.places);
+        if let Some(Content::Answer(_)) = places.get(&id) {
+            return Err(ApiError::conflict("id", format!("Slot {id} is at work.")));
+        }
+        let before = match rest {
+            Some(rest) => places.insert(id, Content::Rest(rest)),
+            None => places.remove(&id),
+        };
+        Ok(before.and_then(|content| match content {
+            Content::Rest(rest) => Some(rest),
+            Content::Answer(_) => None,
+        }))
     }
 }
 
@@ -87,10 +153,175 @@ impl Slot {
     pub fn count(&self) {
         self.sampled.fetch_add(1, Ordering::Relaxed);
     }
+
+    /// Its number.
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
+    /// What is left when it is dropped.
+    pub fn leave(&mut self, rest: Rest) {
+        self.rest = Some(rest);
+    }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        let mut places = locked(&self.places);
+        match self.rest.take() {
+            Some(rest) => drop(places.insert(self.id, Content::Rest(rest))),
+            None => drop(places.remove(&self.id)),
+        }
+    }
+}
+
+impl App {
+    /// Whether a slot's tokens are kept when its answer has ended: where they can be saved, and of as many slots as are told of.
+    pub(crate) fn keeps_slot(&self, id: usize) -> bool {
+        let most = self.loaded().map_or(0, |loaded| loaded.settings.most_sequences);
+        self.options().contexts.is_some() && id < most
+    }
+}
+
+/// What is to be done with a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Its tokens, keys and values go to a file.
+    Save,
+    /// They come from one.
+    Restore,
+    /// They are forgotten.
+    Erase,
+}
+
+/// What follows the `?`.
+#[derive(Debug, Deserialize)]
+pub struct ActionQuery {
+    action: Option<String>,
+}
+
+/// What is sent to POST /slots/{id} to save or restore.
+#[derive(Debug, Clone, Default, Deserialize, ToSchema)]
+pub struct SlotFile {
+    /// The file's name, as a context's: `kv.context` goes on from it too.
+    pub filename: Option<String>,
+}
+
+/// What was done, as llama-server says it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
+pub struct SlotDone {
+    /// The slot.
+    pub id_slot: usize,
+    /// The file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filename: Option<String>,
+    /// Tokens saved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_saved: Option<usize>,
+    /// Bytes allocated for their keys and values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_written: Option<usize>,
+    /// Tokens restored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_restored: Option<usize>,
+    /// Bytes allocated for their keys and values.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_read: Option<usize>,
+    /// Tokens forgotten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub n_erased: Option<usize>,
+    /// How long it took.
+    pub timings: SlotTimings,
+}
+
+/// How long something with a slot took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, ToSchema)]
+pub struct SlotTimings {
+    /// Milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_ms: Option<f64>,
+    /// Milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restore_ms: Option<f64>,
+}
+
+/// Saves what an answer left in a slot to a file, restores it, or forgets it, as llama-server does. Files need `--contexts`.
+#[utoipa::path(post, path = "/slots/{id}",
+    params(("id" = usize, Path, description = "The slot"), ("action" = Action, Query, description = "What to do")),
+    request_body = SlotFile,
+    responses(
+        (status = 200, description = "It is done", body = SlotDone),
+        (status = "4XX", description = "It cannot be done", body = ErrorBody),
+        (status = "5XX", description = "A server that cannot do it now, or at all", body = ErrorBody),
+    ))]
+pub async fn slot_action(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    Query(query): Query<ActionQuery>,
+    body: Bytes,
+) -> Result<Json<SlotDone>, ApiError> {
+    app.ready()?;
+    let wanted =
+        || ApiError::invalid("action", "action is missing or unknown; wanted save, restore or erase.");
+    let action = match query.action.as_deref() {
+        Some("save") => Action::Save,
+        Some("restore") => Action::Restore,
+        Some("erase") => Action::Erase,
+        _ => return Err(wanted()),
+    };
+    let id: usize = id.parse().map_err(|_| ApiError::not_found(&format!("/slots/{id}")))?;
+    let filename = match action {
+        Action::Erase => String::new(),
+        _ => {
+            let file: SlotFile = serde_json::from_slice(&body)
+                .map_err(|error| ApiError::malformed(format!("The body is not valid: {error}")))?;
+            file.filename.ok_or_else(|| ApiError::invalid("filename", "filename is missing."))?
+        }
+    };
+    aside(move || act(&app, action, id, filename)).await.map(Json)
+}
+
+fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDone, ApiError> {
+    let (loaded, start) = (app.ready()?.clone(), Instant::now());
+    let most = loaded.settings.most_sequences;
+    if id >= most {
+        return Err(ApiError::invalid("id", format!("Slot {id}; wanted 0 to {}.", most - 1)));
+    }
+    let took = || Some(start.elapsed().as_secs_f64() * 1e3);
+    let contexts: &Contexts = app.contexts();
+    let done = SlotDone { id_slot: id, ..SlotDone::default() };
+    match action {
+        Action::Erase => {
+            let before = app.slots().replace(id, None)?;
+            Ok(SlotDone { n_erased: Some(before.map_or(0, |rest| rest.tokens.len())), ..done })
+        }
+        Action::Save => {
+            contexts.check_folder(&filename)?;
+            let Rest { kv, tokens, prompt } = app.slots().rest(id)?;
+            let (tell, told) = mpsc::channel();
+            let sent = loaded.service.find(kv, tokens, prompt, move |kept| drop(tell.send(kept)));
+            sent.map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
+            let kept = told.recv().map_err(|_| ApiError::internal("The engine has ended unexpectedly"))?;
+            let kept = kept.ok_or_else(|| {
+                ApiError::conflict(
+                    "id",
+                    format!("What slot {id} had is no longer in memory; ask again, and save then."),
+                )
+            })?;
+            let (n_saved, n_written) = (Some(kept.context.tokens.len()), Some(kept.bytes));
+            contexts.put(&loaded, filename.clone(), kept)?;
+            let timings = SlotTimings { save_ms: took(), ..SlotTimings::default() };
+            Ok(SlotDone { filename: Some(filename), n_saved, n_written, timings, ..done })
+        }
+        Action::Restore => {
+            contexts.check_folder(&filename)?;
+            let held = contexts.hold(&loaded, &filename, "filename")?;
+            let (n_restored, n_read) = (Some(held.tokens.len()), Some(held.named.bytes()));
+            let rest = Rest { kv: held.named.kv, tokens: held.tokens.to_vec(), prompt: held.named.prompt };
+            app.slots().replace(id, Some(rest))?;
+            let timings = SlotTimings { restore_ms: took(), ..SlotTimings::default() };
+            Ok(SlotDone { filename: Some(filename), n_restored, n_read, timings, ..done })
+        }
     }
 }

@@ -76,7 +76,7 @@ impl App {
             let message = "A prompt that goes on from a context cannot be truncated at its front.";
             return Err(ApiError::invalid("truncate_prompt_tokens", message));
         }
-        let held = self.contexts().hold(loaded, name)?;
+        let held = self.contexts().hold(loaded, name, "kv.context")?;
         Ok((plan, kv::of_context(format, default, held.named.kv)?, Some(held)))
     }
 }

@@ -228,3 +228,59 @@ fn a_prompt_that_was_read_before_is_not_read_again() {
     assert_eq!(value("vllm:prefix_cache_hits_total"), 600.0);
     assert_eq!(value("vllm:kv_cache_usage_perc"), 0.0, "what nobody needs is not in use");
 }
+
+/// As llama-server's clients do it.
+#[test]
+fn a_slot_is_saved_restored_and_erased() {
+    let folder = tempfile::tempdir().unwrap();
+    let start = || Server::large(with_folder(folder.path()), Settings::default());
+    let ids: Vec<u32> = (0..600).map(|i| 40 + i * 7 % 200).collect();
+    let body = json!({"prompt": ids, "temperature": 0, "max_tokens": 9, "ignore_eos": true, "return_token_ids": true});
+    let act =
+        |server: &Server, action: &str, body: Value| server.post(&format!("/slots/0?action={action}"), &body);
+    let file = json!({"filename": "first.bin"});
+    let want = {
+        let server = start();
+        act(&server, "save", file.clone()).refused(400, "invalid_request_error", Some("id"), None);
+        let reply = server.post("/v1/completions", &body).json();
+        let saved = act(&server, "save", file.clone()).json();
+        // The last token of an answer was not read.
+        assert_eq!((&saved["id_slot"], &saved["n_saved"]), (&json!(0), &json!(608)), "{saved}");
+        assert!(saved["timings"]["save_ms"].as_f64().unwrap() > 0.0);
+        assert_eq!(act(&server, "erase", json!({})).json()["n_erased"], 609);
+        assert_eq!(act(&server, "erase", json!({})).json()["n_erased"], 0);
+        reply["choices"][0]["token_ids"].clone()
+    };
+    let server = start();
+    let restored = act(&server, "restore", file.clone()).json();
+    assert_eq!(
+        (&restored["n_restored"], &restored["filename"]),
+        (&json!(608), &json!("first.bin")),
+        "{restored}"
+    );
+    // It is a context, which is gone on from with the token that was not read.
+    let last = want.as_array().unwrap().last().unwrap().clone();
+    let mut more = body.clone();
+    (more["prompt"], more["kv"]) = (json!([last]), json!({"context": "first.bin"}));
+    let went_on = server.post("/v1/completions", &more).json();
+    assert_eq!(went_on["usage"]["prompt_tokens_details"]["cached_tokens"], 608, "{went_on}");
+    let mut whole = body.clone();
+    whole["max_tokens"] = json!(18);
+    let whole = server.post("/v1/completions", &whole).json()["choices"][0]["token_ids"].clone();
+    assert_eq!(went_on["choices"][0]["token_ids"].as_array().unwrap()[..], whole.as_array().unwrap()[9..]);
+    act(&server, "freeze", json!({})).refused(400, "invalid_request_error", Some("action"), None);
+    act(&server, "save", json!({"filename": "../x"})).refused(
+        400,
+        "invalid_request_error",
+        Some("filename"),
+        None,
+    );
+    act(&server, "restore", json!({"filename": "y"})).refused(
+        404,
+        "invalid_request_error",
+        Some("filename"),
+        Some("context_not_found"),
+    );
+    let without = Server::plain();
+    act(&without, "save", file).refused(501, "unsupported_error", None, Some("unsupported"));
+}
