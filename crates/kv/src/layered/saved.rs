@@ -1,6 +1,7 @@
 //! A layered head as it is written down.
 
 use super::asked::Asked;
+use super::tail::SWAP_AFTER;
 use super::{Calibration, Closing, Layered, LayeredHead, SINKS, Scales, Segment};
 use crate::KvShape;
 use half::f16;
@@ -9,6 +10,9 @@ use mosaickv_kernels::layered::{Pages, Profile, SKETCH};
 use mosaickv_kernels::saved::{Input, Malformed, write_count, write_numbers};
 use std::io::{self, Write};
 use std::sync::Arc;
+
+/// No rate, and no scale of what was asked, comes near it.
+const LARGEST: f32 = 1e9;
 
 /// Tokens without bits, or positions, that a head may have: no sum of some of them overflows.
 const MOST_TOKENS: usize = u32::MAX as usize;
@@ -57,7 +61,7 @@ impl LayeredHead {
         let keys = Profile::from_counts(input.number()?, d, SKETCH)?;
         let values = Profile::from_counts(input.number()?, d, 0)?;
         let [rate, of_keys, of_values]: [f32; 3] = input.number()?;
-        Malformed::unless(rate.is_finite(), || format!("a rate of {rate}"))?;
+        Malformed::unless((0.0..=LARGEST).contains(&rate), || format!("{rate} bytes a token"))?;
         let asked = Asked::read(input, (shape.group(), d))?;
         let [stay, has_buffer]: [u8; 2] = input.number()?;
         let buffer = if has_buffer == 0 { None } else { Some(ExactPage::read(input, d)?) };
@@ -78,6 +82,9 @@ impl LayeredHead {
             settings,
             buffer,
         };
+        // Until they are in the tail no others may leave, and that is before two more pages are full.
+        let fits = head.leaving.tokens() == 0 || head.window.pages.pages().len() <= usize::from(stay) + 2;
+        Malformed::unless(fits, || "a window that is too long for what is leaving it".into())?;
         head.check().map_err(Malformed)?;
         Ok(head)
     }
@@ -95,11 +102,14 @@ impl Asked {
         let count = input.count()?;
         let fits = count <= input.left();
         Malformed::unless(fits, || format!("{count} remembered steps in {} bytes", input.left()))?;
-        Ok(Asked {
+        let asked = Asked {
             positions: input.numbers(count)?,
             bytes: input.numbers(count.saturating_mul(rows * d))?,
             scales: input.numbers(count.saturating_mul(rows))?,
-        })
+        };
+        let fits = asked.scales.iter().flatten().all(|x| x.abs() <= LARGEST);
+        Malformed::unless(fits, || "scales of what was asked that are not finite".into())?;
+        Ok(asked)
     }
 }
 
@@ -113,7 +123,9 @@ impl Closing {
     /// Of a layer with these heads.
     pub(crate) fn read(input: &mut Input, heads: &[LayeredHead]) -> Result<Closing, Malformed> {
         let since = input.count()?;
-        Malformed::unless(since <= MOST_TOKENS, || format!("a segment that left at token {since}"))?;
+        let tokens = heads.first().map_or(0, LayeredHead::tokens);
+        let fits = since <= tokens && tokens < since + SWAP_AFTER;
+        Malformed::unless(fits, || format!("a segment that left at token {since} of {tokens}"))?;
         let stored: Result<Vec<_>, _> =
             heads.iter().map(|head| Segment::read(input, head.head_dim())).collect();
         let stored = stored?;

@@ -27,7 +27,7 @@ const FLOOR: f32 = 1.0;
 const BOUNDS: (f32, f32) = (0.9, 1.1);
 
 /// Tokens after a segment left the window at which it is in the tail.
-const SWAP_AFTER: usize = 16;
+pub(super) const SWAP_AFTER: usize = 16;
 
 /// A segment that has left the windows of a layer's heads.
 #[derive(Debug)]

@@ -87,9 +87,14 @@ impl Server {
 
     /// One whose model takes 2,048 tokens, without sense, and so can be kept at work.
     pub fn large(options: Options, settings: Settings) -> Server {
+        Server::of_context(2048, options, settings)
+    }
+
+    /// One whose model takes so many tokens.
+    pub fn of_context(tokens: usize, options: Options, settings: Settings) -> Server {
         let server = Server::without_model(options);
         let (mut model, text) = tiny();
-        model.config.context = 2048;
+        model.config.context = tokens;
         server.app.load((Arc::new(model), "tiny".to_owned()), text, 1, settings);
         server
     }

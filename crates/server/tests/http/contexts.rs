@@ -1,7 +1,7 @@
 //! What was read once and is asked many times: contexts with names, their files, and prompts that were seen before.
 
 use crate::common::{Reply, Server};
-use mosaickv_engine::Settings;
+use mosaickv_engine::{PrefixCache, Settings};
 use mosaickv_server::Options;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -227,6 +227,48 @@ fn a_prompt_that_was_read_before_is_not_read_again() {
     assert_eq!(value("vllm:prefix_cache_queries_total"), 1200.0);
     assert_eq!(value("vllm:prefix_cache_hits_total"), 600.0);
     assert_eq!(value("vllm:kv_cache_usage_perc"), 0.0, "what nobody needs is not in use");
+}
+
+/// What was read of a conversation is not read again at its next turn, and another question about the same document reads the document no more;
+/// the answers are those of a server that forgets.
+#[test]
+fn later_turns_go_on_from_earlier_ones() {
+    let server = |prefix_cache| {
+        Server::of_context(8192, Options::default(), Settings { prefix_cache, ..Settings::default() })
+    };
+    let (keeps, forgets) = (server(PrefixCache::On), server(PrefixCache::Off));
+    let document = "The river runs to the sea. ".repeat(110);
+    let ask = |messages: &Value, kv: &str| {
+        let body = json!({"messages": messages, "temperature": 0, "max_tokens": 12, "ignore_eos": true, "kv": {"format": kv},
+            "logprobs": true});
+        let [kept, forgotten] = [&keeps, &forgets].map(|server| {
+            let reply = server.post("/v1/chat/completions", &body);
+            assert_eq!(reply.status, 200, "{}", reply.body);
+            reply.json()
+        });
+        assert_eq!(kept["choices"], forgotten["choices"], "{kv}");
+        assert_eq!(kept["choices"][0]["logprobs"]["content"].as_array().unwrap().len(), 12, "{kept}");
+        assert_eq!(forgotten["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
+        let usage = &kept["usage"];
+        let number = |value: &Value| value.as_u64().unwrap();
+        let said = kept["choices"][0]["message"]["content"].clone();
+        (said, number(&usage["prompt_tokens"]), number(&usage["prompt_tokens_details"]["cached_tokens"]))
+    };
+    for kv in ["exact", "packed", "snapkv"] {
+        let user = |text: &str| json!({"role": "user", "content": text});
+        let first = json!([user(&document)]);
+        let (said, prompt, cached) = ask(&first, kv);
+        assert!(prompt > 2048 && cached == 0, "{prompt}, {cached}");
+        let turn = json!([first[0], {"role": "assistant", "content": said}, user("And then?")]);
+        let (_, longer, cached) = ask(&turn, kv);
+        assert!(cached >= prompt && cached < longer, "{kv}: {cached} of {prompt} and more");
+        // A document in a first message of its own is shared by all questions about it.
+        let system = |question: &str| json!([{"role": "system", "content": document}, user(question)]);
+        let (_, _, cached) = ask(&system("Which sea?"), kv);
+        assert_eq!(cached, 0);
+        let (_, prompt, cached) = ask(&system("Which river, and where?"), kv);
+        assert!(cached > 2048 && cached < prompt, "{kv}: {cached} of {prompt}");
+    }
 }
 
 /// As llama-server's clients do it.
