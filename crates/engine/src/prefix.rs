@@ -92,12 +92,21 @@ impl<S> Prefixes<S> {
         Some(longest.clone())
     }
 
+    /// The one with just these tokens, and with logits if those are needed.
+    pub(crate) fn same(
+        &mut self,
+        (kv, tokens, prompt): (KvFormat, &[u32], usize),
+        has_logits: bool,
+    ) -> Option<Rc<Prefix<S>>> {
+        self.find((kv, tokens, prompt), |other| {
+            other.tokens.len() == tokens.len() && (other.logits.is_some() || !has_logits)
+        })
+    }
+
     /// Takes one in, which was just used; if the same one is there already, its bytes are free again.
     pub(crate) fn insert(&mut self, memory: &mut Memory, prefix: Prefix<S>) -> Rc<Prefix<S>> {
-        let same = self.find((prefix.kv, &prefix.tokens, prefix.prompt), |other| {
-            other.tokens.len() == prefix.tokens.len() && (other.logits.is_some() || prefix.logits.is_none())
-        });
-        if let Some(same) = same {
+        let which = (prefix.kv, &prefix.tokens[..], prefix.prompt);
+        if let Some(same) = self.same(which, prefix.logits.is_some()) {
             memory.release(prefix.reservation);
             return same;
         }

@@ -335,7 +335,7 @@ impl<S> Running<S> {
         took
     }
 
-    /// Leaves a clone of a prompt that was just compressed to others.
+    /// Leaves a clone of a prompt that was just compressed to others, unless there is one.
     pub(crate) fn leave<C: Compute<Sequence = S>>(
         &mut self,
         compute: &C,
@@ -346,6 +346,11 @@ impl<S> Running<S> {
     where
         S: Clone,
     {
+        let which = (self.active.kv, self.active.prompt(), self.active.speech.prompt);
+        if let Some(same) = prefixes.same(which, logits.is_some()) {
+            // Somebody who had to read it again, for its log probabilities.
+            return Some(same);
+        }
         let sequence = self.sequence.clone();
         let bytes = compute.bytes(&sequence, None) + bytes_of_logits(logits.as_ref());
         // A prompt that is compressed takes fewer bytes than were reserved for reading it; one that is not needs some more.

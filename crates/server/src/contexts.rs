@@ -414,7 +414,7 @@ impl Contexts {
             exact_bytes,
             place: Mutex::new(place),
         });
-        // Two of the same name at a time: the later one's file is there.
+        // Of two that get the same name at a time the later one is there, as its file is.
         self.lock().insert(name, named.clone());
         Ok(named)
     }
