@@ -276,7 +276,7 @@ impl<C: Compute> Engine<C> {
             if needed + growth > self.memory.free() + self.droppable() && !is_alone {
                 break;
             }
-            let reservation = self.reserve(needed);
+            let reservation = self.prefixes.reserve(&mut self.memory, needed);
             let active = match (&reservation, is_alone) {
                 (None, false) => break,
                 _ => self.waiting.remove(next),
@@ -336,16 +336,6 @@ impl<C: Compute> Engine<C> {
         }
     }
 
-    /// `bytes`, if need be in place of prefixes that nobody needs.
-    fn reserve(&mut self, bytes: usize) -> Option<Reservation> {
-        loop {
-            match self.memory.reserve(bytes) {
-                None if self.prefixes.drop_one(&mut self.memory) => {}
-                reservation => return reservation,
-            }
-        }
-    }
-
     /// Bytes of prefixes that no request and nobody outside needs.
     fn droppable(&self) -> usize {
         self.prefixes.droppable(self.running.iter().filter_map(|running| running.base.as_ref()))
@@ -384,7 +374,8 @@ impl<C: Compute> Engine<C> {
         }
         let sequence = self.compute.adopt(cache)?;
         let bytes = self.compute.bytes(&sequence, None) + prefix::bytes_of_logits(logits.as_ref());
-        let reservation = self.reserve(bytes).ok_or_else(|| self.why_no_room(bytes))?;
+        let reservation =
+            self.prefixes.reserve(&mut self.memory, bytes).ok_or_else(|| self.why_no_room(bytes))?;
         let (pin, used) = (Pin::default(), Cell::default());
         let prefix =
             Prefix { kv, tokens, prompt, sequence, logits, base: None, bytes, reservation, pin, used };

@@ -136,6 +136,16 @@ impl<S> Prefixes<S> {
         self.all().filter(|prefix| !needed.contains(&Rc::as_ptr(prefix))).map(|prefix| prefix.bytes).sum()
     }
 
+    /// `bytes`, if need be in place of prefixes that nobody needs.
+    pub(crate) fn reserve(&mut self, memory: &mut Memory, bytes: usize) -> Option<Reservation> {
+        loop {
+            match memory.reserve(bytes) {
+                None if self.drop_one(memory) => {}
+                reservation => return reservation,
+            }
+        }
+    }
+
     /// Drops the one that was not used for longest, of those that nobody needs; `false` if there is none.
     pub(crate) fn drop_one(&mut self, memory: &mut Memory) -> bool {
         let is_free = |prefix: &&Rc<Prefix<S>>| Rc::strong_count(prefix) == 1 && prefix.pin.is_alone();

@@ -355,7 +355,7 @@ impl<S> Running<S> {
         let bytes = compute.bytes(&sequence, None) + bytes_of_logits(logits.as_ref());
         // A prompt that is compressed takes fewer bytes than were reserved for reading it; one that is not needs some more.
         let split = memory.split(&mut self.reservation, bytes);
-        let reservation = split.or_else(|| memory.reserve(bytes))?;
+        let reservation = split.or_else(|| prefixes.reserve(memory, bytes))?;
         let prefix = Prefix {
             kv: self.active.kv,
             tokens: self.active.prompt().to_vec(),

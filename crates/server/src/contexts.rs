@@ -262,7 +262,12 @@ async fn read(
     };
     let gone = || ApiError::internal("The engine has ended unexpectedly");
     match ended.map_err(|_| gone())? {
-        (End::Length | End::Stop, bill) => Ok((kept.await.map_err(|_| gone())?, bill)),
+        (End::Length | End::Stop, bill) => {
+            let full = |_| {
+                ApiError::no_room("There is no room to keep the context beside what is in use.".to_owned())
+            };
+            Ok((kept.await.map_err(full)?, bill))
+        }
         (End::NoRoom(why), _) => Err(ApiError::no_room(why)),
         (End::Failed(why), _) => Err(ApiError::internal(&format!("The model failed: {why}"))),
         (End::Cancelled | End::Shutdown, _) => Err(ApiError::draining()),
