@@ -1,7 +1,7 @@
 //! The step: who has ended, who begins, who needs bytes, who reads, what came of it.
 
 use crate::memory::{Memory, Reservation};
-use crate::prefix::{self, Prefix, Prefixes};
+use crate::prefix::{self, Found, Prefix, Prefixes};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
@@ -9,7 +9,6 @@ use mosaickv_kv::KvFormat;
 use mosaickv_model::Part;
 use std::cell::Cell;
 use std::cmp::Reverse;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -259,13 +258,13 @@ impl<C: Compute> Engine<C> {
             && let Some(next) = self.next_to_begin()
         {
             let active = &self.waiting[next];
-            let found = active.prefix(&mut self.prefixes).map(|prefix| {
-                let sequence = prefix.sequence.clone();
-                (prefix, sequence)
+            let found = active.prefix(&mut self.prefixes).map(|base| {
+                let sequence = base.sequence.clone();
+                Found { base, sequence }
             });
             let needed = match &found {
-                Some((prefix, sequence)) => {
-                    let own = self.compute.bytes(sequence, Some(&prefix.sequence));
+                Some(Found { base, sequence }) => {
+                    let own = self.compute.bytes(sequence, Some(&base.sequence));
                     own + self.compute.growth_bytes(active.kv, MEASURED_EVERY)
                 }
                 None => self.compute.prompt_bytes(active.kv, active.speech.prompt),
@@ -303,14 +302,9 @@ impl<C: Compute> Engine<C> {
         self.waiting.iter().position(|active| !is_read(active))
     }
 
-    fn begin(
-        &mut self,
-        mut active: Active,
-        found: Option<(Rc<Prefix<C::Sequence>>, C::Sequence)>,
-        reservation: Reservation,
-    ) {
+    fn begin(&mut self, mut active: Active, found: Option<Found<C::Sequence>>, reservation: Reservation) {
         self.done.prefix_queries += active.speech.prompt as u64;
-        let Some((base, sequence)) = found else {
+        let Some(found) = found else {
             match self.compute.begin(active.kv) {
                 Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
                 Err(why) => {
@@ -320,13 +314,13 @@ impl<C: Compute> Engine<C> {
             }
             return;
         };
-        self.done.prefix_hits += base.prompt as u64;
-        if base.tokens.len() == active.tokens.len()
+        self.done.prefix_hits += found.base.prompt as u64;
+        if found.base.tokens.len() == active.tokens.len()
             && let Some(keep) = active.keep.take()
         {
-            keep(base.kept(&self.compute));
+            keep(found.base.kept(&self.compute));
         }
-        let mut running = Running::after(&self.compute, active, (base, sequence), reservation);
+        let mut running = Running::after(&self.compute, active, found, reservation);
         let is_granted = running.measure(&self.compute, &mut self.memory);
         debug_assert!(is_granted, "as many bytes as this were reserved");
         let end = running.hear_base(&mut self.done);

@@ -52,6 +52,13 @@ impl<S> Prefix<S> {
     }
 }
 
+/// A prefix to go on from.
+pub(crate) struct Found<S> {
+    pub(crate) base: Rc<Prefix<S>>,
+    /// A clone of its sequence.
+    pub(crate) sequence: S,
+}
+
 /// Bytes of what follows a prefix.
 pub(crate) fn bytes_of_logits(logits: Option<&Vec<f32>>) -> usize {
     logits.map_or(0, |logits| size_of_val(&**logits))

@@ -2,7 +2,7 @@
 
 use crate::engine::MEASURED_EVERY;
 use crate::memory::{Memory, Reservation};
-use crate::prefix::{Prefix, Prefixes, bytes_of_logits};
+use crate::prefix::{Found, Prefix, Prefixes, bytes_of_logits};
 use crate::sample::Sampler;
 use crate::schedule::{Lag, STEPS_TOGETHER};
 use crate::{
@@ -270,9 +270,10 @@ impl<S> Running<S> {
     pub(crate) fn after<C: Compute<Sequence = S>>(
         compute: &C,
         active: Active,
-        (base, sequence): (Rc<Prefix<S>>, S),
+        found: Found<S>,
         reservation: Reservation,
     ) -> Running<S> {
+        let Found { base, sequence } = found;
         let begins = (base.tokens.len(), compute.read_bytes(&sequence));
         let running = Running::begin(active, sequence, reservation, begins);
         Running { base: Some(base), ..running }

@@ -105,10 +105,10 @@ impl Job {
             Event::Sampled(ref token) => self.count(index, token.id),
             Event::Ended(..) => {
                 self.left -= 1;
-                if let Some((mut slot, rest)) = self.answers[index].slot.take() {
-                    if self.app.keeps_slot(slot.id()) {
-                        slot.leave(rest);
-                    }
+                if let Some((mut slot, rest)) = self.answers[index].slot.take()
+                    && self.app.keeps_slot(slot.id())
+                {
+                    slot.leave(rest);
                 }
             }
             Event::Prompt(_) | Event::Given(_) => {}

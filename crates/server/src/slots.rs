@@ -184,9 +184,8 @@ impl App {
 }
 
 /// What is to be done with a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Action {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Action {
     /// Its tokens, keys and values go to a file.
     Save,
     /// They come from one.
@@ -248,7 +247,7 @@ pub struct SlotTimings {
 
 /// Saves what an answer left in a slot to a file, restores it, or forgets it, as llama-server does. Files need `--contexts`.
 #[utoipa::path(post, path = "/slots/{id}",
-    params(("id" = usize, Path, description = "The slot"), ("action" = Action, Query, description = "What to do")),
+    params(("id" = usize, Path, description = "The slot"), ("action" = String, Query, description = "save, restore or erase")),
     request_body = SlotFile,
     responses(
         (status = 200, description = "It is done", body = SlotDone),

@@ -246,8 +246,15 @@ fn later_turns_go_on_from_earlier_ones() {
             assert_eq!(reply.status, 200, "{}", reply.body);
             reply.json()
         });
-        assert_eq!(kept["choices"], forgotten["choices"], "{kv}");
-        assert_eq!(kept["choices"][0]["logprobs"]["content"].as_array().unwrap().len(), 12, "{kept}");
+        let [got, want] = [&kept, &forgotten].map(|reply| &reply["choices"][0]);
+        assert_eq!(got["message"], want["message"], "{kv}");
+        // Plain weights meet few tokens in another order than many: of quantized ones these would be the same too.
+        let [got, want] = [got, want].map(|choice| choice["logprobs"]["content"].as_array().unwrap());
+        assert_eq!((got.len(), want.len()), (12, 12), "{kept}");
+        for (got, want) in got.iter().zip(want) {
+            let difference = got["logprob"].as_f64().unwrap() - want["logprob"].as_f64().unwrap();
+            assert!(difference.abs() < 1e-4, "{kv}: {got}, {want}");
+        }
         assert_eq!(forgotten["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
         let usage = &kept["usage"];
         let number = |value: &Value| value.as_u64().unwrap();
