@@ -348,6 +348,36 @@ def _():
     assert status == 404, status
 
 
+@check("responses answer and stream")
+def _():
+    fields = {"model": MODEL, "input": QUESTION, "instructions": "Be brief.", "temperature": 0, "max_output_tokens": 16}
+    whole = client.responses.create(**fields)
+    assert whole.output_text and whole.usage.output_tokens <= 16, whole
+    said, last = "", None
+    for event in client.responses.create(stream=True, **fields):
+        if event.type == "response.output_text.delta":
+            said += event.delta
+        last = event
+    assert said == whole.output_text, (said, whole.output_text)
+    assert last.type in ("response.completed", "response.incomplete") and last.response.usage == whole.usage, last
+    return whole.output_text[:40]
+
+
+@check("contexts: read once, asked twice")
+def _():
+    story = " ".join(f"River number {n} is {n * 17} km long." for n in range(1, 300))
+    fields = {"name": "rivers", "messages": [{"role": "system", "content": story}]}
+    status, _, card = ask("POST", "/v1/kv/contexts", fields)
+    assert status == 201 and card["tokens"] > 2048, (status, card)
+    answers = [chat(extra_body={"kv": {"context": "rivers"}}) for _ in range(2)]
+    assert answers[0].choices == answers[1].choices, answers
+    for answer in answers:
+        assert answer.usage.prompt_tokens_details.cached_tokens >= card["tokens"], answer.usage
+    status, _, gone = ask("DELETE", "/v1/kv/contexts/rivers")
+    assert status == 200 and gone["deleted"], gone
+    return f"{card['tokens']} tokens, ratio {card['ratio']:.1f}"
+
+
 @check("a request's id comes back")
 def _():
     _, headers, _ = ask("GET", "/v1/models", headers={"x-request-id": "river-17"})

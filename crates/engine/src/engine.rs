@@ -201,12 +201,13 @@ impl<C: Compute> Engine<C> {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
-    /// Ends all requests.
+    /// Ends all requests, and forgets what they have read.
     pub fn stop(&mut self) {
         for running in self.running.drain(..) {
             self.farewells.push(running.end(&self.compute, &mut self.memory, None, End::Shutdown));
         }
         self.farewells.extend(self.waiting.drain(..).map(|active| active.end(End::Shutdown)));
+        while self.prefixes.drop_one(&mut self.memory) {}
         self.say_farewells();
     }
 

@@ -47,7 +47,8 @@ pub async fn chat_completions(
     begun.respond(keep_alive).await
 }
 
-fn begin(
+/// What a request asks for, checked and given to the engine.
+pub fn begin(
     app: &App,
     loaded: &Arc<Loaded>,
     (caller, headers): (Caller, &HeaderMap),
@@ -218,7 +219,7 @@ pub fn restriction(
 }
 
 /// How answers in a conversation are written.
-struct ChatShape {
+pub struct ChatShape {
     tools: Option<Tools>,
     has_logprobs: bool,
     with_ids: bool,

@@ -27,6 +27,7 @@ mod meters;
 mod models;
 mod plan;
 mod reply;
+mod responses;
 mod router;
 mod saved;
 mod slots;

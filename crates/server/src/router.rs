@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::{chat, completions, contexts, guard, introspect, models, slots, tokenize};
+use crate::{chat, completions, contexts, guard, introspect, models, responses, slots, tokenize};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
@@ -17,8 +17,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 /// What other servers have and this one has not: it answers 501 there, so that a client knows it reached the right server.
-const UNSUPPORTED: [&str; 16] = [
-    "/v1/responses",
+const UNSUPPORTED: [&str; 15] = [
     "/v1/responses/{*rest}",
     "/v1/embeddings",
     "/v1/moderations",
@@ -81,6 +80,7 @@ fn described() -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(api)
         .routes(routes!(chat::chat_completions))
         .routes(routes!(completions::completions))
+        .routes(routes!(responses::responses))
         .routes(routes!(contexts::create_context, contexts::contexts))
         .routes(routes!(contexts::context, contexts::delete_context))
         .routes(routes!(models::models))

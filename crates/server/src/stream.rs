@@ -11,6 +11,7 @@ use axum::Json;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use futures_util::{Stream, StreamExt};
 use mosaickv_model::Text;
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -114,9 +115,14 @@ fn stream<S: Shape>(
 ) -> Response {
     let speaking = Speaking { answering: Some(answering), head, shape, delivery, ready: VecDeque::new() };
     let events = futures_util::stream::unfold(speaking, |mut speaking| async move {
-        speaking.next().await.map(|event| (Ok::<_, Infallible>(event), speaking))
+        speaking.next().await.map(|event| (event, speaking))
     });
-    let sse = Sse::new(events).keep_alive(KeepAlive::new().interval(keep_alive));
+    sse(events, keep_alive)
+}
+
+/// Events as they come, with a comment where there is nothing to say for so long.
+pub fn sse(events: impl Stream<Item = Event> + Send + 'static, keep_alive: Duration) -> Response {
+    let sse = Sse::new(events.map(Ok::<_, Infallible>)).keep_alive(KeepAlive::new().interval(keep_alive));
     let mut response = sse.into_response();
     response.headers_mut().insert(UNBUFFERED, HeaderValue::from_static("no"));
     response
@@ -190,7 +196,7 @@ pub struct Complete {
 }
 
 /// Waits for all answers.
-async fn collect(answering: &mut Answering) -> Result<Vec<Complete>, ApiError> {
+pub async fn collect(answering: &mut Answering) -> Result<Vec<Complete>, ApiError> {
     let mut answers = vec![Complete::default(); answering.count()];
     while let Some((index, delta)) = answering.next().await? {
         let answer = &mut answers[index];

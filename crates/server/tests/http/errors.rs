@@ -144,7 +144,7 @@ fn what_is_not_there_is_not_found() {
     server.get("/v1/models/openai/gpt-5").refused(404, INVALID, Some("model"), Some("model_not_found"));
     server.get("/nowhere").refused(404, INVALID, None, Some("not_found"));
     server.get("/v1/completions").refused(405, INVALID, None, Some("method_not_allowed"));
-    for path in ["/v1/embeddings", "/v1/responses", "/v1/audio/speech"] {
+    for path in ["/v1/embeddings", "/v1/responses/x", "/v1/audio/speech"] {
         let reply = server.post(path, &json!({}));
         let message = reply.refused(501, "unsupported_error", None, Some("unsupported"));
         assert!(message.contains("not supported"), "{message}");

@@ -188,6 +188,7 @@ fn a_description_of_all_that_is_served() {
     for path in [
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/responses",
         "/v1/models",
         "/v1/models/{id}",
         "/tokenize",

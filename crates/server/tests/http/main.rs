@@ -7,4 +7,5 @@ mod contexts;
 mod errors;
 mod introspect;
 mod life;
+mod responses;
 mod storm;
