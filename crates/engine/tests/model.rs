@@ -219,7 +219,7 @@ fn what_was_read_before_changes_nothing() {
         let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
         Engine::new(compute, Settings { prefix_cache, ..Settings::default() }, Arc::default())
     };
-    for (kv, length) in [("exact", 300), ("packed", 500), ("kivi4", 300), ("layered", 2100)] {
+    for (kv, length) in [("exact", 270), ("packed", 300), ("kivi4", 260), ("layered", 2060)] {
         let (prompt, question) = (all[..length].to_vec(), all[length..length + 90].to_vec());
         let ask = |given: &[u32]| Request { given: given.to_vec(), ..request(prompt.clone(), kv, 30) };
         let (mut without, mut with) = (engine(PrefixCache::Off), engine(PrefixCache::On));
