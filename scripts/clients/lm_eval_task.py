@@ -12,7 +12,8 @@ import sys
 
 from checks import BASE, KEY, MODEL, ask, check, run
 
-WORK = os.path.abspath(sys.argv.pop(2))
+# A folder of its own: lm-eval looks for tasks in all that is in it.
+WORK = os.path.join(os.path.abspath(sys.argv.pop(2)), "lm-eval")
 LM_EVAL = sys.argv.pop(1)
 TASK = """task: numbers
 dataset_path: json
@@ -38,11 +39,12 @@ def _():
         {"question": f"{', '.join(map(str, range(n, n + 5)))},", "choices": [f" {n + 5}", " cheese", " Paris"], "answer": 0}
         for n in range(1, 9)
     ]
+    os.makedirs(WORK, exist_ok=True)
     with open(f"{WORK}/numbers.json", "w") as file:
         file.writelines(json.dumps(question) + "\n" for question in questions)
     with open(f"{WORK}/numbers.yaml", "w") as file:
         file.write(TASK.format(file=f"{WORK}/numbers.json"))
-    arguments = f"base_url={BASE}/v1/completions,model={MODEL},tokenizer_backend=remote,num_concurrent=4,max_retries=2"
+    arguments = f"base_url={BASE}/v1/completions,model={MODEL},tokenizer_backend=remote,auth_token={KEY},num_concurrent=4,max_retries=2"
     environment = os.environ | {"OPENAI_API_KEY": KEY, "HF_HOME": f"{WORK}/hf", "HF_HUB_OFFLINE": "1"}
     command = [LM_EVAL, "run", "--model", "local-completions", "--model_args", arguments, "--tasks", "numbers"]
     command += ["--include_path", WORK, "--output_path", f"{WORK}/results"]

@@ -112,7 +112,7 @@ fn answers_can_be_restricted_and_functions_called() {
         serde_json::from_str(response["output"][0]["content"][0]["text"].as_str().unwrap()).unwrap();
     assert!(said["n"] == 1 || said["n"] == 2, "{said}");
     let tool = json!({"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}, "additionalProperties": false}});
-    let mut body = json!({"input": "What time is it?", "tools": [tool], "tool_choice": "required", "max_output_tokens": 400});
+    let mut body = json!({"input": "What time is it?", "tools": [tool], "tool_choice": "required", "max_output_tokens": 400, "temperature": 0, "parallel_tool_calls": false});
     let response = server.post(PATH, &body).json();
     let call = &response["output"][0];
     assert_eq!((&call["type"], &call["name"]), (&json!("function_call"), &json!("now")), "{response}");
