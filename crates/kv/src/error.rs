@@ -100,7 +100,7 @@ pub enum KvError {
         /// Which layer.
         layer: usize,
     },
-    /// [`KvCache::check`] found a broken invariant: a bug of ours.
+    /// [`KvCache::check`](crate::KvCache::check) found a broken invariant: a bug of ours.
     #[error("cache integrity, layer {layer}, KV head {head}: {what}")]
     Integrity {
         /// Which layer.
