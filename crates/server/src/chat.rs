@@ -69,14 +69,13 @@ pub fn begin(
         None => {
             let tokens = prompt(app, loaded, &chat, tools.as_ref())?;
             let read = boundary(app, loaded, &chat, (tools.as_ref(), &tokens))?;
-            (tokens, read)
+            (tokens, app.most_exact(read))
         }
     };
     let length = tokens.len();
     let most_tokens = plan.fit(&mut tokens, usize::MAX, loaded.context)?;
     // What is cut off at the front takes the boundary with it.
-    let read = if tokens.len() == length { read } else { tokens.len() };
-    let read = app.most_exact(read);
+    let read = if tokens.len() == length { read } else { app.most_exact(tokens.len()) };
     let head = Head {
         id: format!("chatcmpl-{}", Uuid::new_v4().simple()),
         object: if plan.delivery == Delivery::Whole { "chat.completion" } else { "chat.completion.chunk" },

@@ -128,8 +128,11 @@ fn asked(
     let before = tokens.len();
     let most_tokens = plan.fit(&mut tokens, DEFAULT_TOKENS, loaded.context)?;
     let read = match fields.score_from {
-        None if tokens.len() == before => held.map_or(tokens.len(), |held| held.named.prompt),
-        None => tokens.len(),
+        None => held.map_or_else(|| app.most_exact(tokens.len()), |held| held.named.prompt),
+        Some(_) if held.is_some() => {
+            let message = "score_from says where a prompt is compressed, and the context has been already; leave it out.";
+            return Err(ApiError::invalid("score_from", message));
+        }
         Some(from) if (1..tokens.len()).contains(&from) => from,
         Some(from) => {
             let message = format!(
@@ -144,7 +147,6 @@ fn asked(
         false => Echo::Off,
     };
     let is_scored = fields.score_from.is_some();
-    let read = if is_scored { read } else { app.most_exact(read) };
     Ok(Asked { tokens, read, is_scored, most_tokens, echo })
 }
 

@@ -116,7 +116,9 @@ fn a_saved_context_is_there_after_a_restart() {
     // What a writer that was killed has left.
     std::fs::write(folder.path().join(".unfinished-abc"), b"MOSAICKV").unwrap();
     std::fs::write(folder.path().join("notes.txt"), b"no context").unwrap();
-    let server = Server::start(with_folder(folder.path()), Settings::default());
+    // What it compresses together of other prompts does not matter to one that is compressed.
+    let options = Options { most_exact: Some(5), ..with_folder(folder.path()) };
+    let server = Server::start(options, Settings::default());
     let card = server.get(&format!("{PATH}/river")).json();
     assert_eq!((&card["saved"], &card["loaded"]), (&json!(true), &json!(false)), "{card}");
     assert_eq!(ask(&server, "river"), (want.clone(), tokens));
@@ -204,6 +206,19 @@ fn what_is_missing_or_too_much_is_named() {
         Some("truncate_prompt_tokens"),
         None,
     );
+    let body = json!({"prompt": "x y", "score_from": 1, "logprobs": 0, "kv": {"context": "river"}});
+    server.post("/v1/completions", &body).refused(400, "invalid_request_error", Some("score_from"), None);
+}
+
+/// A server that reads the end of long prompts through what is compressed keeps all of a context too.
+#[test]
+fn a_context_is_whole_however_it_was_read() {
+    let server = Server::start(Options { most_exact: Some(5), ..Options::default() }, Settings::default());
+    let made = make(&server, json!({}));
+    assert_eq!(made.status, 201, "{}", made.body);
+    let (said, cached) = ask(&server, "river");
+    assert_eq!(json!(cached), made.json()["tokens"]);
+    assert_eq!(ask(&server, "river").0, said);
 }
 
 #[test]
