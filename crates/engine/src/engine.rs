@@ -1,7 +1,7 @@
 //! The step: who has ended, who begins, who needs bytes, who reads, what came of it.
 
 use crate::memory::{Memory, Reservation};
-use crate::prefix::{self, Found, Prefix, Prefixes};
+use crate::prefix::{self, Found, Prefix, Prefixes, Which};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
@@ -297,7 +297,9 @@ impl<C: Compute> Engine<C> {
                 && active.speech.prompt >= prefix::LEAST_TOKENS
                 && self.running.iter().any(|running| {
                     let Running { active: other, read, .. } = running;
-                    *read < other.speech.prompt && other.kv == active.kv && other.prompt() == active.prompt()
+                    *read < other.speech.prompt
+                        && (other.kv, &other.salt) == (active.kv, &active.salt)
+                        && other.prompt() == active.prompt()
                 })
         };
         self.waiting.iter().position(|active| !is_read(active))
@@ -349,7 +351,8 @@ impl<C: Compute> Engine<C> {
         if prompt > tokens.len() {
             return None;
         }
-        self.prefixes.find((kv, tokens, prompt), |_| true).map(|prefix| prefix.kept(&self.compute))
+        let wanted = Which { kv, salt: None, tokens, prompt };
+        self.prefixes.find(wanted, |_| true).map(|prefix| prefix.kept(&self.compute))
     }
 
     /// Takes a context in that was kept before; it stays as long as what is returned.
@@ -372,8 +375,19 @@ impl<C: Compute> Engine<C> {
         let reservation =
             self.prefixes.reserve(&mut self.memory, bytes).ok_or_else(|| self.why_no_room(bytes))?;
         let (pin, used) = (Pin::default(), Cell::default());
-        let prefix =
-            Prefix { kv, tokens, prompt, sequence, logits, base: None, bytes, reservation, pin, used };
+        let prefix = Prefix {
+            kv,
+            salt: None,
+            tokens,
+            prompt,
+            sequence,
+            logits,
+            base: None,
+            bytes,
+            reservation,
+            pin,
+            used,
+        };
         Ok(self.prefixes.insert(&mut self.memory, prefix).kept(&self.compute))
     }
 

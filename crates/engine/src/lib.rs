@@ -49,6 +49,8 @@ pub struct Request {
     pub prompt_logprobs: PromptLogprobs,
     /// Requests of a higher priority go first; of equals the one that came first.
     pub priority: i32,
+    /// Only requests with the same one go on from what it reads; those without share among each other, and with what is kept.
+    pub salt: Option<Arc<str>>,
     /// What restricts the answer to a grammar.
     pub grammar: Option<Box<dyn Grammar>>,
     /// Who wants the prompt to stay when it is compressed.
@@ -127,6 +129,7 @@ impl Request {
             logprobs: None,
             prompt_logprobs: PromptLogprobs::Off,
             priority: 0,
+            salt: None,
             grammar: None,
             keep: None,
         }

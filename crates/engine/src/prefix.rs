@@ -12,6 +12,7 @@ use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// Prompts of fewer tokens are not kept: they are read as soon as found.
 pub(crate) const LEAST_TOKENS: usize = 256;
@@ -19,6 +20,8 @@ pub(crate) const LEAST_TOKENS: usize = 256;
 /// A sequence that others may go on from.
 pub(crate) struct Prefix<S> {
     pub(crate) kv: KvFormat,
+    /// Who shares it: requests with the same.
+    pub(crate) salt: Option<Arc<str>>,
     /// All that it has read.
     pub(crate) tokens: Vec<u32>,
     /// The first of them that were compressed together.
@@ -76,22 +79,43 @@ impl<S> Default for Prefixes<S> {
     }
 }
 
-fn key(kv: KvFormat, prompt: &[u32]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (kv.to_string(), prompt).hash(&mut hasher);
-    hasher.finish()
+/// What is looked for.
+#[derive(Clone, Copy)]
+pub(crate) struct Which<'a> {
+    pub(crate) kv: KvFormat,
+    pub(crate) salt: Option<&'a str>,
+    /// What it must begin.
+    pub(crate) tokens: &'a [u32],
+    /// Of how many of them the prompt must be.
+    pub(crate) prompt: usize,
+}
+
+impl Which<'_> {
+    fn key(self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.kv.to_string(), self.salt, &self.tokens[..self.prompt]).hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+impl<S> Prefix<S> {
+    fn which(&self) -> Which<'_> {
+        Which { kv: self.kv, salt: self.salt.as_deref(), tokens: &self.tokens, prompt: self.prompt }
+    }
 }
 
 impl<S> Prefixes<S> {
-    /// The longest one whose tokens `tokens` begin with, of a prompt of the first `prompt` of them, that `serves`.
+    /// The longest one that `serves`.
     pub(crate) fn find(
         &mut self,
-        (kv, tokens, prompt): (KvFormat, &[u32], usize),
+        wanted: Which,
         serves: impl Fn(&Prefix<S>) -> bool,
     ) -> Option<Rc<Prefix<S>>> {
-        let known = self.by_prompt.get(&key(kv, &tokens[..prompt]))?;
+        let Which { kv, salt, tokens, prompt } = wanted;
+        let known = self.by_prompt.get(&wanted.key())?;
         let fits = |prefix: &&Rc<Prefix<S>>| {
-            prefix.kv == kv && prefix.prompt == prompt && tokens.starts_with(&prefix.tokens) && serves(prefix)
+            let is_alike = (prefix.kv, prefix.salt.as_deref(), prefix.prompt) == (kv, salt, prompt);
+            is_alike && tokens.starts_with(&prefix.tokens) && serves(prefix)
         };
         let longest = known.iter().filter(fits).max_by_key(|prefix| prefix.tokens.len())?;
         self.clock += 1;
@@ -100,27 +124,22 @@ impl<S> Prefixes<S> {
     }
 
     /// The one with just these tokens, and with logits if those are needed.
-    pub(crate) fn same(
-        &mut self,
-        (kv, tokens, prompt): (KvFormat, &[u32], usize),
-        has_logits: bool,
-    ) -> Option<Rc<Prefix<S>>> {
-        self.find((kv, tokens, prompt), |other| {
-            other.tokens.len() == tokens.len() && (other.logits.is_some() || !has_logits)
+    pub(crate) fn same(&mut self, wanted: Which, has_logits: bool) -> Option<Rc<Prefix<S>>> {
+        self.find(wanted, |other| {
+            other.tokens.len() == wanted.tokens.len() && (other.logits.is_some() || !has_logits)
         })
     }
 
     /// Takes one in, which was just used; if the same one is there already, its bytes are free again.
     pub(crate) fn insert(&mut self, memory: &mut Memory, prefix: Prefix<S>) -> Rc<Prefix<S>> {
-        let which = (prefix.kv, &prefix.tokens[..], prefix.prompt);
-        if let Some(same) = self.same(which, prefix.logits.is_some()) {
+        if let Some(same) = self.same(prefix.which(), prefix.logits.is_some()) {
             memory.release(prefix.reservation);
             return same;
         }
         self.clock += 1;
         prefix.used.set(self.clock);
         let prefix = Rc::new(prefix);
-        let key = key(prefix.kv, &prefix.tokens[..prefix.prompt]);
+        let key = prefix.which().key();
         self.by_prompt.entry(key).or_default().push(prefix.clone());
         prefix
     }
@@ -159,7 +178,7 @@ impl<S> Prefixes<S> {
         let Some(oldest) = self.all().filter(is_free).min_by_key(|prefix| prefix.used.get()).cloned() else {
             return false;
         };
-        let key = key(oldest.kv, &oldest.tokens[..oldest.prompt]);
+        let key = oldest.which().key();
         if let Some(all) = self.by_prompt.get_mut(&key) {
             all.retain(|prefix| !Rc::ptr_eq(prefix, &oldest));
             if all.is_empty() {

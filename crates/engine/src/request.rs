@@ -2,7 +2,7 @@
 
 use crate::engine::MEASURED_EVERY;
 use crate::memory::{Memory, Reservation};
-use crate::prefix::{Found, Prefix, Prefixes, bytes_of_logits};
+use crate::prefix::{Found, Prefix, Prefixes, Which, bytes_of_logits};
 use crate::sample::Sampler;
 use crate::schedule::{Lag, STEPS_TOGETHER};
 use crate::{
@@ -25,6 +25,8 @@ pub(crate) struct Active {
     /// The prompt's, those given, and those sampled.
     pub(crate) tokens: Vec<u32>,
     pub(crate) kv: KvFormat,
+    /// Who shares what it reads.
+    pub(crate) salt: Option<Arc<str>>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) speech: Speech,
     /// Who wants its prompt to be kept.
@@ -160,6 +162,7 @@ impl Active {
             order,
             tokens,
             kv: request.kv,
+            salt: request.salt,
             cancelled,
             speech,
             keep: request.keep,
@@ -177,7 +180,8 @@ impl Active {
 
     /// Where it can begin, if its tokens were read before.
     pub(crate) fn prefix<S>(&self, prefixes: &mut Prefixes<S>) -> Option<Rc<Prefix<S>>> {
-        prefixes.find((self.kv, &self.tokens, self.speech.prompt), |prefix| {
+        let (salt, prompt) = (self.salt.as_deref(), self.speech.prompt);
+        prefixes.find(Which { kv: self.kv, salt, tokens: &self.tokens, prompt }, |prefix| {
             self.speech.can_begin_at(prefix.tokens.len(), prefix.logits.is_some())
         })
     }
@@ -347,7 +351,9 @@ impl<S> Running<S> {
     where
         S: Clone,
     {
-        let which = (self.active.kv, self.active.prompt(), self.active.speech.prompt);
+        let Active { kv, salt, speech, .. } = &self.active;
+        let (salt, prompt) = (salt.as_deref(), speech.prompt);
+        let which = Which { kv: *kv, salt, tokens: self.active.prompt(), prompt };
         if let Some(same) = prefixes.same(which, logits.is_some()) {
             // Somebody who had to read it again, for its log probabilities.
             return Some(same);
@@ -359,6 +365,7 @@ impl<S> Running<S> {
         let reservation = split.or_else(|| prefixes.reserve(memory, bytes))?;
         let prefix = Prefix {
             kv: self.active.kv,
+            salt: self.active.salt.clone(),
             tokens: self.active.prompt().to_vec(),
             prompt: self.active.speech.prompt,
             sequence,
@@ -440,6 +447,7 @@ impl<S> Running<S> {
             {
                 let prefix = Prefix {
                     kv: active.kv,
+                    salt: active.salt.clone(),
                     tokens: active.tokens[..read].to_vec(),
                     prompt: active.speech.prompt,
                     sequence,

@@ -223,6 +223,7 @@ fn request(plan: &Plan, asked: &Asked, logprobs: Option<usize>, kv: KvFormat) ->
             _ => PromptLogprobs::Off,
         },
         priority: plan.priority,
+        salt: plan.salt.clone(),
         grammar: None,
         keep: None,
     }

@@ -69,8 +69,7 @@ pub struct Common {
     /// Who asks; has no effect.
     #[expect(dead_code, reason = "clients send it, and it is no unknown field")]
     pub user: Option<String>,
-    /// Has no effect.
-    #[expect(dead_code, reason = "clients send it, and it is no unknown field")]
+    /// Only requests with the same salt share what was read of their prompts, so that nobody else can tell from its time whether it was.
     pub cache_salt: Option<String>,
 }
 

@@ -6,6 +6,7 @@ use crate::fields::Common;
 use crate::stop::Keep;
 use mosaickv_engine::Sampling;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// Most answers to a prompt.
@@ -45,6 +46,8 @@ pub struct Plan {
     pub delivery: Delivery,
     /// Requests of a higher one go first.
     pub priority: i32,
+    /// Only requests with the same share what they read.
+    pub salt: Option<Arc<str>>,
     /// Whether the answer says what was stored.
     pub with_report: bool,
 }
@@ -105,6 +108,7 @@ impl Plan {
             with_ids: flag(common.return_token_ids),
             delivery,
             priority: common.priority.unwrap_or(0),
+            salt: common.cache_salt.as_deref().map(Arc::from),
             with_report: common.kv.as_ref().and_then(|kv| kv.report).unwrap_or(true),
         })
     }

@@ -68,7 +68,7 @@ impl App {
         let suffix = self.known_model(common.model.as_deref())?;
         let default = self.options().kv;
         let format = kv::choose(common.kv.as_ref(), headers, suffix, default)?;
-        let plan = Plan::new(common, loaded)?;
+        let mut plan = Plan::new(common, loaded)?;
         let Some(name) = common.kv.as_ref().and_then(|kv| kv.context.as_ref()) else {
             return Ok((plan, format, None));
         };
@@ -77,6 +77,8 @@ impl App {
             return Err(ApiError::invalid("truncate_prompt_tokens", message));
         }
         let held = self.contexts().hold(loaded, name, "kv.context")?;
+        // Whoever knows the name of a context shares it.
+        plan.salt = None;
         Ok((plan, kv::of_context(format, default, held.named.kv)?, Some(held)))
     }
 }

@@ -234,13 +234,17 @@ fn a_prompt_that_was_read_before_is_not_read_again() {
     let (first, cached) = ask(&body);
     assert_eq!(cached, 0);
     assert_eq!(ask(&body), (first, 600));
+    // With a salt of its own it is, and nobody without it can tell.
+    let mut salted = body.clone();
+    salted["cache_salt"] = json!("secret");
+    assert_eq!([ask(&salted).1, ask(&salted).1], [0, 600]);
     let metrics = server.get("/metrics").body;
     let value = |name: &str| {
         let line = metrics.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}"));
         line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()
     };
-    assert_eq!(value("vllm:prefix_cache_queries_total"), 1200.0);
-    assert_eq!(value("vllm:prefix_cache_hits_total"), 600.0);
+    assert_eq!(value("vllm:prefix_cache_queries_total"), 2400.0);
+    assert_eq!(value("vllm:prefix_cache_hits_total"), 1200.0);
     assert_eq!(value("vllm:kv_cache_usage_perc"), 0.0, "what nobody needs is not in use");
 }
 
