@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// A tiny checkpoint of the model crate's tests.
@@ -156,6 +157,7 @@ fn a_server_that_is_killed_loses_no_context_that_was_saved() {
             let reply = serving.ask("POST /v1/completions", &asked);
             assert!(reply.starts_with("HTTP/1.1 200"), "round {round}, c{i}: {reply}");
         }
+        let count = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             let writing = scope.spawn(|| {
                 let mut made = vec![];
@@ -166,15 +168,21 @@ fn a_server_that_is_killed_loses_no_context_that_was_saved() {
                         break;
                     }
                     made.push(i);
+                    count.fetch_add(1, Ordering::Relaxed);
                 }
                 made
             });
-            std::thread::sleep(Duration::from_millis(150 + 70 * round as u64));
+            // Somewhere in the third or a later one.
+            let start = Instant::now();
+            while count.load(Ordering::Relaxed) < 2 && start.elapsed() < Duration::from_secs(20) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(7 * round as u64));
             serving.signal("-KILL");
             saved.extend(writing.join().unwrap());
         });
     }
-    assert!(saved.len() > 4, "{saved:?}");
+    assert!(saved.len() >= 8, "{saved:?}");
 }
 
 #[test]
