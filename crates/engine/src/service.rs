@@ -70,8 +70,8 @@ struct Shared {
 
 enum Command {
     Submit { request: Box<Request>, emit: Box<dyn FnMut(Event) + Send>, cancelled: Arc<AtomicBool> },
-    Find { kv: KvFormat, tokens: Vec<u32>, prompt: usize, tell: Box<dyn FnOnce(Option<Kept>) + Send> },
-    Restore { context: Box<Context>, tell: Box<dyn FnOnce(Result<Kept, String>) + Send> },
+    Find { kv: KvFormat, tokens: Vec<u32>, prompt: usize, tell: Sender<Option<Kept>> },
+    Restore { context: Box<Context>, tell: Sender<Result<Kept, String>> },
 }
 
 /// A request's place in the engine: dropping it cancels the request, if it has not ended.
@@ -125,26 +125,21 @@ impl Service {
         Ok(Ticket(cancelled))
     }
 
-    /// Takes a context in that was kept before. `tell` is called on the engine's thread, with the reason if it can't be; it must
-    /// not block.
-    pub fn restore(
-        &self,
-        context: Context,
-        tell: impl FnOnce(Result<Kept, String>) + Send + 'static,
-    ) -> Result<(), Refused> {
-        self.send(Command::Restore { context: Box::new(context), tell: Box::new(tell) })
+    /// Takes a context in that was kept before, or says why it can't be. Waits for the engine's next step.
+    pub fn restore(&self, context: Context) -> Result<Result<Kept, String>, Refused> {
+        self.ask(|tell| Command::Restore { context: Box::new(context), tell })
     }
 
-    /// Looks for the longest context that `tokens` begin with, of a prompt of the first `prompt` of them. `tell` is called on the
-    /// engine's thread; it must not block.
-    pub fn find(
-        &self,
-        kv: KvFormat,
-        tokens: Vec<u32>,
-        prompt: usize,
-        tell: impl FnOnce(Option<Kept>) + Send + 'static,
-    ) -> Result<(), Refused> {
-        self.send(Command::Find { kv, tokens, prompt, tell: Box::new(tell) })
+    /// The longest context that `tokens` begin with, of a prompt of the first `prompt` of them. Waits for the engine's next step.
+    pub fn find(&self, kv: KvFormat, tokens: Vec<u32>, prompt: usize) -> Result<Option<Kept>, Refused> {
+        self.ask(|tell| Command::Find { kv, tokens, prompt, tell })
+    }
+
+    /// What the engine says to a command.
+    fn ask<T>(&self, command: impl FnOnce(Sender<T>) -> Command) -> Result<T, Refused> {
+        let (tell, told) = mpsc::channel();
+        self.send(command(tell))?;
+        told.recv().map_err(|_| Refused::Stopped)
     }
 
     fn send(&self, command: Command) -> Result<(), Refused> {
@@ -200,8 +195,11 @@ fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, sent: &At
                     engine.submit(*request, emit, cancelled);
                     sent.fetch_sub(1, Ordering::Relaxed);
                 }
-                Command::Find { kv, tokens, prompt, tell } => tell(engine.find(kv, &tokens, prompt)),
-                Command::Restore { context, tell } => tell(engine.restore(*context)),
+                // Whoever does not wait any more needs no answer.
+                Command::Find { kv, tokens, prompt, tell } => {
+                    drop(tell.send(engine.find(kv, &tokens, prompt)))
+                }
+                Command::Restore { context, tell } => drop(tell.send(engine.restore(*context))),
             }
         }
         if is_over {

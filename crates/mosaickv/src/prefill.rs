@@ -1,13 +1,11 @@
 //! `--prefill-kv`: how much of a prompt is read before it is compressed?
 
+use mosaickv_kv::Layered;
 use std::fmt;
 use std::str::FromStr;
 
 /// Tokens of a prompt that are read exactly where `compressed` alone is asked for.
 const DEFAULT_TOKENS: usize = 4096;
-
-/// The fewest: below them the layered format stays exact.
-const LEAST_TOKENS: usize = 2048;
 
 /// What later tokens of a prompt attend to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,10 +46,11 @@ impl FromStr for PrefillKv {
             None if text == "exact" => Ok(PrefillKv::Exact),
             None if text == "compressed" => Ok(PrefillKv::Compressed(DEFAULT_TOKENS)),
             Some(("compressed", tokens)) => match tokens.parse() {
-                Ok(tokens) if tokens >= LEAST_TOKENS => Ok(PrefillKv::Compressed(tokens)),
-                Ok(tokens) => {
-                    Err(format!("{tokens} tokens; wanted at least {LEAST_TOKENS}: fewer are not compressed"))
-                }
+                Ok(tokens) if tokens >= Layered::LEAST_TOKENS => Ok(PrefillKv::Compressed(tokens)),
+                Ok(tokens) => Err(format!(
+                    "{tokens} tokens; wanted at least {}: fewer are not compressed",
+                    Layered::LEAST_TOKENS
+                )),
                 Err(_) => Err(wanted()),
             },
             _ => Err(wanted()),

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 use utoipa::ToSchema;
 
@@ -484,12 +484,10 @@ impl Contexts {
 fn load(loaded: &Loaded, name: &str, path: &std::path::Path) -> Result<(Arc<[u32]>, Pin), ApiError> {
     let start = std::time::Instant::now();
     let (_, context) = saved::read(path, &loaded.home).map_err(|error| ApiError::unreadable(name, &error))?;
-    let (tell, told) = mpsc::channel();
     let tokens: Arc<[u32]> = context.tokens.as_slice().into();
-    let sent = loaded.service.restore(context, move |kept| drop(tell.send(kept)));
-    sent.map_err(|refused| ApiError::refused(&refused, 0, "kv.context"))?;
-    let gone = || ApiError::internal("The engine has ended unexpectedly");
-    let kept = told.recv().map_err(|_| gone())?.map_err(ApiError::no_room)?;
+    let kept = loaded.service.restore(context);
+    let kept = kept.map_err(|refused| ApiError::refused(&refused, 0, "kv.context"))?;
+    let kept = kept.map_err(ApiError::no_room)?;
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
     tracing::info!("context {name}: {} tokens read from its file in {milliseconds:.0} ms", tokens.len());
     Ok((tokens, kept.pin))

@@ -13,7 +13,7 @@ use mosaickv_kv::KvFormat;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use utoipa::ToSchema;
 
@@ -298,10 +298,8 @@ fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDon
         Action::Save => {
             contexts.check_folder(&filename)?;
             let Rest { kv, tokens, prompt } = app.slots().rest(id)?;
-            let (tell, told) = mpsc::channel();
-            let sent = loaded.service.find(kv, tokens, prompt, move |kept| drop(tell.send(kept)));
-            sent.map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
-            let kept = told.recv().map_err(|_| ApiError::internal("The engine has ended unexpectedly"))?;
+            let found = loaded.service.find(kv, tokens, prompt);
+            let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
             let kept = kept.ok_or_else(|| {
                 ApiError::conflict(
                     "id",
