@@ -104,7 +104,22 @@ impl Packed {
         if self.segment == 0 || !self.segment.is_multiple_of(FLUSH) {
             return refuse("segment", self.segment, "a multiple of 32 tokens, not 0");
         }
-        PackedShape::with_rate(head_dim, 1.0 - self.kept.unwrap_or(0.25), self.group.unwrap_or(1)).map(|_| ())
+        for rate in self.rates() {
+            // Larger groups than a small head has room for are not among its candidates.
+            let group = *self.groups().last().expect("there is at least one");
+            PackedShape::with_rate(head_dim, 1.0 - rate, group)?;
+        }
+        Ok(())
+    }
+
+    /// The shares of elements that a strategy may keep.
+    pub(crate) fn rates(&self) -> &[f32] {
+        self.kept.as_ref().map_or(&strategy::KEPT, std::slice::from_ref)
+    }
+
+    /// The sizes of groups that a strategy may have, the smallest last.
+    pub(crate) fn groups(&self) -> &[usize] {
+        self.group.as_ref().map_or(&strategy::GROUPS, std::slice::from_ref)
     }
 }
 

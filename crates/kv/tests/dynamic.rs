@@ -88,6 +88,28 @@ fn segments_of_different_strategies_attend_as_one() {
     }
 }
 
+/// An eighth of 16 channels is less than a group of four. What lies along one line asks for just that.
+#[test]
+fn small_heads_keep_less_than_a_large_group() {
+    let pool = Pool::new(1);
+    for d in [16, 32] {
+        let shape = KvShape { layers: 1, heads: 1, kv_heads: 1, head_dim: d, window: None };
+        let mut cache = KvCache::new(shape, KvFormat::Packed(dynamic(64, 20.0))).unwrap();
+        let mut uniform = common::uniform(3);
+        let line: Vec<f32> = (0..300)
+            .flat_map(|_| {
+                let along = uniform();
+                (0..d).map(move |c| along * (1 + c % 3) as f32)
+            })
+            .collect();
+        cache.append(&pool, 0, &line, &line).unwrap();
+        cache.end_prompt(&pool, 0);
+        cache.check().unwrap();
+        let kept: Vec<_> = cache.segments().iter().map(|s| (s.kept, s.group)).collect();
+        assert!(kept.contains(&(d / 8, d / 8)), "{d} channels: {kept:?}");
+    }
+}
+
 /// With everything selected and three quarters kept, how tokens are cut into segments hardly shows: each cut is near
 /// to exact attention.
 #[test]

@@ -14,10 +14,10 @@ use mosaickv_kernels::packed::{BLOCKS, PackedShape};
 use mosaickv_kernels::rotate::{gram, multiply};
 
 /// Shares of the elements that may be kept, fewest first: rates of 87.5, 75 and 62.5 % (s. 4).
-pub(crate) const KEPT: [f32; 3] = [0.125, 0.25, 0.375];
+pub(super) const KEPT: [f32; 3] = [0.125, 0.25, 0.375];
 
 /// Groups of channels, largest first (s. 4).
-const GROUPS: [usize; 3] = [4, 2, 1];
+pub(super) const GROUPS: [usize; 3] = [4, 2, 1];
 
 /// Tokens on which losses are measured.
 const SAMPLE: usize = 128;
@@ -127,10 +127,10 @@ pub(crate) struct Chosen {
 /// The strategy of a segment with these sums, of keys and values `[T, D]`.
 pub(crate) fn choose(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]) -> Chosen {
     let d = sums.d;
-    let shape = |kept: f32, group: usize| {
-        PackedShape::with_rate(d, 1.0 - kept, group).expect("settings are checked, candidates fit any head")
-    };
-    let channels = shape(settings.kept.unwrap_or(KEPT[0]), 1).channels();
+    let shape = |kept: f32, group: usize| PackedShape::with_rate(d, 1.0 - kept, group);
+    let single = |kept: f32| shape(kept, 1).expect("settings are checked");
+    let rates = settings.rates();
+    let channels = single(rates[0]).channels();
     let rotation = Rotation::from_grams(settings.rotation, (&sums.keys, &sums.values), (d, channels));
     let [of_keys, of_values] = sums.scales();
     let sides = [
@@ -141,29 +141,30 @@ pub(crate) fn choose(settings: Packed, sums: &Sums, keys: &[f32], values: &[f32]
         [sides[0].loss(kept, keys), sides[1].loss(kept, values)]
     };
     let mean = |[keys, values]: [f32; 2]| (keys + values) / 2.0;
-    let single = Grouping::single(channels);
-    let rates: Vec<f32> = settings.kept.map_or(KEPT.to_vec(), |kept| vec![kept]);
-    let fits = |rate: &&f32| mean(losses(shape(**rate, 1).kept(), [&single; 2])) <= settings.loss;
+    let ungrouped = Grouping::single(channels);
+    let fits = |rate: &&f32| mean(losses(single(**rate).kept(), [&ungrouped; 2])) <= settings.loss;
     let rate = *rates.iter().find(fits).unwrap_or(&rates[rates.len() - 1]);
-    let alone = losses(shape(rate, 1).kept(), [&single; 2]);
-    let groups: Vec<usize> = settings.group.map_or(GROUPS.to_vec(), |group| vec![group]);
+    let alone = losses(single(rate).kept(), [&ungrouped; 2]);
+    // A small head may keep fewer elements than a large group has.
+    let shapes: Vec<PackedShape> =
+        settings.groups().iter().filter_map(|&group| shape(rate, group).ok()).collect();
     let block = settings.block.unwrap_or_else(|| {
         let fits = |size: &usize| sums.spread(*size) <= f64::from(settings.spread);
         BLOCKS[(0..BLOCKS.len()).rev().find(fits).unwrap_or(0)]
     });
-    for &group in &groups {
-        let shape = shape(rate, group);
+    for (i, &shape) in shapes.iter().enumerate() {
+        let group = shape.group();
         let groupings = sides.each_ref().map(|side| side.grouping(shape.kept(), group));
         let here = losses(shape.kept(), [&groupings[0], &groupings[1]]);
         // The mean alone would let keys lose what values hardly notice.
         let adds = (0..2).map(|side| here[side] - alone[side]).fold(0.0, f32::max);
         let fits = mean(here) <= settings.loss && adds <= settings.grouping;
-        if fits || group == groups[groups.len() - 1] {
+        if fits || i + 1 == shapes.len() {
             let rotation = rotation.reordered((&groupings[0].order, &groupings[1].order), d);
             return Chosen { strategy: Strategy { shape, block }, rotation, loss: mean(here) };
         }
     }
-    unreachable!("the last group is taken whatever its loss")
+    unreachable!("settings are checked: a shape fits, and the last is taken whatever its loss")
 }
 
 /// `lost / scale`, at least 0; no loss where there is nothing.
