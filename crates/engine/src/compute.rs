@@ -31,6 +31,12 @@ pub trait Compute {
     /// An empty sequence, or why there can be none in this format.
     fn begin(&self, kv: KvFormat) -> Result<Self::Sequence, String>;
 
+    /// An empty exact sequence of which compressed copies can be made.
+    fn begin_exact(&self) -> Result<Self::Sequence, String>;
+
+    /// A copy of such a sequence, after its prompt, compressed as if it had been begun in this format.
+    fn compressed(&self, exact: &Self::Sequence, kv: KvFormat) -> Result<Self::Sequence, String>;
+
     /// Bytes that a prompt of so many tokens takes at most until it is compressed, and while it is.
     fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize;
 
@@ -49,6 +55,12 @@ pub trait Compute {
 
     /// Compresses a prompt that was read to its end.
     fn compress(&self, sequence: &mut Self::Sequence);
+
+    /// Whether a compressed sequence takes clearly more than a cache of this ratio, and can be compressed harder.
+    fn exceeds(&self, sequence: &Self::Sequence, ratio: f32) -> bool;
+
+    /// Compresses it harder, to about this ratio.
+    fn compress_harder(&self, sequence: &mut Self::Sequence, ratio: f32);
 
     /// Bytes allocated for a sequence, without those that it shares with the one that it is a clone of, if that is given.
     fn bytes(&self, sequence: &Self::Sequence, beside: Option<&Self::Sequence>) -> usize;
@@ -101,6 +113,16 @@ impl<'a> Compute for ModelCompute<'a> {
         Ok(self.in_background(Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?))
     }
 
+    fn begin_exact(&self) -> Result<Sequence<'a>, String> {
+        let exact =
+            Sequence::new(self.model, self.pool, KvFormat::Exact).map_err(|error| error.to_string())?;
+        Ok(exact.remember_queries())
+    }
+
+    fn compressed(&self, exact: &Sequence<'a>, kv: KvFormat) -> Result<Sequence<'a>, String> {
+        Ok(self.in_background(exact.compressed(kv).map_err(|error| error.to_string())?))
+    }
+
     fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
         kv.most_prompt_bytes(self.shape(), tokens)
     }
@@ -128,6 +150,14 @@ impl<'a> Compute for ModelCompute<'a> {
     fn compress(&self, sequence: &mut Sequence<'a>) {
         sequence.finish_prompt();
         sequence.forget_queries();
+    }
+
+    fn exceeds(&self, sequence: &Sequence<'a>, ratio: f32) -> bool {
+        sequence.cache().exceeds(ratio)
+    }
+
+    fn compress_harder(&self, sequence: &mut Sequence<'a>, ratio: f32) {
+        sequence.compress_harder(ratio);
     }
 
     fn bytes(&self, sequence: &Sequence<'a>, beside: Option<&Sequence<'a>>) -> usize {

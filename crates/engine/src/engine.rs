@@ -4,11 +4,13 @@ use crate::memory::{Memory, Reservation};
 use crate::prefix::{self, Found, Prefix, Prefixes, Which};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
+use crate::shadow;
 use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Part;
 use std::cell::Cell;
 use std::cmp::Reverse;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) const MEASURED_EVERY: usize = 16;
 
 /// What an engine may use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     /// Bytes that all caches may take together.
     pub kv_memory: usize,
@@ -28,6 +30,11 @@ pub struct Settings {
     pub most_waiting: usize,
     /// What becomes of prompts that were read.
     pub prefix_cache: PrefixCache,
+    /// One request in so many is watched: its first sampled tokens are held against the exact cache, which takes its bytes that long;
+    /// `None`: none is.
+    pub watch_every: Option<NonZeroU64>,
+    /// To what ratio requests that run may be compressed harder where bytes run out; `None`: none is.
+    pub floor: Option<f32>,
 }
 
 /// What becomes of prompts that were read, and of what followed them.
@@ -47,6 +54,8 @@ impl Default for Settings {
             tokens_per_step: 512,
             most_waiting: 512,
             prefix_cache: PrefixCache::On,
+            floor: None,
+            watch_every: None,
         }
     }
 }
@@ -253,7 +262,7 @@ impl<C: Compute> Engine<C> {
     }
 
     /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for those that run to go
-    /// on for a while.
+    /// on for a while. Where there are not, those that run are compressed harder, if that is allowed; then it waits.
     fn admit(&mut self) {
         while self.running.len() < self.settings.most_sequences
             && let Some(next) = self.next_to_begin()
@@ -263,17 +272,21 @@ impl<C: Compute> Engine<C> {
                 let sequence = base.sequence.clone();
                 Found { base, sequence }
             });
-            let needed = match &found {
+            let (needed, is_watched) = match &found {
                 Some(Found { base, sequence }) => {
                     let own = self.compute.bytes(sequence, Some(&base.sequence));
-                    own + self.compute.growth_bytes(active.kv, MEASURED_EVERY)
+                    (own + self.compute.growth_bytes(active.kv, MEASURED_EVERY), false)
                 }
-                None => self.compute.prompt_bytes(active.kv, active.speech.prompt),
+                None => self.bytes_to_begin(active),
             };
             let growth = |running: &Running<_>| self.compute.growth_bytes(running.active.kv, MEASURED_EVERY);
             let growth: usize = self.running.iter().map(growth).sum();
             let is_alone = self.running.is_empty();
             if needed + growth > self.memory.free() + self.droppable() && !is_alone {
+                drop(found);
+                if self.compress_one_harder() {
+                    continue;
+                }
                 break;
             }
             let reservation = self.prefixes.reserve(&mut self.memory, needed);
@@ -286,7 +299,7 @@ impl<C: Compute> Engine<C> {
                 self.farewells.push(active.end(End::NoRoom(why)));
                 continue;
             };
-            self.begin(active, found, reservation);
+            self.begin(active, (found, is_watched), reservation);
         }
     }
 
@@ -305,10 +318,33 @@ impl<C: Compute> Engine<C> {
         self.waiting.iter().position(|active| !is_read(active))
     }
 
-    fn begin(&mut self, mut active: Active, found: Option<Found<C::Sequence>>, reservation: Reservation) {
+    /// Bytes that a request needs to begin, and whether it is to be watched: only where that takes nothing from anybody.
+    fn bytes_to_begin(&self, active: &Active) -> (usize, bool) {
+        let tokens = active.speech.prompt;
+        let alone = self.compute.prompt_bytes(active.kv, tokens);
+        let is_next = self.settings.watch_every.is_some_and(|every| active.order.1 % every == 0);
+        let exact = self.compute.prompt_bytes(KvFormat::Exact, tokens);
+        let watched = alone + exact + self.compute.growth_bytes(KvFormat::Exact, shadow::STEPS);
+        let is_watched = is_next && shadow::is_for(active) && watched <= self.memory.free();
+        (if is_watched { watched } else { alone }, is_watched)
+    }
+
+    fn begin(
+        &mut self,
+        mut active: Active,
+        (found, is_watched): (Option<Found<C::Sequence>>, bool),
+        reservation: Reservation,
+    ) {
         self.done.prefix_queries += active.speech.prompt as u64;
         let Some(found) = found else {
-            match self.compute.begin(active.kv) {
+            let begun = match is_watched {
+                true => self.compute.begin_exact(),
+                false => self.compute.begin(active.kv),
+            };
+            match begun {
+                Ok(sequence) if is_watched => {
+                    self.running.push(Running::watched(active, sequence, reservation))
+                }
                 Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
                 Err(why) => {
                     self.memory.release(reservation);
@@ -391,8 +427,21 @@ impl<C: Compute> Engine<C> {
         Ok(self.prefixes.insert(&mut self.memory, prefix).kept(&self.compute))
     }
 
+    /// Compresses the newest request harder that was not yet, if that is allowed. Says whether there was one.
+    fn compress_one_harder(&mut self) -> bool {
+        let Some(ratio) = self.settings.floor else { return false };
+        let mut newest_first: Vec<_> = self.running.iter_mut().collect();
+        newest_first.sort_by_key(|running| Reverse(running.active.order));
+        let (compute, memory, prefixes) = (&self.compute, &mut self.memory, &mut self.prefixes);
+        let is_done =
+            newest_first.into_iter().any(|running| running.compress_harder(compute, memory, prefixes, ratio));
+        self.done.harder += u64::from(is_done);
+        is_done
+    }
+
     /// Reserves what those that are past their prompts may take next. Where that is not free, prefixes that nobody needs are
-    /// dropped; then the request that is last in order loses its cache, and waits to read again what it has read.
+    /// dropped; then requests are compressed harder, if that is allowed; then the one that is last in order loses its cache, and
+    /// waits to read again what it has read.
     fn make_room(&mut self) {
         let mut i = 0;
         while i < self.running.len() {
@@ -401,7 +450,7 @@ impl<C: Compute> Engine<C> {
                 i += 1;
                 continue;
             }
-            if self.prefixes.drop_one(&mut self.memory) {
+            if self.prefixes.drop_one(&mut self.memory) || self.compress_one_harder() {
                 continue;
             }
             let last = (0..self.running.len()).max_by_key(|&j| self.running[j].active.order);
@@ -430,7 +479,8 @@ impl<C: Compute> Engine<C> {
         let (mut readings, mut speeches, mut heard) = (vec![], vec![], vec![]);
         let keeps = self.settings.prefix_cache == PrefixCache::On;
         for turn in turns {
-            let Running { active, sequence, .. } = all[turn.index].take().expect("at most one turn each");
+            let Running { active, sequence, shadow, .. } =
+                all[turn.index].take().expect("at most one turn each");
             let wanted = active.wanted(&turn.tokens);
             let is_kept = keeps || active.keep.is_some();
             let Active { tokens, speech, .. } = active;
@@ -441,12 +491,13 @@ impl<C: Compute> Engine<C> {
                 part: turn.part,
                 wanted,
             });
-            speeches.push((tokens, turn.tokens.start, speech, is_kept));
+            speeches.push((tokens, turn.tokens.start, speech, shadow, is_kept));
             heard.push(Heard::default());
         }
         self.compute.read(readings, &mut |i, t, logits| {
-            let (tokens, start, speech, is_kept) = &mut speeches[i];
+            let (tokens, start, speech, shadow, is_kept) = &mut speeches[i];
             let place = *start + t + 1;
+            shadow.hear(place.saturating_sub(speech.prompt), logits);
             if *is_kept && place == speech.prompt && place == tokens.len() {
                 heard[i].logits = Some(logits.to_vec());
             }
@@ -467,7 +518,7 @@ impl<C: Compute> Engine<C> {
             if turn.part != Part::Step {
                 self.done.prompt_tokens += turn.tokens.len() as u64;
             }
-            let end = match &failed {
+            let mut end = match &failed {
                 Some(why) => Some(End::Failed(why.clone())),
                 None => running.active.tell(heard, &mut self.done).or_else(|| running.is_read_out()),
             };
@@ -475,8 +526,17 @@ impl<C: Compute> Engine<C> {
                 && failed.is_none()
                 && (end.is_none() || running.active.keep.is_some())
             {
-                self.done.compress_seconds += running.compress(&self.compute).as_secs_f64();
-                self.leave(turn.index, logits);
+                match running.compress(&self.compute) {
+                    Ok(took) => {
+                        self.done.compress_seconds += took.as_secs_f64();
+                        self.leave(turn.index, logits);
+                    }
+                    Err(why) => end = Some(End::Failed(why)),
+                }
+            }
+            let running = &mut self.running[turn.index];
+            if end.is_some() || running.shadow.is_done() {
+                running.compare(&self.compute, &mut self.done);
             }
             ends.extend(end.map(|end| (turn.index, end)));
         }

@@ -16,6 +16,7 @@ mod request;
 mod sample;
 mod schedule;
 mod service;
+mod shadow;
 
 pub use compute::{Compute, ModelCompute, Reading};
 pub use engine::{Engine, PrefixCache, Refused, Settings};
@@ -220,6 +221,8 @@ pub struct Bill {
     pub compress: Duration,
     /// How often it lost its cache.
     pub preemptions: usize,
+    /// Whether it was compressed harder than asked, to make room.
+    pub is_harder: bool,
     /// Tokens of its prompt and those given that had been read before.
     pub cached_tokens: usize,
 }

@@ -60,6 +60,11 @@ impl Memory {
         Some(Reservation(bytes))
     }
 
+    /// Two reservations as one.
+    pub fn join(&mut self, reservation: &mut Reservation, other: Reservation) {
+        reservation.0 += other.0;
+    }
+
     /// Gives bytes back.
     pub fn release(&mut self, reservation: Reservation) {
         self.reserved -= reservation.0;

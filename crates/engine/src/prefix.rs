@@ -172,19 +172,33 @@ impl<S> Prefixes<S> {
         }
     }
 
+    /// Takes one out that nobody else needs, or gives it back.
+    pub(crate) fn take(&mut self, prefix: Rc<Prefix<S>>) -> Result<Prefix<S>, Rc<Prefix<S>>> {
+        // Here, and with whoever gives it.
+        if Rc::strong_count(&prefix) > 2 || !prefix.pin.is_alone() || prefix.base.is_some() {
+            return Err(prefix);
+        }
+        self.remove(&prefix);
+        Rc::try_unwrap(prefix)
+    }
+
+    fn remove(&mut self, prefix: &Rc<Prefix<S>>) {
+        let key = prefix.which().key();
+        if let Some(all) = self.by_prompt.get_mut(&key) {
+            all.retain(|other| !Rc::ptr_eq(prefix, other));
+            if all.is_empty() {
+                self.by_prompt.remove(&key);
+            }
+        }
+    }
+
     /// Drops the one that was not used for longest, of those that nobody needs; `false` if there is none.
     pub(crate) fn drop_one(&mut self, memory: &mut Memory) -> bool {
         let is_free = |prefix: &&Rc<Prefix<S>>| Rc::strong_count(prefix) == 1 && prefix.pin.is_alone();
         let Some(oldest) = self.all().filter(is_free).min_by_key(|prefix| prefix.used.get()).cloned() else {
             return false;
         };
-        let key = oldest.which().key();
-        if let Some(all) = self.by_prompt.get_mut(&key) {
-            all.retain(|prefix| !Rc::ptr_eq(prefix, &oldest));
-            if all.is_empty() {
-                self.by_prompt.remove(&key);
-            }
-        }
+        self.remove(&oldest);
         let oldest = Rc::into_inner(oldest).expect("nobody else has it");
         memory.release(oldest.reservation);
         true

@@ -5,6 +5,7 @@ use crate::memory::{Memory, Reservation};
 use crate::prefix::{Found, Prefix, Prefixes, Which, bytes_of_logits};
 use crate::sample::Sampler;
 use crate::schedule::{Lag, STEPS_TOGETHER};
+use crate::shadow::{self, Shadow};
 use crate::{
     Bill, Compute, End, Event, Figures, Keep, Pin, PromptLogprobs, Request, Token, log_probabilities,
 };
@@ -260,6 +261,9 @@ pub(crate) struct Running<S> {
     granted: usize,
     /// Bytes of keys and values that attention had read of the sequence when it began here.
     inherited: u64,
+    /// Whether it was compressed harder than asked.
+    is_harder: bool,
+    pub(crate) shadow: Shadow<S>,
     /// When the prompt was done: tokens read, and bytes that attention had read.
     compressed: (usize, u64),
 }
@@ -268,6 +272,11 @@ impl<S> Running<S> {
     /// Begins with an empty sequence.
     pub(crate) fn new(active: Active, sequence: S, reservation: Reservation) -> Running<S> {
         Running::begin(active, sequence, reservation, (0, 0))
+    }
+
+    /// The same with an exact one, of which a compressed copy is to be made.
+    pub(crate) fn watched(active: Active, exact: S, reservation: Reservation) -> Running<S> {
+        Running { shadow: Shadow::Reading, ..Running::new(active, exact, reservation) }
     }
 
     /// Goes on from a clone of what others have read.
@@ -301,6 +310,8 @@ impl<S> Running<S> {
             reservation,
             granted: 0,
             inherited,
+            is_harder: false,
+            shadow: Shadow::Off,
             compressed,
         }
     }
@@ -328,8 +339,13 @@ impl<S> Running<S> {
     }
 
     /// Compresses the prompt; how long that took.
-    pub(crate) fn compress<C: Compute<Sequence = S>>(&mut self, compute: &C) -> Duration {
+    pub(crate) fn compress<C: Compute<Sequence = S>>(&mut self, compute: &C) -> Result<Duration, String> {
         let start = Instant::now();
+        if let Shadow::Reading = self.shadow {
+            let copy = compute.compressed(&self.sequence, self.active.kv)?;
+            let exact = std::mem::replace(&mut self.sequence, copy);
+            self.shadow = Shadow::On { exact, heard: vec![] };
+        }
         compute.compress(&mut self.sequence);
         self.compressed = (self.read, compute.read_bytes(&self.sequence));
         self.bytes = compute.bytes(&self.sequence, None);
@@ -337,7 +353,7 @@ impl<S> Running<S> {
         self.granted = 0;
         let took = start.elapsed();
         self.active.times.compress += took;
-        took
+        Ok(took)
     }
 
     /// Leaves a clone of a prompt that was just compressed to others, unless there is one.
@@ -382,6 +398,37 @@ impl<S> Running<S> {
         Some(prefix)
     }
 
+    /// Compresses it harder, to about this ratio, if nobody else has its pages, it takes more, and it was not done before. Says
+    /// whether it was done.
+    pub(crate) fn compress_harder<C: Compute<Sequence = S>>(
+        &mut self,
+        compute: &C,
+        memory: &mut Memory,
+        prefixes: &mut Prefixes<S>,
+        ratio: f32,
+    ) -> bool {
+        let is_read = self.read >= self.active.speech.prompt && self.shadow.exact().is_none();
+        if self.is_harder || !is_read || self.active.keep.is_some() || !compute.exceeds(&self.sequence, ratio)
+        {
+            return false;
+        }
+        match self.base.take().map(|base| prefixes.take(base)) {
+            None => {}
+            // Its pages are this request's alone from here on.
+            Some(Ok(base)) => memory.join(&mut self.reservation, base.reservation),
+            Some(Err(shared)) => {
+                self.base = Some(shared);
+                return false;
+            }
+        }
+        let start = Instant::now();
+        compute.compress_harder(&mut self.sequence, ratio);
+        self.active.times.compress += start.elapsed();
+        self.is_harder = true;
+        // What is no longer needed is given back.
+        self.measure(compute, memory)
+    }
+
     /// Whether its reservation is enough for the next step.
     pub(crate) fn is_measured(&self) -> bool {
         self.read < self.active.speech.prompt || self.read < self.granted
@@ -391,15 +438,30 @@ impl<S> Running<S> {
     pub(crate) fn measure<C: Compute<Sequence = S>>(&mut self, compute: &C, memory: &mut Memory) -> bool {
         let base = self.base.as_ref().map(|base| &base.sequence);
         self.bytes = compute.bytes(&self.sequence, base);
+        let mut more = 0;
+        if let Some(exact) = self.shadow.exact() {
+            self.bytes += compute.bytes(exact, None);
+            more = compute.growth_bytes(KvFormat::Exact, shadow::STEPS);
+        }
         let known = (self.active.tokens.len() - self.read).clamp(MEASURED_EVERY, STEPS_TOGETHER);
         for tokens in [known, MEASURED_EVERY] {
-            let needed = self.bytes + compute.growth_bytes(self.active.kv, tokens);
+            let needed = self.bytes + more + compute.growth_bytes(self.active.kv, tokens);
             if memory.resize(&mut self.reservation, needed) {
                 self.granted = self.read + tokens;
                 return true;
             }
         }
         false
+    }
+
+    /// Holds what it has sampled against the exact cache, if there is one, which is freed.
+    pub(crate) fn compare<C: Compute<Sequence = S>>(&mut self, compute: &C, done: &mut Figures) {
+        let shadow = std::mem::take(&mut self.shadow);
+        if let Err(why) = shadow.compare(compute, &self.active, done) {
+            tracing::warn!("an answer could not be held against the exact cache: {why}");
+        }
+        // Its bytes are given back at the next step.
+        self.granted = 0;
     }
 
     /// Loses its cache.
@@ -419,12 +481,23 @@ impl<S> Running<S> {
         prefixes: Option<&mut Prefixes<S>>,
         end: End,
     ) -> Farewell {
-        let Running { mut active, sequence, base, mut reservation, read, inherited, compressed, .. } = self;
+        let Running {
+            mut active,
+            sequence,
+            base,
+            mut reservation,
+            read,
+            inherited,
+            compressed,
+            is_harder,
+            ..
+        } = self;
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(compressed.0);
         let bill = Bill {
             kv_bytes: compute.bytes(&sequence, None),
             exact_bytes: compute.exact_bytes(read),
+            is_harder,
             read_bytes_per_step: if steps == 0 {
                 0.0
             } else {
@@ -442,6 +515,7 @@ impl<S> Running<S> {
                 if is_whole
                     && is_new
                     && is_wanted
+                    && !is_harder
                     && active.kv.clones_go_on()
                     && memory.resize(&mut reservation, bytes) =>
             {

@@ -39,10 +39,18 @@ pub struct Figures {
     pub kv_read: u64,
     /// Requests that lost their caches.
     pub preemptions: u64,
+    /// Requests whose caches were compressed harder, to make room.
+    pub harder: u64,
     /// Prompt tokens read, once for each time.
     pub prompt_tokens: u64,
     /// Tokens sampled.
     pub output_tokens: u64,
+    /// Sampled tokens whose distributions were held against those of the exact cache.
+    pub shadow_steps: u64,
+    /// KL divergences from these, summed up, in nats.
+    pub shadow_kl: f64,
+    /// Those whose most probable token was the same.
+    pub shadow_agreed: u64,
     /// Seconds spent compressing prompts.
     pub compress_seconds: f64,
 }

@@ -9,9 +9,10 @@ use mosaickv_engine::{
     Request, Sampling, Service, Settings, Token,
 };
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvCache, KvFormat};
+use mosaickv_kv::{Background, KvCache, KvFormat, Layered};
 use mosaickv_model::calibrate::calibrate;
-use mosaickv_model::{Model, Part, Wanted};
+use mosaickv_model::{Model, Part, Sequence, Wanted, greedy};
+use std::num::NonZeroU64;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
 
@@ -23,6 +24,14 @@ fn tokens(count: usize) -> Vec<u32> {
     tokens.truncate(count);
     assert_eq!(tokens.len(), count);
     tokens
+}
+
+/// The model, ready for the layered format.
+fn calibrated(pool: &Pool) -> Option<Model> {
+    let (mut model, text) = smollm2()?;
+    let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
+    model.calibration = Some(Arc::new(calibrate(&model, pool, &[document], &mut |_, _| ()).unwrap()));
+    Some(model)
 }
 
 fn request(prompt: Vec<u32>, kv: &str, most_tokens: usize) -> Request {
@@ -94,10 +103,8 @@ fn an_answer_does_not_depend_on_its_neighbours() {
 /// What a scheduler reserves is never less than what a sequence takes.
 #[test]
 fn bytes_stay_within_what_is_reserved() {
-    let Some((mut model, text)) = smollm2() else { return };
     let pool = Pool::new(2);
-    let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
-    model.calibration = Some(Arc::new(calibrate(&model, &pool, &[document], &mut |_, _| ()).unwrap()));
+    let Some(model) = calibrated(&pool) else { return };
     let prompt = tokens(2100);
     for (kv, length) in [
         ("exact", 330),
@@ -210,10 +217,8 @@ fn answer(engine: &mut Engine<ModelCompute>, request: Request) -> Answer {
 /// written down.
 #[test]
 fn what_was_read_before_changes_nothing() {
-    let Some((mut model, text)) = smollm2() else { return };
     let pool = Pool::new(2);
-    let document = text.encode_plain(&TEXT[TEXT.len() / 2..]).unwrap()[..600].to_vec();
-    model.calibration = Some(Arc::new(calibrate(&model, &pool, &[document], &mut |_, _| ()).unwrap()));
+    let Some(model) = calibrated(&pool) else { return };
     let all = tokens(2300);
     let engine = |prefix_cache| {
         let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
@@ -244,6 +249,101 @@ fn what_was_read_before_changes_nothing() {
             assert_eq!((got, bill.cached_tokens), (want, length), "{kv}: from what was written");
         }
     }
+}
+
+/// Whoever is watched gets the same to the bit, and what is told of the distance to the exact cache is what it is.
+#[test]
+fn who_is_watched_does_not_notice() {
+    let pool = Pool::new(2);
+    let Some(model) = calibrated(&pool) else { return };
+    let all = tokens(2100);
+    for (kv, length, steps) in
+        [("exact", 300, 0), ("layered", 300, 0), ("packed", 300, 29), ("layered", 2060, 29)]
+    {
+        let answered = |watch_every| {
+            let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
+            let settings = Settings { watch_every, ..Settings::default() };
+            let mut engine = Engine::new(compute, settings, Arc::default());
+            let answer = answer(&mut engine, request(all[..length].to_vec(), kv, 30)).0;
+            (answer, engine.figures())
+        };
+        let (want, figures) = answered(None);
+        assert_eq!(figures.shadow_steps, 0);
+        let (got, figures) = answered(NonZeroU64::new(1));
+        assert_eq!(got, want, "{kv}");
+        assert_eq!(figures.shadow_steps, steps, "{kv} {length}");
+        if steps > 0 {
+            let mut exact = Sequence::new(&model, &pool, KvFormat::Exact).unwrap();
+            exact.prefill(&all[..length], &mut |_, _| ()).unwrap();
+            let sampled: Vec<u32> = got.iter().map(|token| token.id).collect();
+            let mut agreed = 0;
+            for pair in sampled.windows(2) {
+                // Greedy: what was sampled next is the compressed cache's most probable token.
+                agreed += u64::from(greedy(&exact.step(pair[0]).unwrap()) == pair[1]);
+            }
+            // Tokens that are read together round otherwise than one by one: where two are as probable, the other one may be first.
+            assert!(
+                figures.shadow_agreed.abs_diff(agreed) <= 1,
+                "{kv}: {agreed}, told {}",
+                figures.shadow_agreed
+            );
+            let kl = figures.shadow_kl / steps as f64;
+            println!("{kv}: {agreed} of {steps} agree, KL {kl}");
+            assert!(kl > 1e-5 && kl < 0.5, "{kv}: {kl}");
+        }
+        assert_eq!(figures.kv_reserved, figures.kv_prefixes);
+    }
+}
+
+/// Two prompts that fit only if the first one is compressed harder while it is continued.
+#[test]
+fn who_runs_is_compressed_harder_before_others_wait() {
+    let pool = Pool::new(2);
+    let Some(model) = calibrated(&pool) else { return };
+    let all = tokens(4700);
+    let kv = KvFormat::Layered(Layered::default());
+    let compute = || ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
+    // The second prompt while it is read, and five eighths of what the first takes at a ratio of 8.
+    let first = compute().exact_bytes(2300) / 8;
+    let kv_memory = compute().prompt_bytes(kv, 2300) + first * 5 / 8 + 2 * compute().growth_bytes(kv, 16);
+    let run = |floor| {
+        let mut engine =
+            Engine::new(compute(), Settings { kv_memory, floor, ..Settings::default() }, Arc::default());
+        let mut told = vec![];
+        for prompt in [&all[..2300], &all[2400..4700]] {
+            let events: Arc<Mutex<Vec<Event>>> = Arc::default();
+            let to = events.clone();
+            let emit = Box::new(move |event| to.lock().unwrap().push(event));
+            engine.submit(request(prompt.to_vec(), "layered", 60), emit, Arc::default());
+            told.push(events);
+        }
+        let mut together = 0;
+        while engine.step() {
+            let figures = engine.figures();
+            assert!(
+                figures.kv_allocated <= figures.kv_reserved && figures.kv_reserved <= kv_memory,
+                "{figures:?}"
+            );
+            together += usize::from(figures.running == 2);
+        }
+        let bills: Vec<Bill> = told
+            .iter()
+            .map(|events| match events.lock().unwrap().last() {
+                Some(Event::Ended(End::Length, bill)) => *bill,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        (bills, together, engine.figures().harder)
+    };
+    let (bills, together, harder) = run(None);
+    assert!(bills.iter().all(|bill| !bill.is_harder) && (together, harder) == (0, 0));
+    let (bills, together, harder) = run(Some(16.0));
+    assert!(
+        bills[0].is_harder && !bills[1].is_harder && together > 8 && harder == 1,
+        "{together}: {bills:?}"
+    );
+    let ratio = |bill: &Bill| bill.exact_bytes as f64 / bill.kv_bytes as f64;
+    assert!(ratio(&bills[0]) > 11.0 && ratio(&bills[1]) < 8.5, "{bills:?}");
 }
 
 /// The request's prompt, kept.

@@ -9,6 +9,7 @@ use mosaickv_model::{Part, Wanted};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::cell::Cell;
+use std::num::NonZeroU64;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -71,6 +72,15 @@ impl Compute for Fake {
         Ok(FakeSequence { tokens: vec![], pages: vec![], has_ended: false, is_compressed: false })
     }
 
+    fn begin_exact(&self) -> Result<FakeSequence, String> {
+        self.begin(KvFormat::Exact)
+    }
+
+    fn compressed(&self, exact: &FakeSequence, _: KvFormat) -> Result<FakeSequence, String> {
+        assert!(exact.has_ended && !exact.is_compressed);
+        Ok(exact.clone())
+    }
+
     fn prompt_bytes(&self, _: KvFormat, tokens: usize) -> usize {
         tokens * (TOKEN + TOKEN / 8)
     }
@@ -93,7 +103,9 @@ impl Compute for Fake {
         for (i, Reading { sequence, tokens, part, wanted }) in readings.into_iter().enumerate() {
             assert_eq!(part == Part::Step, sequence.is_compressed, "a step before its prompt is compressed");
             let start = sequence.tokens.len();
-            if part != Part::Step {
+            if part == Part::Prompt && sequence.has_ended {
+                assert!(tokens.len() <= 32, "an exact cache reads {} sampled tokens", tokens.len());
+            } else if part != Part::Step {
                 assert!(start.is_multiple_of(256), "a chunk from {start}");
                 assert!(tokens.len() == 256 || part == Part::PromptEnd, "{} tokens", tokens.len());
             }
@@ -119,6 +131,19 @@ impl Compute for Fake {
         sequence.pages.iter_mut().for_each(|page| *page = FakePage::new(TOKEN / 8, &self.live));
     }
 
+    fn exceeds(&self, sequence: &FakeSequence, ratio: f32) -> bool {
+        sequence.is_compressed
+            && self.bytes(sequence, None) as f32 * ratio
+                > 1.5 * self.exact_bytes(sequence.tokens.len()) as f32
+    }
+
+    fn compress_harder(&self, sequence: &mut FakeSequence, ratio: f32) {
+        let is_shared = |page: &Rc<FakePage>| Rc::strong_count(page) > 1;
+        assert!(!sequence.pages.iter().any(is_shared), "somebody else needs its pages");
+        let page = TOKEN / ratio as usize;
+        sequence.pages.iter_mut().for_each(|old| *old = FakePage::new(page, &self.live));
+    }
+
     fn bytes(&self, sequence: &FakeSequence, beside: Option<&FakeSequence>) -> usize {
         let others = beside.map_or(&[][..], |other| &other.pages);
         let is_shared = |i: usize| others.get(i).is_some_and(|other| Rc::ptr_eq(other, &sequence.pages[i]));
@@ -140,7 +165,8 @@ impl Compute for Fake {
 }
 
 fn request(prompt: Vec<u32>, most_tokens: usize) -> Request {
-    Request::new(prompt, KvFormat::Exact, most_tokens)
+    // A stand-in compresses whatever the format is.
+    Request::new(prompt, "q8_0".parse().unwrap(), most_tokens)
 }
 
 /// A request and what came of it.
@@ -334,14 +360,23 @@ fn simulate(seed: u64, settings: Settings) -> World {
 
 #[test]
 fn bytes_are_conserved_and_each_token_is_sent_once() {
-    let (mut preemptions, mut hits) = (0, 0);
+    let (mut preemptions, mut hits, mut harder, mut watched) = (0, 0, 0, 0);
     for seed in 0..60 {
         let kv_memory = [30_000, 60_000, 150_000, 400_000][seed as usize / 2 % 4];
         let most_sequences = [3, 8, 64][seed as usize % 3];
         let tokens_per_step = [1, 512, 2000][seed as usize / 8 % 3];
+        let floor = if seed % 5 < 2 { Some(16.0) } else { None };
+        let watch_every = if seed % 3 == 0 { NonZeroU64::new(2) } else { None };
         let prefix_cache = if seed % 4 < 3 { PrefixCache::On } else { PrefixCache::Off };
-        let settings =
-            Settings { kv_memory, most_sequences, tokens_per_step, most_waiting: 1000, prefix_cache };
+        let settings = Settings {
+            kv_memory,
+            most_sequences,
+            tokens_per_step,
+            most_waiting: 1000,
+            prefix_cache,
+            floor,
+            watch_every,
+        };
         let world = simulate(seed, settings);
         let figures = world.engine.figures();
         assert!(world.engine.is_idle(), "seed {seed}: starved, {figures:?}");
@@ -358,8 +393,16 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
             assert!(client.end().is_some());
             client.check();
         }
+        assert!(floor.is_some() || figures.harder == 0, "seed {seed}");
+        assert!(watch_every.is_some() || figures.shadow_steps == 0, "seed {seed}");
+        // A stand-in says the same whatever its pages are.
+        assert_eq!((figures.shadow_agreed, figures.shadow_kl), (figures.shadow_steps, 0.0), "seed {seed}");
+        watched += figures.shadow_steps;
+        harder += figures.harder;
         preemptions += figures.preemptions;
     }
+    assert!(watched > 300, "only {watched} tokens were held against an exact cache");
+    assert!(harder > 20, "only {harder} requests were compressed harder");
     assert!(preemptions > 20, "only {preemptions} preemptions: the memory is not tiny");
     assert!(hits > 5_000, "only {hits} tokens were found among the prefixes");
 }
@@ -373,6 +416,8 @@ fn first_come_is_first_served() {
         tokens_per_step: 300,
         most_waiting: 1000,
         prefix_cache: PrefixCache::Off,
+        floor: None,
+        watch_every: None,
     };
     let world = simulate(6, settings);
     let begun: Vec<usize> = world.clients.iter().map(|client| client.submitted).collect();

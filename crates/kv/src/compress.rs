@@ -7,9 +7,10 @@ use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
 use crate::exact::ExactHead;
-use crate::layered::{self, Layered, Prompt, Samples};
+use crate::layered::{self, Layered, LayeredHead, Prompt, Samples, Target};
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
+use half::f16;
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
 use std::thread::{self, JoinHandle};
@@ -124,6 +125,32 @@ impl KvCache {
         let others = self.bytes().total();
         let made = layered::compress(pool, self.shape, &calibration, prompts, (settings, others));
         meant.into_iter().zip(made).for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
+    }
+
+    /// Whether it is compressed in the layered format and takes over an eighth more than a cache of this ratio would.
+    pub fn exceeds(&self, ratio: f32) -> bool {
+        let is_layered = matches!(self.format, KvFormat::Layered(_)) && self.is_compressed();
+        is_layered
+            && self.bytes().total() as f32 * ratio > 1.125 * self.shape.exact_bytes(self.tokens()) as f32
+    }
+
+    /// Makes a cache in the layered format that is compressed smaller still, as the format with this ratio would be (about: what was
+    /// rounded once is rounded again, and the newest tokens stay as they are): what a server may do when bytes run out.
+    /// `false`, and nothing changes, if that saves nothing. Pages that a clone shares stay as they are in the clone.
+    pub fn compress_harder(&mut self, pool: &Pool, ratio: f32) -> bool {
+        let KvFormat::Layered(settings) = self.format else { return false };
+        let (tokens, shape) = (self.tokens(), self.shape);
+        let layers = self.layers.iter_mut().filter_map(|layer| match layer {
+            Layer::Layered(heads) => Some(heads),
+            _ => None,
+        });
+        let heads: Vec<&mut LayeredHead> = layers.flatten().collect();
+        let exact = heads.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
+        let is_smaller = layered::compress_harder(pool, heads, exact, ratio);
+        if is_smaller {
+            self.format = KvFormat::Layered(Layered { target: Target::Ratio(ratio), ..settings });
+        }
+        is_smaller
     }
 
     fn join(&mut self) {

@@ -203,6 +203,15 @@ impl KvFormat {
         !matches!(self, KvFormat::Packed(_))
     }
 
+    /// Whether a prompt of so many tokens is compressed at its end, in some layer at least.
+    pub fn compresses_prompt_of(self, tokens: usize) -> bool {
+        match self {
+            KvFormat::Exact => false,
+            KvFormat::Layered(_) => tokens >= Layered::LEAST_TOKENS,
+            _ => true,
+        }
+    }
+
     /// Whether the prompt of this layer is compressed at its end.
     pub(crate) fn compresses(self, layer: usize) -> bool {
         match self {

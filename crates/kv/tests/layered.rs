@@ -481,6 +481,43 @@ fn a_clone_goes_its_own_way() {
     assert_ne!(attend(&mut copy, &pool, 0), before);
 }
 
+/// A cache of a quarter of the bytes becomes one of an eighth when its prompt is long gone.
+#[test]
+fn what_is_compressed_can_be_compressed_harder() {
+    let pool = Pool::new(2);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &pool, 4096, 4096);
+    let want: Vec<f64> = attend(&mut exact, &pool, 1).into_iter().map(f64::from).collect();
+    let error = |copy: &mut KvCache| -> f64 {
+        let got = attend(copy, &pool, 1);
+        got.iter().zip(&want).map(|(g, w)| (f64::from(*g) - w).powi(2)).sum()
+    };
+    let reached = |copy: &KvCache| SHAPE.exact_bytes(copy.tokens()) as f64 / copy.bytes().total() as f64;
+    let mut copy = exact.compressed(&pool, of_ratio(4.0)).unwrap();
+    let mut at_once = exact.compressed(&pool, of_ratio(8.0)).unwrap();
+    let (before, at_once) = (error(&mut copy), error(&mut at_once));
+    let mut clone = copy.clone();
+    assert!(copy.compress_harder(&pool, 8.0));
+    copy.check().unwrap();
+    assert_eq!((copy.tokens(), copy.format()), (4096, of_ratio(8.0)));
+    assert!((reached(&copy) / 8.0 - 1.0).abs() < 0.05, "reached {}", reached(&copy));
+    let harder = error(&mut copy);
+    assert!(harder < 3.0 * at_once && harder > before, "{before}, harder {harder}, at once {at_once}");
+    assert!(!copy.compress_harder(&pool, 8.0) && !copy.compress_harder(&pool, 5.0), "it has as few bytes");
+    assert_eq!(error(&mut clone), before, "a clone stays as it was");
+    // What is generated, and what leaves the window, goes on.
+    for more in [1, 31, 700] {
+        grow(&mut copy, &pool, more);
+        let heads = [0, 1].map(|g| copy.oracle(1, &asking(7, 1), g));
+        let want: Vec<f64> = heads[0].iter().zip(&heads[1]).map(|(a, b)| a + b).collect();
+        close(&attend(&mut copy, &pool, 1), &want, 0.03, &format!("{} tokens", copy.tokens()));
+    }
+    assert!(reached(&copy) > 7.0, "reached {}", reached(&copy));
+    assert!(copy.compress_harder(&pool, 16.0) && reached(&copy) > 12.0, "reached {}", reached(&copy));
+    let mut other = cache(KvFormat::Exact);
+    assert!(!other.compress_harder(&pool, 8.0), "an exact cache stays exact");
+}
+
 #[test]
 fn short_prompts_stay_exact_and_what_is_missing_is_said() {
     let pool = Pool::new(1);

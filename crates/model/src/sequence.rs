@@ -243,6 +243,14 @@ impl<'a> Sequence<'a> {
         self.cache.forget_queries();
     }
 
+    /// Compresses what is compressed harder: see [`KvCache::compress_harder`].
+    pub fn compress_harder(&mut self, ratio: f32) -> bool {
+        let start = Instant::now();
+        let is_smaller = self.cache.compress_harder(self.pool, ratio);
+        self.attention += start.elapsed();
+        is_smaller
+    }
+
     /// Reads one more token, whatever follows it.
     pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
         self.check(&[token])?;

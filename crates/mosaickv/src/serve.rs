@@ -7,11 +7,12 @@ use crate::{ThreadArgs, calibrate, fetch};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use mosaickv_engine::{PrefixCache, Settings};
-use mosaickv_kv::{ByteCount, KvFormat, Layered};
+use mosaickv_kv::{ByteCount, KvFormat, Layered, Target};
 use mosaickv_model::{Model, Text};
 use mosaickv_server::{App, Metrics, Options, UnknownFields, serve as serve_connections};
 use std::ffi::OsString;
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,14 @@ pub struct ServeArgs {
     /// Bytes that the keys and values of all requests may take together: 4GiB, 900MB
     #[arg(long, env = "MOSAICKV_KV_MEMORY", default_value = "4GiB", value_name = "BYTES")]
     kv_memory: ByteCount,
+    /// To what ratio requests in the layered format that run may be compressed once more when bytes run out, before others have to
+    /// wait or to begin again [default: they are not]
+    #[arg(long, env = "MOSAICKV_KV_FLOOR", value_name = "RATIO", value_parser = ratio)]
+    kv_floor: Option<f32>,
+    /// Hold one answer in so many against its exact cache, for its first 32 tokens, while there are bytes for both; /metrics has what
+    /// comes of it as mosaickv_shadow_* [default: none]
+    #[arg(long, env = "MOSAICKV_WATCH_EVERY", value_name = "REQUESTS")]
+    watch_every: Option<NonZeroU64>,
     /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096
     /// tokens, and the rest through what is compressed, in a fraction of the bytes
     #[arg(long, env = "MOSAICKV_PREFILL_KV", default_value = "exact", value_name = "WHAT")]
@@ -130,6 +139,14 @@ struct ClientArgs {
 fn seconds(text: &str) -> Result<Duration, String> {
     let number: f64 = text.parse().map_err(|_| format!("{text} is no number of seconds"))?;
     Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
+}
+
+/// A ratio such as 16.
+fn ratio(text: &str) -> Result<f32, String> {
+    match text.parse()? {
+        Target::Ratio(ratio) => Ok(ratio),
+        Target::Bytes(_) => Err(format!("{text} is a number of bytes; wanted a ratio such as 16")),
+    }
 }
 
 /// llama-server's `-np`, which is two letters behind one dash, as a flag that can be read here.
@@ -222,6 +239,8 @@ impl ServeArgs {
             most_sequences: positive("--max-num-seqs", self.max_num_seqs)?,
             tokens_per_step: positive("--max-num-batched-tokens", self.max_num_batched_tokens)?,
             most_waiting: positive("--max-waiting", self.max_waiting)?,
+            floor: self.kv_floor,
+            watch_every: self.watch_every,
             prefix_cache: if self.no_prefix_cache { PrefixCache::Off } else { PrefixCache::On },
         })
     }

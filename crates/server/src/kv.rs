@@ -135,6 +135,8 @@ pub struct KvReport {
     pub compress_seconds: f64,
     /// Tokens of the prompt whose keys and values were there before.
     pub cached_tokens: usize,
+    /// Whether bytes ran out and it was compressed harder than `format` says, as the server's --kv-floor lets it.
+    pub compressed_harder: bool,
 }
 
 impl KvReport {
@@ -151,6 +153,7 @@ impl KvReport {
             read_bytes_per_step: read / bills.len().max(1) as f64,
             compress_seconds: bills.iter().map(|bill| bill.compress.as_secs_f64()).sum(),
             cached_tokens,
+            compressed_harder: bills.iter().any(|bill| bill.is_harder),
         }
     }
 }

@@ -45,6 +45,10 @@ struct SampledMeters {
     prompt_tokens: Counter,
     output_tokens: Counter,
     preemptions: Counter,
+    harder: Counter,
+    shadow_steps: Counter,
+    shadow_kl: Gauge,
+    shadow_top1: Gauge,
     prefix_queries: Counter,
     prefix_hits: Counter,
 }
@@ -113,6 +117,22 @@ impl Maker<'_> {
                 .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
             prefix_hits: self
                 .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+            shadow_steps: self.counter(
+                "mosaickv_shadow_steps_total",
+                "Sampled tokens that were held against the exact cache.",
+            ),
+            shadow_kl: self.gauge(
+                "mosaickv_shadow_kl",
+                "Mean KL divergence of these from the exact cache's distributions, in nats.",
+            ),
+            shadow_top1: self.gauge(
+                "mosaickv_shadow_top1",
+                "Share of these whose most probable token is the exact cache's.",
+            ),
+            harder: self.counter(
+                "mosaickv_compressed_harder_total",
+                "Requests whose keys and values were compressed harder to make room.",
+            ),
             preemptions: self
                 .counter("vllm:num_preemptions_total", "Requests that lost their caches and read again."),
         }
@@ -181,6 +201,13 @@ impl Meters {
         meters.prompt_tokens.absolute(figures.prompt_tokens);
         meters.output_tokens.absolute(figures.output_tokens);
         meters.preemptions.absolute(figures.preemptions);
+        meters.harder.absolute(figures.harder);
+        meters.shadow_steps.absolute(figures.shadow_steps);
+        if figures.shadow_steps > 0 {
+            let steps = figures.shadow_steps as f64;
+            meters.shadow_kl.set(figures.shadow_kl / steps);
+            meters.shadow_top1.set(figures.shadow_agreed as f64 / steps);
+        }
         meters.prefix_queries.absolute(figures.prefix_queries);
         meters.prefix_hits.absolute(figures.prefix_hits);
         self.handle.render()

@@ -334,6 +334,12 @@ pub(super) fn channels(x: &[f32], spread: &[f16], unit: f32) -> Channels {
     Channels { variances, escapes: escapes(x, spread.len()) }
 }
 
+/// The same of channels of this `spread` that are as wide as it says, without escapes.
+pub(super) fn widths_of(spread: &[f16], unit: f32) -> Channels {
+    let variances = spread.iter().map(|s| (s.to_f32() * unit).powi(2)).collect();
+    Channels { variances, escapes: vec![[0.0; 3]; spread.len() / GROUP] }
+}
+
 /// The shares of escapes among elements `[T, D]` in units of their channels' spreads, by groups of channels and widths.
 fn escapes(x: &[f32], d: usize) -> Vec<[f32; 3]> {
     let mut escapes = vec![[0.0; 3]; d / GROUP];

@@ -25,6 +25,9 @@ const RUN: usize = 12 * PAGE_TOKENS;
 /// Share of the budget that may be left over.
 const FILLED: f32 = 0.005;
 
+/// Weights of pages of a family's first or last choice, from the least to the most.
+const OPEN: f32 = 16.0;
+
 /// Steps of the search at most; the bytes are then within a thousandth of the budget, or no lambda comes nearer.
 const STEPS: usize = 24;
 
@@ -106,7 +109,7 @@ pub(crate) fn plan(pool: &Pool, heads: &[Head], budget: f32) -> Vec<HeadPlan> {
 
 /// Calls `bytes_at` with different lambdas. Returns the highest found that takes more than `budget` bytes, and the lowest that
 /// takes no more.
-fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) -> (f32, f32) {
+pub(super) fn search(budget: f32, mut bytes_at: impl FnMut(f32) -> f32) -> (f32, f32) {
     let budget = budget.max(1.0);
     // Logarithms of lambda, and of the bytes there over the budget: bytes fall as lambda rises.
     let (mut low, mut high) = ((1e-30f32.ln(), 9.0), (1e10f32.ln(), -9.0));
@@ -139,6 +142,17 @@ struct Choice {
     bytes: f32,
     /// Of a token of weight 1.
     loss: f32,
+}
+
+impl Choice {
+    /// This one, or a page's profile if that has fewer bits.
+    fn no_finer(&self, profile: Profile) -> Choice {
+        if profile.bits() >= self.profile.bits() {
+            return *self;
+        }
+        let bytes = (profile.bits() * PAGE_TOKENS) as f32 / 8.0;
+        Choice { profile, bytes, loss: self.loss }
+    }
 }
 
 /// Choices of rising bytes and falling loss, on their convex hull.
@@ -224,6 +238,33 @@ impl Family {
         }
         let turns = hull.windows(2).map(|pair| turn(&pair[0], &pair[1])).collect();
         Family { choices: hull, least, turns }
+    }
+
+    /// What pages of these profiles weigh over their plan's lambda: between the turns at which the profile begins and ceases to be
+    /// the best, in the order in which they come.
+    fn weights(&self, profiles: Vec<Profile>) -> Vec<f32> {
+        let nearest = |profile: Profile| {
+            let distance = |i: &usize| self.choices[*i].profile.bits().abs_diff(profile.bits());
+            (0..self.choices.len()).min_by_key(distance).expect("a family has choices")
+        };
+        let chosen: Vec<usize> = profiles.into_iter().map(nearest).collect();
+        let mut alike = vec![0; self.choices.len()];
+        chosen.iter().for_each(|&i| alike[i] += 1);
+        let mut seen = vec![0; self.choices.len()];
+        let of_page = |i: usize| {
+            seen[i] += 1;
+            let share = (seen[i] as f32 - 0.5) / alike[i] as f32;
+            let above = self.turns.get(i).copied();
+            let below = i.checked_sub(1).map(|i| self.turns[i]);
+            let (above, below) = match (above, below) {
+                (Some(above), Some(below)) => (above, below),
+                (Some(above), None) => (above, above / OPEN),
+                (None, Some(below)) => (below * OPEN, below),
+                (None, None) => (1.0, 1.0),
+            };
+            above.powf(1.0 - share) * below.powf(share)
+        };
+        chosen.into_iter().map(of_page).collect()
     }
 
     /// The choice that costs least for a page of this weight, over lambda.
@@ -320,6 +361,66 @@ impl Draft {
             pages.push((k.profile, v.profile));
         }
         HeadPlan { order, pages, bytes: unguarded + more, unguarded }
+    }
+}
+
+/// What the pages of a head tell of the plan that they have, so that another can be made.
+#[derive(Debug)]
+pub(super) struct Again {
+    keys: Family,
+    values: Family,
+    pages: Vec<Planned>,
+}
+
+/// A page as it was planned.
+#[derive(Clone, Copy, Debug)]
+struct Planned {
+    keys: Profile,
+    values: Profile,
+    /// What its keys and its values weigh, over the lambda of its plan.
+    weights: [f32; 2],
+}
+
+impl Again {
+    /// Of the channels of keys and values, and runs of pages that were planned together, each in the plan's order.
+    pub(super) fn new(
+        (keys, values): (&Channels, &Channels),
+        runs: impl IntoIterator<Item = Vec<(Profile, Profile)>>,
+    ) -> Again {
+        let (keys, values) = (Family::of_keys(keys), Family::of_values(values));
+        let of_run = |run: Vec<(Profile, Profile)>| {
+            let of_keys = keys.weights(run.iter().map(|(keys, _)| *keys).collect());
+            let of_values = values.weights(run.iter().map(|(_, values)| *values).collect());
+            let weights = of_keys.into_iter().zip(of_values);
+            run.into_iter()
+                .zip(weights)
+                .map(|((keys, values), (k, v))| Planned { keys, values, weights: [k, v] })
+                .collect::<Vec<_>>()
+        };
+        let pages = runs.into_iter().flat_map(of_run).collect();
+        Again { keys, values, pages }
+    }
+
+    /// What each page gets at so many times its plan's lambda: never more bits than it has, and keys that have some keep some.
+    fn at(&self, lambda: f32) -> impl Iterator<Item = (Choice, Choice)> {
+        self.pages.iter().map(move |page| {
+            let [key, value] = page.weights.map(|weight| weight / lambda);
+            let mut keys = self.keys.best(key);
+            if keys.profile.groups() == 0 && page.keys.groups() > 0 {
+                keys = &self.keys.least;
+            }
+            (keys.no_finer(page.keys), self.values.best(value).no_finer(page.values))
+        })
+    }
+
+    /// Bytes of the pages then, escapes aside.
+    pub(super) fn bytes_at(&self, lambda: f32) -> f32 {
+        self.at(lambda).map(|(keys, values)| header() + keys.bytes + values.bytes).sum()
+    }
+
+    /// Profiles of the pages then, in their order.
+    pub(super) fn profiles_at(&self, lambda: f32) -> Vec<(Profile, Profile)> {
+        self.at(lambda).map(|(keys, values)| (keys.profile, values.profile)).collect()
     }
 }
 
