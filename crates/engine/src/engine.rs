@@ -10,6 +10,7 @@ use mosaickv_kv::KvFormat;
 use mosaickv_model::Part;
 use std::cell::Cell;
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,9 +31,9 @@ pub struct Settings {
     pub most_waiting: usize,
     /// What becomes of prompts that were read.
     pub prefix_cache: PrefixCache,
-    /// One request in so many is watched: its first sampled tokens are held against the exact cache, which takes its bytes that long;
-    /// `None`: none is.
-    pub watch_every: Option<NonZeroU64>,
+    /// Of one request in so many the first sampled tokens are held against the exact cache, which takes its bytes that long; `None`: of
+    /// none.
+    pub shadow_every: Option<NonZeroU64>,
     /// To what ratio requests that run may be compressed harder where bytes run out; `None`: none is.
     pub floor: Option<f32>,
 }
@@ -55,7 +56,7 @@ impl Default for Settings {
             most_waiting: 512,
             prefix_cache: PrefixCache::On,
             floor: None,
-            watch_every: None,
+            shadow_every: None,
         }
     }
 }
@@ -224,6 +225,11 @@ impl<C: Compute> Engine<C> {
     pub fn figures(&self) -> Figures {
         let sum = |of: &dyn Fn(&Running<C::Sequence>) -> usize| self.running.iter().map(of).sum::<usize>();
         let kv_prefixes = self.prefixes.all().map(|prefix| prefix.bytes).sum();
+        let mut kv_by_format = BTreeMap::new();
+        let running = self.running.iter().map(|running| (running.active.kv, running.bytes));
+        for (kv, bytes) in running.chain(self.prefixes.all().map(|prefix| (prefix.kv, prefix.bytes))) {
+            *kv_by_format.entry(kv.name()).or_default() += bytes;
+        }
         Figures {
             running: self.running.len(),
             waiting: self.waiting.len(),
@@ -234,7 +240,8 @@ impl<C: Compute> Engine<C> {
             kv_prefixes,
             kv_droppable: self.droppable(),
             kv_exact: sum(&|running| self.compute.exact_bytes(running.read)),
-            ..self.done
+            kv_by_format,
+            ..self.done.clone()
         }
     }
 
@@ -322,7 +329,7 @@ impl<C: Compute> Engine<C> {
     fn bytes_to_begin(&self, active: &Active) -> (usize, bool) {
         let tokens = active.speech.prompt;
         let alone = self.compute.prompt_bytes(active.kv, tokens);
-        let is_next = self.settings.watch_every.is_some_and(|every| active.order.1 % every == 0);
+        let is_next = self.settings.shadow_every.is_some_and(|every| active.order.1 % every == 0);
         let exact = self.compute.prompt_bytes(KvFormat::Exact, tokens);
         let watched = alone + exact + self.compute.growth_bytes(KvFormat::Exact, shadow::STEPS);
         let is_watched = is_next && shadow::is_for(active) && watched <= self.memory.free();

@@ -21,7 +21,7 @@ mod shadow;
 pub use compute::{Compute, ModelCompute, Reading};
 pub use engine::{Engine, PrefixCache, Refused, Settings};
 pub use sample::{Sampling, log_probabilities};
-pub use service::{Figures, Service, Ticket};
+pub use service::{Figures, Service, Shadowed, Ticket};
 
 use mosaickv_kv::{KvCache, KvFormat};
 use std::sync::{Arc, Weak};

@@ -457,8 +457,10 @@ impl<S> Running<S> {
     /// Holds what it has sampled against the exact cache, if there is one, which is freed.
     pub(crate) fn compare<C: Compute<Sequence = S>>(&mut self, compute: &C, done: &mut Figures) {
         let shadow = std::mem::take(&mut self.shadow);
-        if let Err(why) = shadow.compare(compute, &self.active, done) {
-            tracing::warn!("an answer could not be held against the exact cache: {why}");
+        match shadow.compare(compute, &self.active) {
+            Ok(of_this) if of_this.steps > 0 => shadow::add(&mut done.shadowed, self.active.kv, of_this),
+            Ok(_) => {}
+            Err(why) => tracing::warn!("an answer could not be held against its exact cache: {why}"),
         }
         // Its bytes are given back at the next step.
         self.granted = 0;

@@ -5,13 +5,14 @@ use crate::{Compute, Context, Engine, Event, Kept, ModelCompute, Refused, Reques
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat};
 use mosaickv_model::Model;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// What an engine does now and has done since it began; for metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Figures {
     /// Requests with a cache.
     pub running: usize,
@@ -23,6 +24,8 @@ pub struct Figures {
     pub kv_reserved: usize,
     /// Bytes allocated of those.
     pub kv_allocated: usize,
+    /// The same by the names of formats.
+    pub kv_by_format: BTreeMap<&'static str, usize>,
     /// Prompts that were read, and what followed them, kept for others.
     pub prefixes: usize,
     /// Bytes allocated for them, among `kv_allocated`.
@@ -45,14 +48,21 @@ pub struct Figures {
     pub prompt_tokens: u64,
     /// Tokens sampled.
     pub output_tokens: u64,
-    /// Sampled tokens whose distributions were held against those of the exact cache.
-    pub shadow_steps: u64,
-    /// KL divergences from these, summed up, in nats.
-    pub shadow_kl: f64,
-    /// Those whose most probable token was the same.
-    pub shadow_agreed: u64,
+    /// What answers in the first few formats that were held against their exact caches had of them.
+    pub shadowed: Vec<(KvFormat, Shadowed)>,
     /// Seconds spent compressing prompts.
     pub compress_seconds: f64,
+}
+
+/// What answers had of their exact caches' distributions.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shadowed {
+    /// Sampled tokens that were looked at.
+    pub steps: u64,
+    /// KL divergences of their distributions from the exact caches', summed up, in nats.
+    pub kl: f64,
+    /// Those whose most probable token was the same.
+    pub agreed: u64,
 }
 
 /// Raw keys and values that strategies in the making may hold.
@@ -158,7 +168,7 @@ impl Service {
 
     /// What is going on.
     pub fn figures(&self) -> Figures {
-        *self.shared.figures.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.figures.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Ends all requests with [`End::Shutdown`](crate::End::Shutdown) after the step that runs, and takes no more.

@@ -4,11 +4,15 @@
 //! tokens too, and what it says follows is held against what the compressed cache said. Nobody's answer changes by that.
 
 use crate::request::Active;
-use crate::{Compute, Figures, Reading};
+use crate::{Compute, Reading, Shadowed};
+use mosaickv_kv::KvFormat;
 use mosaickv_model::{Part, Wanted, greedy};
 
 /// Sampled tokens that are held against the exact cache's distributions.
 pub(crate) const STEPS: usize = 32;
+
+/// Formats of which it is remembered: requests may ask for any number of them.
+const FORMATS: usize = 16;
 
 /// Prompts of fewer tokens are not watched: little of them is compressed.
 const LEAST_TOKENS: usize = 256;
@@ -55,26 +59,42 @@ impl<S> Shadow<S> {
         }
     }
 
-    /// Reads what was sampled, and adds what comes of it to `done`.
+    /// Reads what was sampled: what comes of it.
     pub(crate) fn compare<C: Compute<Sequence = S>>(
         self,
         compute: &C,
         active: &Active,
-        done: &mut Figures,
-    ) -> Result<(), String> {
-        let Shadow::On { mut exact, heard } = self else { return Ok(()) };
+    ) -> Result<Shadowed, String> {
+        let mut all = Shadowed::default();
+        let Shadow::On { mut exact, heard } = self else { return Ok(all) };
         if heard.is_empty() {
-            return Ok(());
+            return Ok(all);
         }
         let prompt = active.speech.prompt;
         let tokens = &active.tokens[prompt..prompt + heard.len()];
         let reading = Reading { sequence: &mut exact, tokens, part: Part::Prompt, wanted: Wanted::All };
         compute.read(vec![reading], &mut |_, t, logits| {
-            done.shadow_steps += 1;
-            done.shadow_kl += divergence(logits, &heard[t]);
-            done.shadow_agreed += u64::from(greedy(logits) == greedy(&heard[t]));
-        })
+            all.steps += 1;
+            all.kl += divergence(logits, &heard[t]);
+            all.agreed += u64::from(greedy(logits) == greedy(&heard[t]));
+        })?;
+        Ok(all)
     }
+}
+
+/// Adds what came of an answer in this format.
+pub(crate) fn add(all: &mut Vec<(KvFormat, Shadowed)>, kv: KvFormat, one: Shadowed) {
+    let place = all.iter().position(|(format, _)| *format == kv).unwrap_or(all.len());
+    if place == FORMATS {
+        return;
+    }
+    if place == all.len() {
+        all.push((kv, Shadowed::default()));
+    }
+    let of_kv = &mut all[place].1;
+    of_kv.steps += one.steps;
+    of_kv.kl += one.kl;
+    of_kv.agreed += one.agreed;
 }
 
 /// Whether a request is one that can be watched.

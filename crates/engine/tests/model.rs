@@ -6,7 +6,7 @@ mod common;
 use common::{SMOLLM2, smollm2};
 use mosaickv_engine::{
     Bill, Compute, Context, End, Engine, Event, Kept, ModelCompute, PrefixCache, PromptLogprobs, Reading,
-    Request, Sampling, Service, Settings, Token,
+    Request, Sampling, Service, Settings, Shadowed, Token,
 };
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvCache, KvFormat, Layered};
@@ -260,18 +260,19 @@ fn who_is_watched_does_not_notice() {
     for (kv, length, steps) in
         [("exact", 300, 0), ("layered", 300, 0), ("packed", 300, 29), ("layered", 2060, 29)]
     {
-        let answered = |watch_every| {
+        let answered = |shadow_every| {
             let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
-            let settings = Settings { watch_every, ..Settings::default() };
+            let settings = Settings { shadow_every, ..Settings::default() };
             let mut engine = Engine::new(compute, settings, Arc::default());
             let answer = answer(&mut engine, request(all[..length].to_vec(), kv, 30)).0;
             (answer, engine.figures())
         };
         let (want, figures) = answered(None);
-        assert_eq!(figures.shadow_steps, 0);
+        assert_eq!(figures.shadowed, []);
         let (got, figures) = answered(NonZeroU64::new(1));
         assert_eq!(got, want, "{kv}");
-        assert_eq!(figures.shadow_steps, steps, "{kv} {length}");
+        let shadowed = figures.shadowed.first().map_or(Shadowed::default(), |(_, shadowed)| *shadowed);
+        assert_eq!(shadowed.steps, steps, "{kv} {length}");
         if steps > 0 {
             let mut exact = Sequence::new(&model, &pool, KvFormat::Exact).unwrap();
             exact.prefill(&all[..length], &mut |_, _| ()).unwrap();
@@ -282,12 +283,8 @@ fn who_is_watched_does_not_notice() {
                 agreed += u64::from(greedy(&exact.step(pair[0]).unwrap()) == pair[1]);
             }
             // Tokens that are read together round otherwise than one by one: where two are as probable, the other one may be first.
-            assert!(
-                figures.shadow_agreed.abs_diff(agreed) <= 1,
-                "{kv}: {agreed}, told {}",
-                figures.shadow_agreed
-            );
-            let kl = figures.shadow_kl / steps as f64;
+            assert!(shadowed.agreed.abs_diff(agreed) <= 1, "{kv}: {agreed}, told {}", shadowed.agreed);
+            let kl = shadowed.kl / steps as f64;
             println!("{kv}: {agreed} of {steps} agree, KL {kl}");
             assert!(kl > 1e-5 && kl < 0.5, "{kv}: {kl}");
         }

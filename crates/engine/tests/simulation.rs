@@ -366,7 +366,7 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
         let most_sequences = [3, 8, 64][seed as usize % 3];
         let tokens_per_step = [1, 512, 2000][seed as usize / 8 % 3];
         let floor = if seed % 5 < 2 { Some(16.0) } else { None };
-        let watch_every = if seed % 3 == 0 { NonZeroU64::new(2) } else { None };
+        let shadow_every = if seed % 3 == 0 { NonZeroU64::new(2) } else { None };
         let prefix_cache = if seed % 4 < 3 { PrefixCache::On } else { PrefixCache::Off };
         let settings = Settings {
             kv_memory,
@@ -375,7 +375,7 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
             most_waiting: 1000,
             prefix_cache,
             floor,
-            watch_every,
+            shadow_every,
         };
         let world = simulate(seed, settings);
         let figures = world.engine.figures();
@@ -394,10 +394,13 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
             client.check();
         }
         assert!(floor.is_some() || figures.harder == 0, "seed {seed}");
-        assert!(watch_every.is_some() || figures.shadow_steps == 0, "seed {seed}");
+        let of_all = figures.shadowed.iter().map(|(_, shadowed)| shadowed);
+        let (steps, agreed) = of_all.clone().fold((0, 0), |sum, of| (sum.0 + of.steps, sum.1 + of.agreed));
+        assert!(shadow_every.is_some() || steps == 0, "seed {seed}");
         // A stand-in says the same whatever its pages are.
-        assert_eq!((figures.shadow_agreed, figures.shadow_kl), (figures.shadow_steps, 0.0), "seed {seed}");
-        watched += figures.shadow_steps;
+        assert!(agreed == steps && of_all.map(|of| of.kl).sum::<f64>() == 0.0, "seed {seed}");
+        assert_eq!(figures.kv_by_format.values().sum::<usize>(), figures.kv_allocated, "seed {seed}");
+        watched += steps;
         harder += figures.harder;
         preemptions += figures.preemptions;
     }
@@ -417,7 +420,7 @@ fn first_come_is_first_served() {
         most_waiting: 1000,
         prefix_cache: PrefixCache::Off,
         floor: None,
-        watch_every: None,
+        shadow_every: None,
     };
     let world = simulate(6, settings);
     let begun: Vec<usize> = world.clients.iter().map(|client| client.submitted).collect();

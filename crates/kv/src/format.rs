@@ -78,6 +78,11 @@ impl KvFormat {
         ]
     }
 
+    /// The names of all formats.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        KvFormat::all().into_iter().map(KvFormat::name)
+    }
+
     /// The name without parameters.
     pub fn name(self) -> &'static str {
         match self {

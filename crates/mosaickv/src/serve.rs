@@ -53,10 +53,10 @@ pub struct ServeArgs {
     /// wait or to begin again [default: they are not]
     #[arg(long, env = "MOSAICKV_KV_FLOOR", value_name = "RATIO", value_parser = ratio)]
     kv_floor: Option<f32>,
-    /// Hold one answer in so many against its exact cache, for its first 32 tokens, while there are bytes for both; /metrics has what
-    /// comes of it as mosaickv_shadow_* [default: none]
-    #[arg(long, env = "MOSAICKV_WATCH_EVERY", value_name = "REQUESTS")]
-    watch_every: Option<NonZeroU64>,
+    /// Hold this share of all answers, such as 0.01, against their exact caches for 32 tokens, where there are bytes for both; what comes
+    /// of it is in /metrics as mosaickv_shadow_*
+    #[arg(long, env = "MOSAICKV_SHADOW", default_value = "0", value_name = "SHARE", value_parser = share)]
+    shadow: f64,
     /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096
     /// tokens, and the rest through what is compressed, in a fraction of the bytes
     #[arg(long, env = "MOSAICKV_PREFILL_KV", default_value = "exact", value_name = "WHAT")]
@@ -139,6 +139,14 @@ struct ClientArgs {
 fn seconds(text: &str) -> Result<Duration, String> {
     let number: f64 = text.parse().map_err(|_| format!("{text} is no number of seconds"))?;
     Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
+}
+
+/// A share such as 0.01.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err(format!("{text} is no share; wanted 0 to 1, such as 0.01")),
+    }
 }
 
 /// A ratio such as 16.
@@ -240,7 +248,7 @@ impl ServeArgs {
             tokens_per_step: positive("--max-num-batched-tokens", self.max_num_batched_tokens)?,
             most_waiting: positive("--max-waiting", self.max_waiting)?,
             floor: self.kv_floor,
-            watch_every: self.watch_every,
+            shadow_every: NonZeroU64::new(self.shadow.recip() as u64).filter(|_| self.shadow > 0.0),
             prefix_cache: if self.no_prefix_cache { PrefixCache::Off } else { PrefixCache::On },
         })
     }

@@ -205,6 +205,9 @@ fn what_cannot_be_served_is_refused() {
     refused(&["-c", "0"], &["--max-model-len", "at least 1"]);
     refused(&["--kv", "zipped"], &["zipped", "exact, packed"]);
     refused(&["--kv-memory", "much"], &["much", "no unit"]);
+    refused(&["--kv-floor", "24MB"], &["24MB", "ratio such as 16"]);
+    refused(&["--kv-floor", "0.5"], &["0.5", "1 to 64"]);
+    refused(&["--shadow", "7"], &["7", "0 to 1"]);
     refused(&["--host", "here"], &["here"]);
     refused(&["--alias", "a@kv=b"], &["a@kv=b"]);
     refused(&["--api-key-file", "/no/such/file"], &["/no/such/file"]);

@@ -5,6 +5,7 @@ use crate::reply::Finish;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 use mosaickv_engine::{Bill, Figures};
+use mosaickv_kv::KvFormat;
 use std::time::Duration;
 
 /// Upper bounds of the buckets of times to the first token, of queues, prefills and whole answers, in seconds.
@@ -18,10 +19,13 @@ const SHORT: [f64; 18] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 20.0,
 ];
 
+const KV_BYTES: &str = "mosaickv_kv_bytes";
+
 const TOKENS_APART: &str = "vllm:inter_token_latency_seconds";
 
 /// All of them.
 pub struct Meters {
+    make: Maker,
     handle: PrometheusHandle,
     first_token: Histogram,
     between_tokens: Histogram,
@@ -39,61 +43,80 @@ struct SampledMeters {
     running: Gauge,
     waiting: Gauge,
     usage: Gauge,
-    bytes: [Gauge; 4],
+    bytes: [Gauge; 3],
     exact_bytes: Gauge,
     read_bytes: Counter,
     prompt_tokens: Counter,
     output_tokens: Counter,
     preemptions: Counter,
     harder: Counter,
-    shadow_steps: Counter,
-    shadow_kl: Gauge,
-    shadow_top1: Gauge,
     prefix_queries: Counter,
     prefix_hits: Counter,
 }
 
 /// Makes meters with the label that all of them have.
-struct Maker<'a> {
-    recorder: &'a PrometheusRecorder,
-    model: &'a str,
+struct Maker {
+    recorder: PrometheusRecorder,
+    model: String,
 }
 
 const METADATA: Metadata<'static> = Metadata::new("mosaickv", Level::INFO, None);
 
-impl Maker<'_> {
-    fn key(&self, name: &'static str, more: Option<(&'static str, &'static str)>) -> Key {
-        let mut labels = vec![Label::new("model_name", self.model.to_owned())];
-        labels.extend(more.map(|(name, value)| Label::new(name, value)));
+impl Maker {
+    fn key(&self, name: &'static str, more: &[(&'static str, &str)]) -> Key {
+        let mut labels = vec![Label::new("model_name", self.model.clone())];
+        labels.extend(more.iter().map(|(name, value)| Label::new(*name, (*value).to_owned())));
         Key::from_parts(name, labels)
     }
 
     fn histogram(&self, name: &'static str, what: &'static str) -> Histogram {
         self.recorder.describe_histogram(KeyName::from(name), Some(Unit::Seconds), what.into());
-        self.recorder.register_histogram(&self.key(name, None), &METADATA)
+        self.recorder.register_histogram(&self.key(name, &[]), &METADATA)
     }
 
     fn counter(&self, name: &'static str, what: &'static str) -> Counter {
         self.recorder.describe_counter(KeyName::from(name), None, what.into());
-        self.recorder.register_counter(&self.key(name, None), &METADATA)
+        self.recorder.register_counter(&self.key(name, &[]), &METADATA)
     }
 
     fn gauge(&self, name: &'static str, what: &'static str) -> Gauge {
         self.recorder.describe_gauge(KeyName::from(name), None, what.into());
-        self.recorder.register_gauge(&self.key(name, None), &METADATA)
+        self.recorder.register_gauge(&self.key(name, &[]), &METADATA)
     }
 
     fn success(&self, finish: Finish) -> (Finish, Counter) {
         let name = "vllm:request_success_total";
         self.recorder.describe_counter(KeyName::from(name), None, "Answers that were completed.".into());
-        let key = self.key(name, Some(("finished_reason", finish.name())));
+        let key = self.key(name, &[("finished_reason", finish.name())]);
         (finish, self.recorder.register_counter(&key, &METADATA))
     }
 
     fn bytes(&self, part: &'static str) -> Gauge {
-        let name = "mosaickv_kv_bytes";
-        self.recorder.describe_gauge(KeyName::from(name), None, "Bytes for keys and values.".into());
-        self.recorder.register_gauge(&self.key(name, Some(("part", part))), &METADATA)
+        self.labelled(KV_BYTES, "Bytes for keys and values.", &[("part", part)])
+    }
+
+    fn labelled(&self, name: &'static str, what: &'static str, labels: &[(&'static str, &str)]) -> Gauge {
+        self.recorder.describe_gauge(KeyName::from(name), None, what.into());
+        self.recorder.register_gauge(&self.key(name, labels), &METADATA)
+    }
+
+    /// Bytes by formats, and what answers had of their exact caches: of those formats that there are.
+    fn by_format(&self, figures: &Figures) {
+        for name in KvFormat::names() {
+            let bytes = figures.kv_by_format.get(name).copied().unwrap_or(0);
+            let labels = [("part", "allocated"), ("format", name)];
+            self.labelled(KV_BYTES, "Bytes for keys and values.", &labels).set(bytes as f64);
+        }
+        for (kv, shadowed) in &figures.shadowed {
+            let (format, steps) = (kv.to_string(), shadowed.steps as f64);
+            let labels = [("format", &*format)];
+            let what = "Sampled tokens that were held against their exact caches.";
+            self.labelled("mosaickv_shadow_steps", what, &labels).set(steps);
+            let what = "Mean KL divergence of these from the exact caches' distributions, in nats.";
+            self.labelled("mosaickv_shadow_kl", what, &labels).set(shadowed.kl / steps);
+            let what = "Share of these whose most probable token is the exact cache's.";
+            self.labelled("mosaickv_shadow_top1", what, &labels).set(shadowed.agreed as f64 / steps);
+        }
     }
 
     fn sampled(&self) -> SampledMeters {
@@ -104,7 +127,7 @@ impl Maker<'_> {
                 "vllm:kv_cache_usage_perc",
                 "Share of the bytes for keys and values that is reserved for what nobody may drop.",
             ),
-            bytes: ["allocated", "reserved", "budget", "prefixes"].map(|part| self.bytes(part)),
+            bytes: ["reserved", "budget", "prefixes"].map(|part| self.bytes(part)),
             exact_bytes: self.gauge(
                 "mosaickv_kv_bytes_exact_equivalent",
                 "Bytes that the tokens of all caches would take as f16.",
@@ -117,18 +140,6 @@ impl Maker<'_> {
                 .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
             prefix_hits: self
                 .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
-            shadow_steps: self.counter(
-                "mosaickv_shadow_steps_total",
-                "Sampled tokens that were held against the exact cache.",
-            ),
-            shadow_kl: self.gauge(
-                "mosaickv_shadow_kl",
-                "Mean KL divergence of these from the exact cache's distributions, in nats.",
-            ),
-            shadow_top1: self.gauge(
-                "mosaickv_shadow_top1",
-                "Share of these whose most probable token is the exact cache's.",
-            ),
             harder: self.counter(
                 "mosaickv_compressed_harder_total",
                 "Requests whose keys and values were compressed harder to make room.",
@@ -146,7 +157,8 @@ impl Meters {
         let short = Matcher::Full(TOKENS_APART.to_owned());
         let recorder =
             builder.set_buckets_for_metric(short, &SHORT).expect("there are bounds").build_recorder();
-        let make = Maker { recorder: &recorder, model };
+        let handle = recorder.handle();
+        let make = Maker { recorder, model: model.to_owned() };
         Meters {
             first_token: make
                 .histogram("vllm:time_to_first_token_seconds", "From the request to the first token."),
@@ -159,7 +171,8 @@ impl Meters {
                 .histogram("mosaickv_compress_seconds", "Of compressing a prompt's keys and values."),
             success: [Finish::Stop, Finish::Length, Finish::ToolCalls].map(|finish| make.success(finish)),
             sampled: make.sampled(),
-            handle: recorder.handle(),
+            handle,
+            make,
         }
     }
 
@@ -192,22 +205,17 @@ impl Meters {
         meters.waiting.set(figures.waiting as f64);
         let needed = figures.kv_reserved - figures.kv_droppable;
         meters.usage.set(needed as f64 / figures.kv_budget.max(1) as f64);
-        let bytes = [figures.kv_allocated, figures.kv_reserved, figures.kv_budget, figures.kv_prefixes];
+        let bytes = [figures.kv_reserved, figures.kv_budget, figures.kv_prefixes];
         for (gauge, bytes) in meters.bytes.iter().zip(bytes) {
             gauge.set(bytes as f64);
         }
+        self.make.by_format(&figures);
         meters.exact_bytes.set(figures.kv_exact as f64);
         meters.read_bytes.absolute(figures.kv_read);
         meters.prompt_tokens.absolute(figures.prompt_tokens);
         meters.output_tokens.absolute(figures.output_tokens);
         meters.preemptions.absolute(figures.preemptions);
         meters.harder.absolute(figures.harder);
-        meters.shadow_steps.absolute(figures.shadow_steps);
-        if figures.shadow_steps > 0 {
-            let steps = figures.shadow_steps as f64;
-            meters.shadow_kl.set(figures.shadow_kl / steps);
-            meters.shadow_top1.set(figures.shadow_agreed as f64 / steps);
-        }
         meters.prefix_queries.absolute(figures.prefix_queries);
         meters.prefix_hits.absolute(figures.prefix_hits);
         self.handle.render()

@@ -5,6 +5,7 @@ use mosaickv_engine::Settings;
 use mosaickv_model::Specials;
 use mosaickv_server::Options;
 use serde_json::{Value, json};
+use std::num::NonZeroU64;
 
 #[test]
 fn models_under_all_of_their_names() {
@@ -129,6 +130,31 @@ fn metrics_count_what_was_answered() {
     is("mosaickv_kv_bytes{model_name=\"model\",part=\"budget\"}", (4u64 << 30) as f64);
     assert!(sample(metrics, "mosaickv_kv_bytes_read_total").unwrap() > 0.0);
     is(&format!("mosaickv_kv_bytes_exact_equivalent{label}"), 0.0);
+}
+
+/// Bytes of each format, and what answers from compressed caches have of their exact caches' distributions.
+#[test]
+fn metrics_tell_formats_apart() {
+    let settings = Settings { shadow_every: NonZeroU64::new(1), ..Settings::default() };
+    let server = Server::large(Options::default(), settings);
+    let prompt: Vec<usize> = (0..400).map(|i| 40 + i * 7 % 200).collect();
+    for format in ["exact", "packed"] {
+        let body = json!({"prompt": prompt, "max_tokens": 12, "ignore_eos": true, "kv": {"format": format}});
+        let answer = server.post("/v1/completions", &body).json();
+        assert_eq!(answer["kv"]["compressed_harder"], false, "{answer}");
+    }
+    let metrics = server.get("/metrics").body;
+    let bytes = |format: &str| {
+        let labels = format!("model_name=\"model\",part=\"allocated\",format=\"{format}\"");
+        sample(&metrics, &format!("mosaickv_kv_bytes{{{labels}}}")).unwrap()
+    };
+    assert!(bytes("packed") > 1000.0 && bytes("exact") > bytes("packed") && bytes("layered") == 0.0);
+    let of = |what: &str, format: &str| {
+        sample(&metrics, &format!("mosaickv_shadow_{what}{{model_name=\"model\",format=\"{format}\"}}"))
+    };
+    assert_eq!((of("steps", "packed"), of("steps", "exact")), (Some(11.0), None), "{metrics}");
+    let (kl, top1) = (of("kl", "packed").unwrap(), of("top1", "packed").unwrap());
+    assert!(kl > 0.0 && kl.is_finite() && (0.0..=1.0).contains(&top1), "{kl}, {top1}");
 }
 
 #[test]
