@@ -25,8 +25,8 @@ pub struct Job {
 struct Running {
     /// While somebody wants the answer.
     ticket: Option<Ticket>,
-    /// Until it has ended; and what it will leave there.
-    slot: Option<(Slot, Rest)>,
+    /// Until it has ended; and what it will leave there, if others may have it.
+    slot: Option<(Slot, Option<Rest>)>,
     timeline: Timeline,
 }
 
@@ -65,11 +65,11 @@ impl Job {
         for (index, request) in requests.into_iter().enumerate() {
             let tokens = request.prompt.len() + request.given.len();
             let slot = app.slots().enter(&caller.id, tokens, request.kv);
-            let rest = Rest {
+            let rest = request.salt.is_none().then(|| Rest {
                 kv: request.kv,
                 tokens: request.prompt.iter().chain(&request.given).copied().collect(),
                 prompt: request.prompt.len(),
-            };
+            });
             let (most, send) = (request.most_tokens, send.clone());
             // A closed queue means that nobody listens any more; the ticket is dropped with it.
             let ticket = loaded.service.submit(request, move |event| drop(send.send((index, event))));
@@ -105,7 +105,7 @@ impl Job {
             Event::Sampled(ref token) => self.count(index, token.id),
             Event::Ended(..) => {
                 self.left -= 1;
-                if let Some((mut slot, rest)) = self.answers[index].slot.take()
+                if let Some((mut slot, Some(rest))) = self.answers[index].slot.take()
                     && self.app.keeps_slot(slot.id())
                 {
                     slot.leave(rest);
@@ -130,7 +130,9 @@ impl Job {
         let Running { slot, timeline, .. } = &mut self.answers[index];
         if let Some((slot, rest)) = slot {
             slot.count();
-            rest.tokens.push(token);
+            if let Some(rest) = rest {
+                rest.tokens.push(token);
+            }
         }
         let now = Instant::now();
         self.app.meters().token(timeline, now - timeline.last.unwrap_or(self.start));

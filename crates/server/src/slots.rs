@@ -127,7 +127,11 @@ impl Slots {
         match locked(&self.places).get(&id) {
             Some(Content::Rest(rest)) => Ok(rest.clone()),
             Some(Content::Answer(_)) => Err(ApiError::conflict("id", format!("Slot {id} is at work."))),
-            None => Err(ApiError::invalid("id", format!("Slot {id} is empty: no answer has ended there."))),
+            None => {
+                let message =
+                    "is empty: no answer has ended there, or it had a cache_salt and is nobody else's.";
+                Err(ApiError::invalid("id", format!("Slot {id} {message}")))
+            }
         }
     }
 

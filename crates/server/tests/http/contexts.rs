@@ -310,6 +310,11 @@ fn a_slot_is_saved_restored_and_erased() {
     let want = {
         let server = start();
         act(&server, "save", file.clone()).refused(400, "invalid_request_error", Some("id"), None);
+        let mut salted = body.clone();
+        salted["cache_salt"] = json!("mine");
+        server.post("/v1/completions", &salted).json();
+        let why = act(&server, "save", file.clone()).refused(400, "invalid_request_error", Some("id"), None);
+        assert!(why.contains("cache_salt"), "{why}");
         let reply = server.post("/v1/completions", &body).json();
         let saved = act(&server, "save", file.clone()).json();
         // The last token of an answer was not read.
