@@ -36,13 +36,14 @@ class Reader(HttpUser):
     def ask(self):
         begin = next(places) * 7919 % (len(TEXT) - CHARS)
         body = {
-            "model": MODEL,
             "messages": [{"role": "user", "content": TEXT[begin : begin + CHARS] + "\n\nWhat is told here?"}],
             "max_tokens": TOKENS,
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
         }
+        if MODEL:
+            body["model"] = MODEL
         if KV:
             body["kv"] = {"format": KV}
         headers = {"Authorization": f"Bearer {KEY}"} if KEY else {}

@@ -53,8 +53,15 @@ pub trait Compute {
         each: &mut dyn FnMut(usize, usize, &[f32]),
     ) -> Result<(), String>;
 
-    /// Compresses a prompt that was read to its end.
+    /// Compresses a prompt that was read to its end, or waits until it is compressed, if that was begun.
     fn compress(&self, sequence: &mut Self::Sequence);
+
+    /// Begins that beside what others read; `false` if there is not enough to do. Until [`compress`](Compute::compress) the sequence
+    /// can't be used, nor its bytes be counted.
+    fn begin_compress(&self, sequence: &mut Self::Sequence) -> bool;
+
+    /// Whether what was begun goes on.
+    fn is_compressing(&self, sequence: &Self::Sequence) -> bool;
 
     /// Whether a compressed sequence takes clearly more than a cache of this ratio, and can be compressed harder.
     fn exceeds(&self, sequence: &Self::Sequence, ratio: f32) -> bool;
@@ -150,6 +157,14 @@ impl<'a> Compute for ModelCompute<'a> {
     fn compress(&self, sequence: &mut Sequence<'a>) {
         sequence.finish_prompt();
         sequence.forget_queries();
+    }
+
+    fn begin_compress(&self, sequence: &mut Sequence<'a>) -> bool {
+        sequence.begin_finish_prompt()
+    }
+
+    fn is_compressing(&self, sequence: &Sequence<'a>) -> bool {
+        sequence.cache().is_finishing_prompt()
     }
 
     fn exceeds(&self, sequence: &Sequence<'a>, ratio: f32) -> bool {

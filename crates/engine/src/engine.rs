@@ -187,16 +187,20 @@ impl<C: Compute> Engine<C> {
     /// One pass, and what must be decided before and after it. `false` if there was nothing to do.
     pub fn step(&mut self) -> bool {
         self.end_cancelled();
+        self.take_compressed();
         self.make_room();
         self.admit();
         let lags: Vec<Lag> = self.running.iter().map(Running::lag).collect();
         let turns = schedule(&lags, self.settings.tokens_per_step);
-        if !turns.is_empty() {
+        let is_busy = if turns.is_empty() {
+            self.wait_for_one()
+        } else {
             let heard = self.read(&turns);
             self.settle(&turns, heard);
-        }
+            true
+        };
         self.say_farewells();
-        !turns.is_empty()
+        is_busy
     }
 
     /// Publishes the figures, and then tells those whose requests have ended.
@@ -316,8 +320,8 @@ impl<C: Compute> Engine<C> {
             self.settings.prefix_cache == PrefixCache::On
                 && active.speech.prompt >= prefix::LEAST_TOKENS
                 && self.running.iter().any(|running| {
-                    let Running { active: other, read, .. } = running;
-                    *read < other.speech.prompt
+                    let Running { active: other, read, compressing, .. } = running;
+                    (*read < other.speech.prompt || compressing.is_some())
                         && (other.kv, &other.salt) == (active.kv, &active.salt)
                         && other.prompt() == active.prompt()
                 })
@@ -473,7 +477,7 @@ impl<C: Compute> Engine<C> {
                 return;
             }
             self.done.preemptions += 1;
-            let active = last.preempt(&mut self.memory);
+            let active = last.preempt(&self.compute, &mut self.memory);
             self.wait(active);
             // The one that was removed may have been before this one.
             i = 0;
@@ -533,12 +537,13 @@ impl<C: Compute> Engine<C> {
                 && failed.is_none()
                 && (end.is_none() || running.active.keep.is_some())
             {
-                match running.compress(&self.compute) {
-                    Ok(took) => {
-                        self.done.compress_seconds += took.as_secs_f64();
-                        self.leave(turn.index, logits);
-                    }
-                    Err(why) => end = Some(End::Failed(why)),
+                // Beside what others read, if anybody does and this one goes on.
+                let begun = match turns.len() > 1 && end.is_none() {
+                    true => running.begin_compress(&self.compute, logits),
+                    false => Err(logits),
+                };
+                if let Err(logits) = begun {
+                    end = self.compress(turn.index, logits).or(end);
                 }
             }
             let running = &mut self.running[turn.index];
@@ -549,6 +554,42 @@ impl<C: Compute> Engine<C> {
         }
         ends.sort_unstable_by_key(|(index, _)| Reverse(*index));
         for (index, end) in ends {
+            self.end(index, end);
+        }
+    }
+
+    /// Compresses a prompt, or waits until it is, and leaves it to others. Says whether, and why, that was the end.
+    fn compress(&mut self, index: usize, logits: Option<Vec<f32>>) -> Option<End> {
+        match self.running[index].compress(&self.compute, logits) {
+            Ok((logits, took)) => {
+                self.done.compress_seconds += took.as_secs_f64();
+                self.leave(index, logits);
+                None
+            }
+            Err(why) => Some(End::Failed(why)),
+        }
+    }
+
+    /// Takes the prompts that were compressed beside what others read.
+    fn take_compressed(&mut self) {
+        while let Some(i) = self.running.iter().position(|running| {
+            running.compressing.is_some() && !self.compute.is_compressing(&running.sequence)
+        }) {
+            self.take_one_compressed(i);
+        }
+    }
+
+    /// Waits until a prompt is compressed, if one is being compressed.
+    fn wait_for_one(&mut self) -> bool {
+        let one = self.running.iter().position(|running| running.compressing.is_some());
+        if let Some(i) = one {
+            self.take_one_compressed(i);
+        }
+        one.is_some()
+    }
+
+    fn take_one_compressed(&mut self, index: usize) {
+        if let Some(end) = self.compress(index, None) {
             self.end(index, end);
         }
     }

@@ -246,6 +246,13 @@ impl Active {
     }
 }
 
+/// A prompt that is being compressed.
+pub(crate) struct Compressing {
+    since: Instant,
+    /// What follows the prompt, if that is to be kept.
+    logits: Option<Vec<f32>>,
+}
+
 /// A request with a cache.
 pub(crate) struct Running<S> {
     pub(crate) active: Active,
@@ -264,6 +271,8 @@ pub(crate) struct Running<S> {
     /// Whether it was compressed harder than asked.
     is_harder: bool,
     pub(crate) shadow: Shadow<S>,
+    /// While its prompt is compressed beside what others read.
+    pub(crate) compressing: Option<Compressing>,
     /// When the prompt was done: tokens read, and bytes that attention had read.
     compressed: (usize, u64),
 }
@@ -312,12 +321,15 @@ impl<S> Running<S> {
             inherited,
             is_harder: false,
             shadow: Shadow::Off,
+            compressing: None,
             compressed,
         }
     }
 
     pub(crate) fn lag(&self) -> Lag {
         let (prompt, known) = (self.active.speech.prompt, self.active.tokens.len());
+        // Nothing more can be read meanwhile.
+        let known = if self.compressing.is_some() { self.read } else { known };
         Lag { read: self.read, prompt, known, granted: self.granted }
     }
 
@@ -338,9 +350,31 @@ impl<S> Running<S> {
         self.active.tell(heard, done).or_else(|| self.is_read_out())
     }
 
-    /// Compresses the prompt; how long that took.
-    pub(crate) fn compress<C: Compute<Sequence = S>>(&mut self, compute: &C) -> Result<Duration, String> {
-        let start = Instant::now();
+    /// Begins to compress the prompt beside what others read, if that is worth it.
+    pub(crate) fn begin_compress<C: Compute<Sequence = S>>(
+        &mut self,
+        compute: &C,
+        logits: Option<Vec<f32>>,
+    ) -> Result<(), Option<Vec<f32>>> {
+        if let Shadow::Reading = self.shadow {
+            return Err(logits);
+        }
+        self.bytes = compute.bytes(&self.sequence, None);
+        if !compute.begin_compress(&mut self.sequence) {
+            return Err(logits);
+        }
+        self.compressing = Some(Compressing { since: Instant::now(), logits });
+        Ok(())
+    }
+
+    /// Compresses the prompt, or waits until it is: what follows it, if that was left here, and how long it took.
+    pub(crate) fn compress<C: Compute<Sequence = S>>(
+        &mut self,
+        compute: &C,
+        logits: Option<Vec<f32>>,
+    ) -> Result<(Option<Vec<f32>>, Duration), String> {
+        let begun = self.compressing.take();
+        let (start, logits) = begun.map_or((Instant::now(), logits), |begun| (begun.since, begun.logits));
         if let Shadow::Reading = self.shadow {
             let copy = compute.compressed(&self.sequence, self.active.kv)?;
             let exact = std::mem::replace(&mut self.sequence, copy);
@@ -353,7 +387,7 @@ impl<S> Running<S> {
         self.granted = 0;
         let took = start.elapsed();
         self.active.times.compress += took;
-        Ok(took)
+        Ok((logits, took))
     }
 
     /// Leaves a clone of a prompt that was just compressed to others, unless there is one.
@@ -407,7 +441,8 @@ impl<S> Running<S> {
         prefixes: &mut Prefixes<S>,
         ratio: f32,
     ) -> bool {
-        let is_read = self.read >= self.active.speech.prompt && self.shadow.exact().is_none();
+        let is_busy = self.compressing.is_some() || self.shadow.exact().is_some();
+        let is_read = self.read >= self.active.speech.prompt && !is_busy;
         if self.is_harder || !is_read || self.active.keep.is_some() || !compute.exceeds(&self.sequence, ratio)
         {
             return false;
@@ -431,7 +466,7 @@ impl<S> Running<S> {
 
     /// Whether its reservation is enough for the next step.
     pub(crate) fn is_measured(&self) -> bool {
-        self.read < self.active.speech.prompt || self.read < self.granted
+        self.compressing.is_some() || self.read < self.active.speech.prompt || self.read < self.granted
     }
 
     /// Makes the reservation what it takes now and may take until it is next measured; `false` if that is not free.
@@ -467,12 +502,20 @@ impl<S> Running<S> {
     }
 
     /// Loses its cache.
-    pub(crate) fn preempt(self, memory: &mut Memory) -> Active {
-        let Running { mut active, sequence, base, reservation, .. } = self;
+    pub(crate) fn preempt<C: Compute<Sequence = S>>(self, compute: &C, memory: &mut Memory) -> Active {
+        let Running { mut active, sequence, base, reservation, .. } = self.settled(compute);
         drop((sequence, base));
         memory.release(reservation);
         active.preemptions += 1;
         active
+    }
+
+    /// The same once no thread works on it any more.
+    fn settled<C: Compute<Sequence = S>>(mut self, compute: &C) -> Running<S> {
+        if self.compressing.take().is_some() {
+            compute.compress(&mut self.sequence);
+        }
+        self
     }
 
     /// Ends. What it has read after its prompt is left to others, if there are `prefixes` and they would go on from it as it would.
@@ -493,7 +536,7 @@ impl<S> Running<S> {
             compressed,
             is_harder,
             ..
-        } = self;
+        } = self.settled(compute);
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(compressed.0);
         let bill = Bill {

@@ -292,6 +292,43 @@ fn who_is_watched_does_not_notice() {
     }
 }
 
+/// A long prompt's compression holds nobody up, and gives to the bit what it gives alone.
+#[test]
+fn a_prompt_is_compressed_beside_others() {
+    let pool = Pool::new(2);
+    let Some(model) = calibrated(&pool) else { return };
+    let all = tokens(2300);
+    let run = |names: &[&'static str]| {
+        let compute = ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
+        let mut engine = Engine::new(compute, Settings::default(), Arc::default());
+        let told: Arc<Mutex<Vec<(&str, Token)>>> = Arc::default();
+        for &name in names {
+            let request = match name {
+                "long" => request(all[..2300].to_vec(), "layered", 20),
+                _ => request(all[..100].to_vec(), "exact", 300),
+            };
+            let to = told.clone();
+            let emit = Box::new(move |event| match event {
+                Event::Sampled(token) => to.lock().unwrap().push((name, token)),
+                Event::Ended(end, _) => assert_eq!(end, End::Length),
+                other => panic!("{other:?}"),
+            });
+            engine.submit(request, emit, Arc::default());
+        }
+        while engine.step() {}
+        std::mem::take(&mut *told.lock().unwrap())
+    };
+    let both = run(&["short", "long"]);
+    for name in ["short", "long"] {
+        let own = both.iter().filter(|(who, _)| *who == name).cloned().collect::<Vec<_>>();
+        assert!(own == run(&[name]), "{name}: not what it gets alone");
+    }
+    let places: Vec<usize> = (0..both.len()).filter(|&i| both[i].0 == "long").collect();
+    let between = places[1] - places[0] - 1;
+    println!("{between} tokens of another answer while a prompt was compressed");
+    assert!(between > 3, "{between}");
+}
+
 /// Two prompts that fit only if the first one is compressed harder while it is continued.
 #[test]
 fn who_runs_is_compressed_harder_before_others_wait() {

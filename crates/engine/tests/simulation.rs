@@ -31,6 +31,8 @@ struct FakeSequence {
     pages: Vec<Rc<FakePage>>,
     has_ended: bool,
     is_compressed: bool,
+    /// For how many more questions whether it is compressed.
+    busy: Rc<Cell<usize>>,
 }
 
 struct FakePage {
@@ -69,7 +71,13 @@ impl Compute for Fake {
     }
 
     fn begin(&self, _: KvFormat) -> Result<FakeSequence, String> {
-        Ok(FakeSequence { tokens: vec![], pages: vec![], has_ended: false, is_compressed: false })
+        Ok(FakeSequence {
+            tokens: vec![],
+            pages: vec![],
+            has_ended: false,
+            is_compressed: false,
+            busy: Rc::default(),
+        })
     }
 
     fn begin_exact(&self) -> Result<FakeSequence, String> {
@@ -129,6 +137,19 @@ impl Compute for Fake {
         assert!(sequence.has_ended && !sequence.is_compressed);
         sequence.is_compressed = true;
         sequence.pages.iter_mut().for_each(|page| *page = FakePage::new(TOKEN / 8, &self.live));
+    }
+
+    fn begin_compress(&self, sequence: &mut FakeSequence) -> bool {
+        assert!(sequence.has_ended && !sequence.is_compressed);
+        // As long as the stand-in's work goes on; it has none for some prompts.
+        sequence.busy = Rc::new(Cell::new(sequence.tokens.len() % 4));
+        sequence.busy.get() > 0
+    }
+
+    fn is_compressing(&self, sequence: &FakeSequence) -> bool {
+        assert!(!sequence.is_compressed);
+        sequence.busy.set(sequence.busy.get().saturating_sub(1));
+        sequence.busy.get() > 0
     }
 
     fn exceeds(&self, sequence: &FakeSequence, ratio: f32) -> bool {

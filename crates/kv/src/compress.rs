@@ -7,17 +7,32 @@ use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
 use crate::exact::ExactHead;
-use crate::layered::{self, Layered, LayeredHead, Prompt, Samples, Target};
+use crate::layered::{self, Calibration, Layered, LayeredHead, Prompt, Samples, Target};
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use half::f16;
 use mosaickv_kernels::Pool;
 use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 /// A layer that a thread of its own compresses while the next one reads the prompt; at most one at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Encoding(Option<(usize, JoinHandle<Layer>)>);
+
+/// A layer's place, and its heads.
+type LayeredLayer = (usize, Vec<LayeredHead>);
+
+/// The layers of a prompt in the layered format that a thread compresses together.
+#[derive(Debug, Default)]
+pub(crate) struct Ending(Option<JoinHandle<Vec<LayeredLayer>>>);
+
+impl Clone for Ending {
+    fn clone(&self) -> Ending {
+        assert!(self.0.is_none(), "a cache was cloned while its prompt is compressed");
+        Ending(None)
+    }
+}
 
 impl Clone for Encoding {
     fn clone(&self) -> Encoding {
@@ -78,10 +93,31 @@ impl KvCache {
         self.encoding.0 = Some((layer, thread));
     }
 
-    /// Waits until every layer is encoded. The layered format, which shares out bytes among the layers, begins only now.
+    /// Waits until every layer is encoded. The layered format, which shares out bytes among the layers, begins only now, unless it
+    /// [was begun](KvCache::begin_finish_prompt).
     pub fn finish_prompt(&mut self, pool: &Pool) {
         self.join();
-        self.end_layered(pool);
+        match self.ending.0.take() {
+            Some(thread) => self.put(thread.join().unwrap_or_else(|panic| resume_unwind(panic))),
+            None => self.end_layered(pool),
+        }
+    }
+
+    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on a thread beside what follows. `true` if
+    /// there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
+    pub fn begin_finish_prompt(&mut self) -> bool {
+        self.join();
+        let Some((settings, samples)) = self.take_end_layered() else { return false };
+        let Some(work) = self.taken_layered(settings, |_| true) else { return false };
+        let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
+        let thread = thread.spawn(move || work.encode(&Pool::new(1), &samples));
+        self.ending.0 = Some(thread.expect("the system refused a thread"));
+        true
+    }
+
+    /// Whether [what was begun](KvCache::begin_finish_prompt) goes on.
+    pub fn is_finishing_prompt(&self) -> bool {
+        self.ending.0.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     /// No further prompt will come: frees the queries that compressing one would need. What is exact now stays so.
@@ -92,23 +128,26 @@ impl KvCache {
     /// Compresses the layers that the layered format is for, if it is this cache's. What is too short for that may go on as an
     /// exact cache and be long enough at the end of another prompt: its queries stay sampled.
     fn end_layered(&mut self, pool: &Pool) {
-        let KvFormat::Layered(settings) = self.format else { return };
-        let has_full_layers = (0..self.shape.layers).any(|layer| self.shape.window_of(layer).is_none());
-        if has_full_layers && self.tokens() < Layered::LEAST_TOKENS {
-            return;
+        if let Some((settings, samples)) = self.take_end_layered()
+            && let Some(work) = self.taken_layered(settings, |_| true)
+        {
+            self.put(work.encode(pool, &samples));
         }
-        let Some(samples) = self.samples.take() else { return };
-        self.compress_layered(pool, settings, &samples, |_| true);
     }
 
-    /// The `chosen` ones of the exact layers that the layered format is for: not those with a window, nor short ones.
-    fn compress_layered(
-        &mut self,
-        pool: &Pool,
-        settings: Layered,
-        samples: &[Samples],
-        chosen: impl Fn(usize) -> bool,
-    ) {
+    /// The settings of the layered format and the sampled queries, if there is a prompt to be compressed with them.
+    fn take_end_layered(&mut self) -> Option<(Layered, Vec<Samples>)> {
+        let KvFormat::Layered(settings) = self.format else { return None };
+        let has_full_layers = (0..self.shape.layers).any(|layer| self.shape.window_of(layer).is_none());
+        if has_full_layers && self.tokens() < Layered::LEAST_TOKENS {
+            return None;
+        }
+        Some((settings, self.samples.take()?))
+    }
+
+    /// The `chosen` ones of the exact layers that the layered format is for: not those with a window, nor short ones. The cache no longer
+    /// has them.
+    fn taken_layered(&mut self, settings: Layered, chosen: impl Fn(usize) -> bool) -> Option<LayeredWork> {
         let calibration = self.calibration.clone().expect("a layered cache has a calibration");
         let mut prompts = vec![];
         for (layer, of) in self.layers.iter_mut().enumerate() {
@@ -117,14 +156,22 @@ impl KvCache {
                 && self.shape.window_of(layer).is_none()
                 && heads.first().is_some_and(layered::is_worth_it)
             {
-                prompts.push(Prompt { layer, heads: std::mem::take(heads), samples: &samples[layer] });
+                prompts.push((layer, std::mem::take(heads)));
             }
         }
-        let meant: Vec<usize> = prompts.iter().map(|prompt| prompt.layer).collect();
         // Without the heads that were just taken out.
         let others = self.bytes().total();
-        let made = layered::compress(pool, self.shape, &calibration, prompts, (settings, others));
-        meant.into_iter().zip(made).for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
+        (!prompts.is_empty()).then_some(LayeredWork {
+            shape: self.shape,
+            calibration,
+            prompts,
+            settings,
+            others,
+        })
+    }
+
+    fn put(&mut self, made: Vec<LayeredLayer>) {
+        made.into_iter().for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
     }
 
     /// Whether it is compressed in the layered format and takes over an eighth more than a cache of this ratio would.
@@ -227,7 +274,9 @@ impl KvCache {
             let (Some(_), Some(samples)) = (&self.calibration, &self.samples) else {
                 return Err(KvError::NoCalibration { format: format.to_string() });
             };
-            copy.compress_layered(pool, settings, samples, chosen);
+            if let Some(work) = copy.taken_layered(settings, chosen) {
+                copy.put(work.encode(pool, samples));
+            }
         }
         Ok(copy)
     }
@@ -246,6 +295,7 @@ impl KvCache {
             learning: self.learning.clone(),
             closings: vec![],
             encoding: Encoding::default(),
+            ending: Ending::default(),
             phases: Phases::default(),
             working: Working::default(),
         }
@@ -255,6 +305,28 @@ impl KvCache {
     fn wanted_queries(&self, tokens: usize, queries: &RecentQueries) -> (usize, usize) {
         let row = self.shape.heads * self.shape.head_dim;
         (tokens.min(WINDOW), queries.rows().len() / row)
+    }
+}
+
+/// Exact layers that are to be compressed together in the layered format.
+struct LayeredWork {
+    shape: KvShape,
+    calibration: Arc<Calibration>,
+    prompts: Vec<(usize, Vec<ExactHead>)>,
+    settings: Layered,
+    /// Bytes of the cache beside these layers.
+    others: usize,
+}
+
+impl LayeredWork {
+    /// The layers as they are to be, with the sampled queries of all layers.
+    fn encode(self, pool: &Pool, samples: &[Samples]) -> Vec<LayeredLayer> {
+        let LayeredWork { shape, calibration, prompts, settings, others } = self;
+        let layers: Vec<usize> = prompts.iter().map(|(layer, _)| *layer).collect();
+        let of_layer = |(layer, heads)| Prompt { layer, heads, samples: &samples[layer] };
+        let prompts = prompts.into_iter().map(of_layer).collect();
+        let made = layered::compress(pool, shape, &calibration, prompts, (settings, others));
+        layers.into_iter().zip(made).collect()
     }
 }
 

@@ -31,7 +31,7 @@ mod rotation;
 mod saved;
 
 use baselines::{Head, RecentQueries};
-use compress::Encoding;
+use compress::{Encoding, Ending};
 use exact::ExactHead;
 use layered::{Closing, LayeredHead, Samples};
 use learner::Learning;
@@ -156,6 +156,7 @@ pub struct KvCache {
     closings: Vec<(usize, Arc<Closing>)>,
     /// The layer that is being compressed.
     encoding: Encoding,
+    ending: Ending,
     phases: Phases,
     working: Working,
 }
@@ -213,6 +214,7 @@ impl KvCache {
             learning: Learning::default(),
             closings: vec![],
             encoding: Encoding::default(),
+            ending: Ending::default(),
             phases: Phases::default(),
             working: Working::default(),
         })

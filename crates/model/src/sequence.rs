@@ -238,6 +238,11 @@ impl<'a> Sequence<'a> {
         self.attention += start.elapsed();
     }
 
+    /// Begins that beside what follows: see [`KvCache::begin_finish_prompt`].
+    pub fn begin_finish_prompt(&mut self) -> bool {
+        self.cache.begin_finish_prompt()
+    }
+
     /// No further prompt will come: see [`KvCache::forget_queries`].
     pub fn forget_queries(&mut self) {
         self.cache.forget_queries();
