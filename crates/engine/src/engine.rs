@@ -5,7 +5,7 @@ use crate::prefix::{self, Found, Prefix, Prefixes, Which};
 use crate::request::{Active, Farewell, Heard, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::shadow;
-use crate::{Compute, Context, End, Event, Figures, Kept, Pin, Reading, Request};
+use crate::{Compute, Context, End, Event, Figures, Kept, Look, Pin, Reading, Request};
 use mosaickv_kv::KvFormat;
 use mosaickv_model::Part;
 use std::cell::Cell;
@@ -391,6 +391,27 @@ impl<C: Compute> Engine<C> {
             "{needed} more bytes of keys and values are needed, but of {budget} that all caches may take \
              saved contexts have {kept}; delete some, or start the server with a larger --kv-memory"
         )
+    }
+
+    /// What the request with this tag has read, if it runs and nothing is at work on it.
+    pub fn look(&self, tag: u64) -> Option<Look> {
+        let running = self.running.iter().find(|running| running.active.tag == tag)?;
+        if running.compressing.is_some() {
+            return None;
+        }
+        Some(Look {
+            kv: running.active.kv,
+            tokens: running.active.tokens.clone(),
+            prompt: running.active.speech.prompt,
+            cache: self.compute.cache(&running.sequence),
+        })
+    }
+
+    /// Has the next step end the request with this tag: whether there is one.
+    pub fn cancel(&mut self, tag: u64) -> bool {
+        let all = self.running.iter().map(|running| &running.active).chain(&self.waiting);
+        let found = all.filter(|active| active.tag == tag);
+        found.map(|active| active.cancelled.store(true, Ordering::Relaxed)).count() > 0
     }
 
     /// The longest context that `tokens` begin with, of a prompt of the first `prompt` of them; it stays as long as its pin.

@@ -56,6 +56,21 @@ pub struct Request {
     pub grammar: Option<Box<dyn Grammar>>,
     /// Who wants the prompt to stay when it is compressed.
     pub keep: Option<Keep>,
+    /// What [`Service::look`] and [`Service::cancel`] call it.
+    pub tag: u64,
+}
+
+/// What a request that runs has read so far.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// How it is kept.
+    pub kv: KvFormat,
+    /// All of its tokens that are known; the first of them were read.
+    pub tokens: Vec<u32>,
+    /// How many of them are compressed together.
+    pub prompt: usize,
+    /// Keys and values of those that were read. Their pages are shared with the engine's.
+    pub cache: KvCache,
 }
 
 /// Gets a prompt that was read and compressed. Called on the engine's thread; it must not block.
@@ -133,6 +148,7 @@ impl Request {
             salt: None,
             grammar: None,
             keep: None,
+            tag: 0,
         }
     }
 }

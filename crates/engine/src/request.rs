@@ -28,6 +28,7 @@ pub(crate) struct Active {
     pub(crate) kv: KvFormat,
     /// Who shares what it reads.
     pub(crate) salt: Option<Arc<str>>,
+    pub(crate) tag: u64,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) speech: Speech,
     /// Who wants its prompt to be kept.
@@ -164,6 +165,7 @@ impl Active {
             tokens,
             kv: request.kv,
             salt: request.salt,
+            tag: request.tag,
             cancelled,
             speech,
             keep: request.keep,

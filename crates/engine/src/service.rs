@@ -1,7 +1,7 @@
 //! An engine on a thread of its own, and how others speak to it.
 
 use crate::engine::refusal;
-use crate::{Compute, Context, Engine, Event, Kept, ModelCompute, Refused, Request, Settings};
+use crate::{Compute, Context, Engine, Event, Kept, Look, ModelCompute, Refused, Request, Settings};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat};
 use mosaickv_model::Model;
@@ -89,6 +89,8 @@ struct Shared {
 enum Command {
     Submit { request: Box<Request>, emit: Box<dyn FnMut(Event) + Send>, cancelled: Arc<AtomicBool> },
     Find { kv: KvFormat, tokens: Vec<u32>, prompt: usize, tell: Sender<Option<Kept>> },
+    Look { tag: u64, tell: Sender<Option<Look>> },
+    Cancel { tag: u64, tell: Sender<bool> },
     Restore { context: Box<Context>, tell: Sender<Result<Kept, String>> },
 }
 
@@ -151,6 +153,17 @@ impl Service {
     /// The longest context that `tokens` begin with, of a prompt of the first `prompt` of them. Waits for the engine's next step.
     pub fn find(&self, kv: KvFormat, tokens: Vec<u32>, prompt: usize) -> Result<Option<Kept>, Refused> {
         self.ask(|tell| Command::Find { kv, tokens, prompt, tell })
+    }
+
+    /// What the request with this tag has read; `None` if none runs, or while its prompt is being compressed. Waits for the engine's next
+    /// step.
+    pub fn look(&self, tag: u64) -> Result<Option<Look>, Refused> {
+        self.ask(|tell| Command::Look { tag, tell })
+    }
+
+    /// Cancels the request with this tag: whether there was one.
+    pub fn cancel(&self, tag: u64) -> Result<bool, Refused> {
+        self.ask(|tell| Command::Cancel { tag, tell })
     }
 
     /// What the engine says to a command.
@@ -217,6 +230,8 @@ fn run(mut engine: Engine<impl Compute>, received: &Receiver<Command>, sent: &At
                 Command::Find { kv, tokens, prompt, tell } => {
                     drop(tell.send(engine.find(kv, &tokens, prompt)))
                 }
+                Command::Look { tag, tell } => drop(tell.send(engine.look(tag))),
+                Command::Cancel { tag, tell } => drop(tell.send(engine.cancel(tag))),
                 Command::Restore { context, tell } => drop(tell.send(engine.restore(*context))),
             }
         }

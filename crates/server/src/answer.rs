@@ -226,5 +226,7 @@ fn request(plan: &Plan, asked: &Asked, logprobs: Option<usize>, kv: KvFormat) ->
         salt: plan.salt.clone(),
         grammar: None,
         keep: None,
+        // Its slot's, which it gets when it is submitted.
+        tag: 0,
     }
 }

@@ -147,6 +147,7 @@ impl Choice {
         let finish = match (self.state, end) {
             (State::Stopped, _) | (State::Open, End::Stop) => Finish::Stop,
             (State::Open, End::Length) => Finish::Length,
+            (State::Open, End::Cancelled) => return Err(ApiError::cancelled()),
             (_, End::Shutdown) => return Err(ApiError::draining()),
             (_, End::NoRoom(why)) => return Err(ApiError::no_room(why)),
             (_, End::Failed(what)) => return Err(ApiError::internal(&format!("The model failed: {what}"))),

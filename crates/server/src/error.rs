@@ -168,11 +168,22 @@ impl ApiError {
             .with_code("context_not_found")
     }
 
+    /// What can't be done with a slot in the state that it is in.
+    pub fn not_now(message: String) -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, "invalid_request_error", message).with_param("id")
+    }
+
     /// A name that is taken.
     pub fn conflict(param: &str, message: String) -> ApiError {
         ApiError::new(StatusCode::CONFLICT, "invalid_request_error", message)
             .with_param(param)
             .with_code("already_exists")
+    }
+
+    /// An answer that somebody else ended.
+    pub fn cancelled() -> ApiError {
+        ApiError::new(StatusCode::CONFLICT, "unavailable_error", "The answer was cancelled at the server.")
+            .with_code("cancelled")
     }
 
     /// What needs more bytes of keys and values than there are, or than saved contexts leave.

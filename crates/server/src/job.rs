@@ -62,9 +62,10 @@ impl Job {
     ) -> Result<Job, ApiError> {
         let (send, events) = mpsc::unbounded_channel();
         let mut answers = Vec::with_capacity(requests.len());
-        for (index, request) in requests.into_iter().enumerate() {
+        for (index, mut request) in requests.into_iter().enumerate() {
             let tokens = request.prompt.len() + request.given.len();
             let slot = app.slots().enter(&caller.id, tokens, request.kv);
+            request.tag = slot.task();
             let rest = request.salt.is_none().then(|| Rest {
                 kv: request.kv,
                 tokens: request.prompt.iter().chain(&request.given).copied().collect(),

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::{chat, completions, contexts, guard, introspect, models, responses, slots, tokenize};
+use crate::{chat, completions, contexts, guard, introspect, live, models, page, responses, slots, tokenize};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::response::{IntoResponse, Response};
@@ -42,6 +42,7 @@ impl App {
         let api = Json(api);
         let mut router = router
             .route("/openapi.json", get(move || async move { api }))
+            .merge(page::router())
             // Names of models may have slashes.
             .route("/v1/models/{org}/{*rest}", get(slashed));
         for path in UNSUPPORTED {
@@ -83,6 +84,9 @@ fn described() -> OpenApiRouter<App> {
         .routes(routes!(responses::responses))
         .routes(routes!(contexts::create_context, contexts::contexts))
         .routes(routes!(contexts::context, contexts::delete_context))
+        .routes(routes!(live::live))
+        .routes(routes!(live::mosaic))
+        .routes(routes!(live::mosaic_of_context))
         .routes(routes!(models::models))
         .routes(routes!(models::model))
         .routes(routes!(tokenize::tokenize))

@@ -52,6 +52,7 @@ pub struct Rest {
 /// An answer's slot, which is free when this is dropped.
 pub struct Slot {
     id: usize,
+    task: u64,
     sampled: Arc<AtomicUsize>,
     places: Arc<Mutex<BTreeMap<usize, Content>>>,
     rest: Option<Rest>,
@@ -97,7 +98,7 @@ impl Slots {
         let id = (0..).find(is_free).expect("there are more numbers than answers");
         places.insert(id, Content::Answer(answer));
         drop(places);
-        Slot { id, sampled, places: self.places.clone(), rest: None }
+        Slot { id, task, sampled, places: self.places.clone(), rest: None }
     }
 
     /// At least `least` slots, and as many as work.
@@ -122,11 +123,19 @@ impl Slots {
         (0..count).map(state).collect()
     }
 
+    /// Which answer runs there.
+    fn task(&self, id: usize) -> Result<u64, ApiError> {
+        match locked(&self.places).get(&id) {
+            Some(Content::Answer(answer)) => Ok(answer.task),
+            _ => Err(ApiError::not_now(format!("No answer runs in slot {id}."))),
+        }
+    }
+
     /// What the last answer left there; an error while one runs.
     fn rest(&self, id: usize) -> Result<Rest, ApiError> {
         match locked(&self.places).get(&id) {
             Some(Content::Rest(rest)) => Ok(rest.clone()),
-            Some(Content::Answer(_)) => Err(ApiError::conflict("id", format!("Slot {id} is at work."))),
+            Some(Content::Answer(_)) => Err(ApiError::not_now(format!("Slot {id} is at work."))),
             None => {
                 let message =
                     "is empty: no answer has ended there, or it had a cache_salt and is nobody else's.";
@@ -139,7 +148,7 @@ impl Slots {
     fn replace(&self, id: usize, rest: Option<Rest>) -> Result<Option<Rest>, ApiError> {
         let mut places = locked(&self.places);
         if let Some(Content::Answer(_)) = places.get(&id) {
-            return Err(ApiError::conflict("id", format!("Slot {id} is at work.")));
+            return Err(ApiError::not_now(format!("Slot {id} is at work.")));
         }
         let before = match rest {
             Some(rest) => places.insert(id, Content::Rest(rest)),
@@ -161,6 +170,11 @@ impl Slot {
     /// Its number.
     pub fn id(&self) -> usize {
         self.id
+    }
+
+    /// Which answer of this server is in it.
+    pub fn task(&self) -> u64 {
+        self.task
     }
 
     /// What is left when it is dropped.
@@ -196,6 +210,8 @@ enum Action {
     Restore,
     /// They are forgotten.
     Erase,
+    /// The answer that runs there ends.
+    Cancel,
 }
 
 /// What follows the `?`.
@@ -249,9 +265,10 @@ pub struct SlotTimings {
     pub restore_ms: Option<f64>,
 }
 
-/// Saves what an answer left in a slot to a file, restores it, or forgets it, as llama-server does. Files need `--contexts`.
+/// Saves what an answer left in a slot to a file, restores it, or forgets it, as llama-server does; or cancels the answer that runs there.
+/// Files need `--contexts`.
 #[utoipa::path(post, path = "/slots/{id}",
-    params(("id" = usize, Path, description = "The slot"), ("action" = String, Query, description = "save, restore or erase")),
+    params(("id" = usize, Path, description = "The slot"), ("action" = String, Query, description = "save, restore, erase or cancel")),
     request_body = SlotFile,
     responses(
         (status = 200, description = "It is done", body = SlotDone),
@@ -265,17 +282,19 @@ pub async fn slot_action(
     body: Bytes,
 ) -> Result<Json<SlotDone>, ApiError> {
     app.ready()?;
-    let wanted =
-        || ApiError::invalid("action", "action is missing or unknown; wanted save, restore or erase.");
+    let wanted = || {
+        ApiError::invalid("action", "action is missing or unknown; wanted save, restore, erase or cancel.")
+    };
     let action = match query.action.as_deref() {
         Some("save") => Action::Save,
         Some("restore") => Action::Restore,
         Some("erase") => Action::Erase,
+        Some("cancel") => Action::Cancel,
         _ => return Err(wanted()),
     };
     let id: usize = id.parse().map_err(|_| ApiError::not_found(&format!("/slots/{id}")))?;
     let filename = match action {
-        Action::Erase => String::new(),
+        Action::Erase | Action::Cancel => String::new(),
         _ => {
             let file: SlotFile = serde_json::from_slice(&body)
                 .map_err(|error| ApiError::malformed(format!("The body is not valid: {error}")))?;
@@ -288,7 +307,8 @@ pub async fn slot_action(
 fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDone, ApiError> {
     let (loaded, start) = (app.ready()?.clone(), Instant::now());
     let most = loaded.settings.most_sequences;
-    if id >= most {
+    // Answers that wait may have further numbers.
+    if id >= most && action != Action::Cancel {
         return Err(ApiError::invalid("id", format!("Slot {id}; wanted 0 to {}.", most - 1)));
     }
     let took = || Some(start.elapsed().as_secs_f64() * 1e3);
@@ -299,16 +319,24 @@ fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDon
             let before = app.slots().replace(id, None)?;
             Ok(SlotDone { n_erased: Some(before.map_or(0, |rest| rest.tokens.len())), ..done })
         }
+        Action::Cancel => {
+            let task = app.slots().task(id)?;
+            let is_found =
+                loaded.service.cancel(task).map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
+            if !is_found {
+                return Err(ApiError::not_now(format!("The answer in slot {id} has ended.")));
+            }
+            Ok(done)
+        }
         Action::Save => {
             contexts.check_folder(&filename)?;
             let Rest { kv, tokens, prompt } = app.slots().rest(id)?;
             let found = loaded.service.find(kv, tokens, prompt);
             let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
             let kept = kept.ok_or_else(|| {
-                ApiError::conflict(
-                    "id",
-                    format!("What slot {id} had is no longer in memory; ask again, and save then."),
-                )
+                ApiError::not_now(format!(
+                    "What slot {id} had is no longer in memory; ask again, and save then."
+                ))
             })?;
             let (n_saved, n_written) = (Some(kept.context.tokens.len()), Some(kept.bytes));
             contexts.put(&loaded, filename.clone(), kept)?;

@@ -7,5 +7,6 @@ mod contexts;
 mod errors;
 mod introspect;
 mod life;
+mod live;
 mod responses;
 mod storm;
