@@ -157,6 +157,32 @@ fn metrics_tell_formats_apart() {
     assert!(kl > 0.0 && kl.is_finite() && (0.0..=1.0).contains(&top1), "{kl}, {top1}");
 }
 
+/// Every metric that the dashboard asks for is one that there is.
+#[test]
+fn the_dashboard_asks_for_what_there_is() {
+    let settings = Settings { shadow_every: NonZeroU64::new(1), ..Settings::default() };
+    let server = Server::large(Options::default(), settings);
+    let prompt: Vec<usize> = (0..400).map(|i| 40 + i * 7 % 200).collect();
+    let body = json!({"prompt": prompt, "max_tokens": 5, "ignore_eos": true, "kv": {"format": "packed"}});
+    assert_eq!(server.post("/v1/completions", &body).status, 200);
+    let metrics = server.get("/metrics").body;
+    let has = |name: &str| metrics.lines().any(|line| line.split(['{', ' ']).next() == Some(name));
+    let dashboard: Value = serde_json::from_str(include_str!("../../../../docs/grafana.json")).unwrap();
+    let mut asked = 0;
+    for panel in dashboard["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().unwrap() {
+            let expression = target["expr"].as_str().unwrap();
+            let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+            let words = expression.split(|c| !is_part(c));
+            for name in words.filter(|word| word.starts_with("vllm:") || word.starts_with("mosaickv_")) {
+                assert!(has(name), "{name} in {}: {metrics}", panel["title"]);
+                asked += 1;
+            }
+        }
+    }
+    assert!(asked > 15, "only {asked} metrics");
+}
+
 #[test]
 fn ids_of_requests_come_back() {
     let server = Server::plain();
