@@ -157,7 +157,7 @@ pub struct Engine<C: Compute> {
 impl<C: Compute> Engine<C> {
     /// Without requests. `published` gets the figures after each step, before those whose requests have ended hear of it.
     pub fn new(compute: C, settings: Settings, published: Arc<Mutex<Figures>>) -> Engine<C> {
-        Engine {
+        let engine = Engine {
             compute,
             settings,
             memory: Memory::new(settings.kv_memory),
@@ -168,7 +168,9 @@ impl<C: Compute> Engine<C> {
             farewells: vec![],
             done: Figures::default(),
             published,
-        }
+        };
+        engine.publish();
+        engine
     }
 
     /// Takes a request, which [`Service::submit`](crate::Service::submit) would not refuse. `emit` gets its events; once `cancelled` is set, the next
@@ -206,8 +208,12 @@ impl<C: Compute> Engine<C> {
     /// Publishes the figures, and then tells those whose requests have ended.
     fn say_farewells(&mut self) {
         self.done.kv_read += self.farewells.iter().map(|farewell| farewell.read).sum::<u64>();
-        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = self.figures();
+        self.publish();
         self.farewells.drain(..).for_each(Farewell::say);
+    }
+
+    fn publish(&self) {
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = self.figures();
     }
 
     /// Whether no request is left.
