@@ -284,9 +284,11 @@ $("source").addEventListener("change", showMosaic);
 async function showMosaic() {
   const [kind, ...rest] = $("source").value.split(" ");
   if (!kind) return;
+  // Of an answer that has ended, what was seen last stays.
+  if (kind === "task" && !(last && last.live.requests.some((request) => String(request.id_task) === rest[0]))) return;
   const name = encodeURIComponent(rest.join(" "));
   const answer = await ask(kind === "task" ? `/v1/kv/mosaic/${name}` : `/v1/kv/contexts/${name}/mosaic`);
-  if (!answer.ok) return; // It has ended; what was seen last stays.
+  if (!answer.ok) return;
   shown = await answer.json();
   drawMosaic();
 }
