@@ -1,6 +1,6 @@
 #!/bin/sh
 # Do clients that others wrote get what they expect of `mosaickv serve`? The openai Python SDK, lm-eval, a gateway (smg), a load
-# client (locust) and schemathesis.
+# client (locust), a browser (Debian's Chromium, on the server's page) and schemathesis.
 #
 # usage: clients.sh MOSAICKV MODEL [WORK]
 #
@@ -10,7 +10,7 @@
 #
 # Prints a line for each check and exits with 1 if one failed. Where no package registry can be reached, it says so and
 # exits with 0. PYTHON=python3 chooses the Python, EXAMPLES=8 how many requests schemathesis makes up for each operation.
-# LM_EVAL=0 leaves lm-eval out: it needs no torch, but 700 MB of pyarrow, scipy and others.
+# LM_EVAL=0 leaves lm-eval out: it needs no torch, but 700 MB of pyarrow, scipy and others. SHOTS=FOLDER keeps pictures of the page.
 set -eu
 
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
@@ -103,6 +103,14 @@ load() {
         --only-summary --exit-code-on-error 1
 }
 part "locust" load
+browser=$(command -v chromium || command -v chromium-browser || true)
+if [ -n "$browser" ]; then
+    $pip install 'playwright>=1.60,<2'
+    part "browser" "$work/venv/bin/python" "$here/browser.py" "$browser" "${SHOTS:-$work/shots}" \
+        "$here/../../crates/mosaickv/demo/document.txt"
+else
+    echo "skipped: browser (no chromium on the path)"
+fi
 part "drain" "$work/venv/bin/python" "$here/drain.py" "$pid"
 stop
 

@@ -1,0 +1,129 @@
+"""Does the page work in a real browser? It wants a key, takes a document, answers, shows the mosaic, cancels a request, fits on a
+narrow screen, and says nothing in the console.
+
+usage: browser.py CHROMIUM SHOTS TEXT [WORDS...]   address, key and model as for openai_sdk.py
+
+  CHROMIUM   the browser
+  SHOTS      a folder for pictures of the page
+  TEXT       a file with a text of some thousand tokens
+"""
+
+import os
+import sys
+import threading
+import time
+
+from playwright.sync_api import sync_playwright
+
+from checks import BASE, KEY, ask, check, run, wait_for
+
+CHROMIUM, SHOTS, TEXT = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
+os.makedirs(SHOTS, exist_ok=True)
+
+play = sync_playwright().start()
+browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+page = browser.new_page(viewport={"width": 1200, "height": 1000})
+said = []
+page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+page.on("pageerror", lambda error: said.append(str(error)))
+page.on("requestfailed", lambda request: said.append(f"{request.url}: {request.failure}"))
+
+
+def shot(name):
+    page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+
+
+def text(selector):
+    return page.inner_text(selector)
+
+
+def answered(most, words, kept):
+    page.fill("#document", words)
+    page.fill("#most", str(most))
+    page.select_option("#ratio", kept)
+    page.click("#send")
+
+
+@check("the page asks for a key where the server wants one")
+def _():
+    page.goto(BASE + "/")
+    page.wait_for_selector("#key-dialog[open]", timeout=10_000)
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    wait_for("figures", lambda: "run" in text("#state"), 10)
+    # The first question was asked without a key.
+    refused = [line for line in said if "401" in line]
+    said[:] = [line for line in said if "401" not in line]
+    return f"{len(refused)} refusals before it"
+
+
+@check("a document is answered, with the bill of what that took")
+def _():
+    with open(TEXT) as file:
+        words = file.read()[:12_000]
+    answered(16, words, "layered:8")
+    wait_for("an answer", lambda: page.is_enabled("#send") and text("#answer"), 120)
+    assert "less" in text("#bill"), text("#bill")
+    return text("#bill")
+
+
+@check("the mosaic shows while it answers, and tells of a part by keyboard and by pointer")
+def _():
+    answered(400, "Tell a very long story of a whale, a ship and its captain, with all details. " * 40, "packed")
+    wait_for("a mosaic", lambda: "packed" in text("#mosaic-figures"), 120)
+    before = text("#mosaic-figures")
+    page.focus("#mosaic")
+    for key in ["ArrowRight", "ArrowRight", "ArrowDown"]:
+        page.keyboard.press(key)
+    assert "bits a scalar" in text("#mosaic-part") and "Layer 0" in text("#mosaic-part"), text("#mosaic-part")
+    by_keyboard = text("#mosaic-part")
+    page.hover("#mosaic", position={"x": 400, "y": 100})
+    wait_for("another part", lambda: text("#mosaic-part") != by_keyboard, 10)
+    if page.is_enabled("#stop"):
+        wait_for("the mosaic to change", lambda: text("#mosaic-figures") != before, 30)
+    shot("mosaic")
+    if page.is_enabled("#stop"):
+        page.click("#stop")
+    wait_for("the end", lambda: page.is_enabled("#send"), 60)
+    return before
+
+
+@check("a request of somebody else is in the table and can be cancelled there")
+def _():
+    body = {"prompt": "Count: 1 2 3", "max_tokens": 4000, "ignore_eos": True}
+    got = []
+    asks = threading.Thread(target=lambda: got.append(ask("POST", "/v1/completions", body)))
+    asks.start()
+    wait_for("its row", lambda: page.locator("#requests tbody tr").count() == 1, 30)
+    page.click("#requests tbody button")
+    asks.join(60)
+    status, _, answer = got[0]
+    assert (status, answer["error"]["code"]) == (409, "cancelled"), got
+    wait_for("an empty table", lambda: page.locator("#requests tbody tr").count() == 0, 30)
+
+
+@check("the sliders say what would fit")
+def _():
+    before = text("#if-says")
+    page.focus("#if-ratio")
+    page.keyboard.press("ArrowRight")
+    assert text("#if-says") != before
+    return text("#if-says")
+
+
+@check("it fits on a narrow screen, in the dark too")
+def _():
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 360, "height": 800})
+    time.sleep(1.5)
+    shot("narrow")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 360, f"{width} pixels wide"
+
+
+@check("the console is silent")
+def _():
+    assert not said, said
+
+
+run()
