@@ -329,6 +329,39 @@ fn a_prompt_is_compressed_beside_others() {
     assert!(between > 3, "{between}");
 }
 
+/// From an eighth of the bytes to a sixteenth, and to a sixteenth at once: how far each is from the exact cache.
+#[test]
+fn what_is_compressed_harder_is_about_as_good_as_what_was_so_at_once() {
+    let pool = Pool::new(2);
+    let Some(model) = calibrated(&pool) else { return };
+    let all = tokens(2400);
+    let mut exact = Sequence::new(&model, &pool, KvFormat::Exact).unwrap().remember_queries();
+    exact.prefill(&all[..2300], &mut |_, _| ()).unwrap();
+    let copy = |kv: &str| exact.compressed(kv.parse().unwrap()).unwrap();
+    let mut harder = copy("layered:8");
+    assert!(harder.compress_harder(16.0));
+    let mut copies = [copy("layered:8"), copy("layered:16"), harder];
+    let ratio = |copy: &Sequence| {
+        model.kv_shape().exact_bytes(copy.cache().tokens()) as f64 / copy.cache().bytes().total() as f64
+    };
+    let ratios = copies.each_ref().map(ratio);
+    let log_p = |logits: &[f32]| -> Vec<f64> {
+        let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        logits.iter().map(|&x| f64::from(x) - sum.ln()).collect()
+    };
+    let mut kl = [0.0; 3];
+    for &token in &all[2300..2396] {
+        let want = log_p(&exact.step(token).unwrap());
+        for (copy, kl) in copies.iter_mut().zip(&mut kl) {
+            let got = log_p(&copy.step(token).unwrap());
+            *kl += want.iter().zip(got).map(|(p, q)| p.exp() * (p - q)).sum::<f64>() / 96.0;
+        }
+    }
+    println!("layered:8, layered:16, layered:8 and then harder: ratios {ratios:?}, KL {kl:?}");
+    assert!(ratios[2] > 14.0, "{ratios:?}");
+    assert!(kl[0] < kl[2] && kl[2] < 2.5 * kl[1], "{kl:?}");
+}
+
 /// Two prompts that fit only if the first one is compressed harder while it is continued.
 #[test]
 fn who_runs_is_compressed_harder_before_others_wait() {

@@ -4,10 +4,11 @@ mod attention;
 mod decode;
 mod serve;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Subcommand;
 use mosaickv_kernels::stream::Stream;
 use mosaickv_kernels::{Isa, Pool};
+use mosaickv_model::Model;
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 
@@ -46,6 +47,17 @@ impl Machine {
             isa: Isa::current().name(),
         }
     }
+}
+
+/// Has the model take `tokens` tokens, as `flag` says: within its context, or beyond it where that is allowed.
+fn reach(model: &mut Model, (stretch, tokens): (bool, usize), flag: &str) -> Result<()> {
+    let context = model.context();
+    ensure!(
+        stretch || tokens <= context,
+        "{flag} {tokens} is over the model's maximum context length of {context} tokens; --stretch goes beyond it, for speed alone"
+    );
+    model.config.context = context.max(tokens);
+    Ok(())
 }
 
 /// Prints a report to stdout: as JSON, or as `table` writes it.

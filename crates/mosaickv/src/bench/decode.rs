@@ -1,12 +1,12 @@
 //! Prefill and time between tokens of a real model, at several depths of context.
 
-use super::{Machine, StreamMeter, median, show};
+use super::{Machine, StreamMeter, median, reach, show};
 use crate::ModelArgs;
 use crate::answer::{MOST_RAW_BYTES, bar};
 use crate::bill::peak_rss;
 use crate::budget::{self, BudgetArgs};
 use crate::demo::DOCUMENT;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat, KvFormats, Layered, Timing};
@@ -21,7 +21,8 @@ use std::time::Instant;
     after_help = "Columns: TBT is the time between tokens, a step of all sequences; attention its share; flush the part \
     of a step in which one sequence packs the oldest tokens of full update buffers.\n\nExamples:\n  \
     mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,layered --json\n  \
-    mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4"
+    mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4\n  \
+    mosaickv bench decode --model smollm2-135m --depth 32768 --batch 4 --stretch --rounds 1"
 )]
 pub struct DecodeArgs {
     #[command(flatten)]
@@ -45,6 +46,9 @@ pub struct DecodeArgs {
     /// Rounds of each format at each depth; the median is reported
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
+    /// Go beyond the model's context, for speed alone: what it says there means nothing
+    #[arg(long)]
+    stretch: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -81,12 +85,9 @@ struct Row {
 pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
     let formats = args.budget.formats(args.kv.as_ref())?;
-    let (model, text) = args.model.load(&pool, &formats)?;
-    let (deepest, context) = (args.depth.iter().copied().max().unwrap_or(0), model.context());
-    ensure!(
-        deepest <= context,
-        "depth {deepest} is over the model's maximum context length of {context} tokens"
-    );
+    let (mut model, text) = args.model.load(&pool, &formats)?;
+    let deepest = args.depth.iter().copied().max().unwrap_or(0);
+    reach(&mut model, (args.stretch, deepest), "depth")?;
     // At least one token must be there to begin with.
     let tokens = tokens(&text, deepest.max(1))?;
     let steps = usize::from(args.steps);

@@ -1,6 +1,6 @@
 //! How many long contexts fit into a budget of bytes, and how fast are they answered? Requests to the engine itself, without HTTP.
 
-use super::show;
+use super::{reach, show};
 use crate::answer::bar;
 use crate::bill::peak_rss;
 use crate::demo::DOCUMENT;
@@ -51,6 +51,9 @@ pub struct ServeArgs {
     /// Texts to cut prompts from, each from a place of its own [default: the demo's document]
     #[arg(long, num_args = 1.., value_name = "FILE")]
     text: Vec<PathBuf>,
+    /// Go beyond the model's context, for speed alone: what it says there means nothing
+    #[arg(long)]
+    stretch: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -96,10 +99,11 @@ struct Quantiles {
 
 pub fn serve(args: &ServeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
-    let (model, text) = args.model.load(&pool, &args.kv.0)?;
+    let (mut model, text) = args.model.load(&pool, &args.kv.0)?;
+    reach(&mut model, (args.stretch, args.context), "--context")?;
     let (threads, model) = (pool.threads(), Arc::new(model));
     drop(pool);
-    let prompts = prompts(args, &model, &text)?;
+    let prompts = prompts(args, &text)?;
     let progress = bar("answering", "requests");
     progress.set_length((prompts.len() * args.kv.0.len()) as u64);
     let mut rows = vec![];
@@ -121,13 +125,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
 }
 
 /// As many different prompts as there are requests, each cut from the texts at a place of its own.
-fn prompts(args: &ServeArgs, model: &Model, text: &Text) -> Result<Vec<Vec<u32>>> {
-    let context = model.context();
-    ensure!(
-        args.context <= context,
-        "--context {} is over the model's maximum context length of {context} tokens",
-        args.context
-    );
+fn prompts(args: &ServeArgs, text: &Text) -> Result<Vec<Vec<u32>>> {
     let Some(length) = args.context.checked_sub(args.output.into()).filter(|length| *length > 0) else {
         bail!("--context {} leaves no token for the prompt beside --output {}", args.context, args.output);
     };
