@@ -70,7 +70,7 @@ def measure(label, command, url, name, args):
         process.terminate()
         process.wait()
     first, following, answer = (rows.get(NAMES[key]) for key in ("first", "next", "answer"))
-    if not first or not following:
+    if not first or not following or not answer:
         sys.exit(f"{label}: no answer in {args.seconds} s; give it more --seconds")
     count, failed = int(answer["Request Count"]), int(answer["Failure Count"])
     done = count - failed

@@ -63,10 +63,10 @@ pub trait Compute {
     /// Whether what was begun goes on.
     fn is_compressing(&self, sequence: &Self::Sequence) -> bool;
 
-    /// Whether a compressed sequence takes clearly more than a cache of this ratio, and can be compressed harder.
-    fn exceeds(&self, sequence: &Self::Sequence, ratio: f32) -> bool;
+    /// Bytes that compressing a sequence harder, to about this ratio, saves, if it can be and they are worth it.
+    fn excess(&self, sequence: &Self::Sequence, ratio: f32) -> Option<usize>;
 
-    /// Compresses it harder, to about this ratio.
+    /// Does that, where there is an excess.
     fn compress_harder(&self, sequence: &mut Self::Sequence, ratio: f32);
 
     /// Bytes allocated for a sequence, without those that it shares with the one that it is a clone of, if that is given.
@@ -167,8 +167,8 @@ impl<'a> Compute for ModelCompute<'a> {
         sequence.cache().is_finishing_prompt()
     }
 
-    fn exceeds(&self, sequence: &Sequence<'a>, ratio: f32) -> bool {
-        sequence.cache().exceeds(ratio)
+    fn excess(&self, sequence: &Sequence<'a>, ratio: f32) -> Option<usize> {
+        sequence.cache().excess(ratio)
     }
 
     fn compress_harder(&self, sequence: &mut Sequence<'a>, ratio: f32) {

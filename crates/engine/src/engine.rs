@@ -2,7 +2,7 @@
 
 use crate::memory::{Memory, Reservation};
 use crate::prefix::{self, Found, Prefix, Prefixes, Which};
-use crate::request::{Active, Farewell, Heard, Running};
+use crate::request::{Active, Farewell, Heard, Parted, Running};
 use crate::schedule::{Lag, Turn, schedule};
 use crate::shadow;
 use crate::{Compute, Context, End, Event, Figures, Kept, Look, Pin, Reading, Request};
@@ -14,9 +14,14 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 /// Tokens after which it is looked at again how many bytes a sequence takes.
 pub(crate) const MEASURED_EVERY: usize = 16;
+
+/// How long it is waited before it is looked again whether a prompt is compressed, and whether somebody asks for something.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// What an engine may use.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -135,6 +140,16 @@ pub(crate) fn refusal(compute: &impl Compute, budget: usize, request: &Request) 
     compute.begin(request.kv).map(|_| ()).map_err(|why| Refused::Format { why })
 }
 
+/// How a request begins.
+enum Start<S> {
+    /// Where others have come to.
+    After(Found<S>),
+    /// With its prompt.
+    Alone,
+    /// With its prompt, and an exact cache beside the compressed one.
+    Watched,
+}
+
 /// Requests, and the bytes that they share.
 pub struct Engine<C: Compute> {
     compute: C,
@@ -145,6 +160,8 @@ pub struct Engine<C: Compute> {
     /// In the order in which they began.
     running: Vec<Running<C::Sequence>>,
     prefixes: Prefixes<C::Sequence>,
+    /// Whose requests have ended while their prompts were being compressed.
+    parted: Vec<Parted<C::Sequence>>,
     submitted: u64,
     /// Of requests that have ended in this step.
     farewells: Vec<Farewell>,
@@ -164,6 +181,7 @@ impl<C: Compute> Engine<C> {
             waiting: vec![],
             running: vec![],
             prefixes: Prefixes::default(),
+            parted: vec![],
             submitted: 0,
             farewells: vec![],
             done: Figures::default(),
@@ -195,7 +213,7 @@ impl<C: Compute> Engine<C> {
         let lags: Vec<Lag> = self.running.iter().map(Running::lag).collect();
         let turns = schedule(&lags, self.settings.tokens_per_step);
         let is_busy = if turns.is_empty() {
-            self.wait_for_one()
+            self.wait_a_little()
         } else {
             let heard = self.read(&turns);
             self.settle(&turns, heard);
@@ -218,13 +236,16 @@ impl<C: Compute> Engine<C> {
 
     /// Whether no request is left.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.waiting.is_empty() && self.running.is_empty() && self.parted.is_empty()
     }
 
     /// Ends all requests, and forgets what they have read.
     pub fn stop(&mut self) {
-        for running in self.running.drain(..) {
-            self.farewells.push(running.end(&self.compute, &mut self.memory, None, End::Shutdown));
+        while !self.running.is_empty() {
+            self.end_without((self.running.len() - 1, End::Shutdown), None);
+        }
+        while !self.parted.is_empty() {
+            self.release_parted(self.parted.len() - 1);
         }
         self.farewells.extend(self.waiting.drain(..).map(|active| active.end(End::Shutdown)));
         while self.prefixes.drop_one(&mut self.memory) {}
@@ -272,14 +293,34 @@ impl<C: Compute> Engine<C> {
     }
 
     fn end(&mut self, index: usize, end: End) {
+        let keep = self.running[index].active.keep.is_some();
+        let prefix_cache = if keep { PrefixCache::On } else { self.settings.prefix_cache };
+        self.end_without((index, end), Some(prefix_cache));
+    }
+
+    /// The same, and what it has read becomes of no use to others unless there is a prefix cache.
+    fn end_without(&mut self, (index, end): (usize, End), prefix_cache: Option<PrefixCache>) {
         let running = self.running.remove(index);
-        let keeps = self.settings.prefix_cache == PrefixCache::On || running.active.keep.is_some();
-        let prefixes = keeps.then_some(&mut self.prefixes);
+        if running.compressing.is_some() {
+            let (farewell, parted) = running.part(end);
+            self.farewells.push(farewell);
+            self.parted.push(parted);
+            return;
+        }
+        let prefixes = (prefix_cache == Some(PrefixCache::On)).then_some(&mut self.prefixes);
         self.farewells.push(running.end(&self.compute, &mut self.memory, prefixes, end));
     }
 
+    /// Waits for the thread that is at work on it, and gives its bytes back.
+    fn release_parted(&mut self, index: usize) {
+        let Parted { mut sequence, reservation } = self.parted.swap_remove(index);
+        self.compute.compress(&mut sequence);
+        drop(sequence);
+        self.memory.release(reservation);
+    }
+
     /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for those that run to go
-    /// on for a while. Where there are not, those that run are compressed harder, if that is allowed; then it waits.
+    /// on for a while. Where there are not, those that run are compressed harder, if that is allowed and enough; else it waits.
     fn admit(&mut self) {
         while self.running.len() < self.settings.most_sequences
             && let Some(next) = self.next_to_begin()
@@ -289,19 +330,21 @@ impl<C: Compute> Engine<C> {
                 let sequence = base.sequence.clone();
                 Found { base, sequence }
             });
-            let (needed, is_watched) = match &found {
-                Some(Found { base, sequence }) => {
-                    let own = self.compute.bytes(sequence, Some(&base.sequence));
-                    (own + self.compute.growth_bytes(active.kv, MEASURED_EVERY), false)
-                }
-                None => self.bytes_to_begin(active),
-            };
             let growth = |running: &Running<_>| self.compute.growth_bytes(running.active.kv, MEASURED_EVERY);
             let growth: usize = self.running.iter().map(growth).sum();
+            let (needed, start) = match found {
+                Some(found) => {
+                    let own = self.compute.bytes(&found.sequence, Some(&found.base.sequence));
+                    (own + self.compute.growth_bytes(active.kv, MEASURED_EVERY), Start::After(found))
+                }
+                None => self.how_to_begin(active, growth),
+            };
+            let priority = active.order.0;
             let is_alone = self.running.is_empty();
-            if needed + growth > self.memory.free() + self.droppable() && !is_alone {
-                drop(found);
-                if self.compress_one_harder() {
+            let free = self.memory.free() + self.droppable();
+            if needed + growth > free && !is_alone {
+                // What was found stays as long as this goes on: it is not to be taken for it.
+                if self.make_way(needed + growth - free, priority) {
                     continue;
                 }
                 break;
@@ -316,7 +359,7 @@ impl<C: Compute> Engine<C> {
                 self.farewells.push(active.end(End::NoRoom(why)));
                 continue;
             };
-            self.begin(active, (found, is_watched), reservation);
+            self.begin(active, start, reservation);
         }
     }
 
@@ -335,41 +378,49 @@ impl<C: Compute> Engine<C> {
         self.waiting.iter().position(|active| !is_read(active))
     }
 
-    /// Bytes that a request needs to begin, and whether it is to be watched: only where that takes nothing from anybody.
-    fn bytes_to_begin(&self, active: &Active) -> (usize, bool) {
+    /// Frees `bytes` for a request of this priority, at the cost of others that are no more urgent: exact caches that are there for
+    /// comparison alone go, and then caches are compressed harder, if that is enough. Says whether anything was freed.
+    fn make_way(&mut self, bytes: usize, priority: Reverse<i32>) -> bool {
+        if self.drop_one_shadow() {
+            return true;
+        }
+        let Some(ratio) = self.settings.floor else { return false };
+        let others = self.running.iter().filter(|running| running.active.order.0 >= priority);
+        let could_free: usize = others.filter_map(|running| running.could_free(&self.compute, ratio)).sum();
+        could_free >= bytes && self.compress_one_harder(priority)
+    }
+
+    /// Bytes that a request needs to begin a prompt, and how: it is watched only where that takes nothing from anybody.
+    fn how_to_begin(&self, active: &Active, growth: usize) -> (usize, Start<C::Sequence>) {
         let tokens = active.speech.prompt;
         let alone = self.compute.prompt_bytes(active.kv, tokens);
         let is_next = self.settings.shadow_every.is_some_and(|every| active.order.1 % every == 0);
         let exact = self.compute.prompt_bytes(KvFormat::Exact, tokens);
         let watched = alone + exact + self.compute.growth_bytes(KvFormat::Exact, shadow::STEPS);
-        let is_watched = is_next && shadow::is_for(active) && watched <= self.memory.free();
-        (if is_watched { watched } else { alone }, is_watched)
+        match is_next && shadow::is_for(active) && watched + growth <= self.memory.free() {
+            true => (watched, Start::Watched),
+            false => (alone, Start::Alone),
+        }
     }
 
-    fn begin(
-        &mut self,
-        mut active: Active,
-        (found, is_watched): (Option<Found<C::Sequence>>, bool),
-        reservation: Reservation,
-    ) {
+    fn begin(&mut self, active: Active, start: Start<C::Sequence>, reservation: Reservation) {
         self.done.prefix_queries += active.speech.prompt as u64;
-        let Some(found) = found else {
-            let begun = match is_watched {
-                true => self.compute.begin_exact(),
-                false => self.compute.begin(active.kv),
-            };
-            match begun {
-                Ok(sequence) if is_watched => {
-                    self.running.push(Running::watched(active, sequence, reservation))
-                }
-                Ok(sequence) => self.running.push(Running::new(active, sequence, reservation)),
-                Err(why) => {
-                    self.memory.release(reservation);
-                    self.farewells.push(active.end(End::Failed(why)));
-                }
-            }
-            return;
+        let (begun, running): (_, fn(_, _, _) -> _) = match start {
+            Start::After(found) => return self.begin_after(active, found, reservation),
+            Start::Alone => (self.compute.begin(active.kv), Running::new),
+            Start::Watched => (self.compute.begin_exact(), Running::watched),
         };
+        match begun {
+            Ok(sequence) => self.running.push(running(active, sequence, reservation)),
+            Err(why) => {
+                self.memory.release(reservation);
+                self.farewells.push(active.end(End::Failed(why)));
+            }
+        }
+    }
+
+    /// Begins where others have come to.
+    fn begin_after(&mut self, mut active: Active, found: Found<C::Sequence>, reservation: Reservation) {
         self.done.prefix_hits += found.base.prompt as u64;
         if found.base.tokens.len() == active.tokens.len()
             && let Some(keep) = active.keep.take()
@@ -401,7 +452,7 @@ impl<C: Compute> Engine<C> {
 
     /// What the request with this tag has read, if it runs and nothing is at work on it.
     pub fn look(&self, tag: u64) -> Option<Look> {
-        let running = self.running.iter().find(|running| running.active.tag == tag)?;
+        let running = self.running.iter().find(|running| running.active.tag == Some(tag))?;
         if running.compressing.is_some() {
             return None;
         }
@@ -409,6 +460,7 @@ impl<C: Compute> Engine<C> {
             kv: running.active.kv,
             tokens: running.active.tokens.clone(),
             prompt: running.active.speech.prompt,
+            salt: running.active.salt.clone(),
             cache: self.compute.cache(&running.sequence),
         })
     }
@@ -416,7 +468,7 @@ impl<C: Compute> Engine<C> {
     /// Has the next step end the request with this tag: whether there is one.
     pub fn cancel(&mut self, tag: u64) -> bool {
         let all = self.running.iter().map(|running| &running.active).chain(&self.waiting);
-        let found = all.filter(|active| active.tag == tag);
+        let found = all.filter(|active| active.tag == Some(tag));
         found.map(|active| active.cancelled.store(true, Ordering::Relaxed)).count() > 0
     }
 
@@ -465,10 +517,18 @@ impl<C: Compute> Engine<C> {
         Ok(self.prefixes.insert(&mut self.memory, prefix).kept(&self.compute))
     }
 
-    /// Compresses the newest request harder that was not yet, if that is allowed. Says whether there was one.
-    fn compress_one_harder(&mut self) -> bool {
+    /// Drops an exact cache that is there for comparison alone; `false` if there is none.
+    fn drop_one_shadow(&mut self) -> bool {
+        let (compute, memory) = (&self.compute, &mut self.memory);
+        self.running.iter_mut().any(|running| running.drop_shadow(compute, memory))
+    }
+
+    /// Compresses the newest request harder that was not yet and is no more urgent than this, if that is allowed. Says whether there
+    /// was one.
+    fn compress_one_harder(&mut self, priority: Reverse<i32>) -> bool {
         let Some(ratio) = self.settings.floor else { return false };
-        let mut newest_first: Vec<_> = self.running.iter_mut().collect();
+        let others = self.running.iter_mut().filter(|running| running.active.order.0 >= priority);
+        let mut newest_first: Vec<_> = others.collect();
         newest_first.sort_by_key(|running| Reverse(running.active.order));
         let (compute, memory, prefixes) = (&self.compute, &mut self.memory, &mut self.prefixes);
         let is_done =
@@ -488,11 +548,21 @@ impl<C: Compute> Engine<C> {
                 i += 1;
                 continue;
             }
-            if self.prefixes.drop_one(&mut self.memory) || self.compress_one_harder() {
+            if self.prefixes.drop_one(&mut self.memory)
+                || self.drop_one_shadow()
+                || self.compress_one_harder(Reverse(i32::MAX))
+            {
                 continue;
             }
             let last = (0..self.running.len()).max_by_key(|&j| self.running[j].active.order);
-            let last = self.running.remove(last.expect("at least one runs"));
+            let last = last.expect("at least one runs");
+            if self.running[last].compressing.is_some() {
+                // It takes fewer bytes when that is done.
+                self.take_one_compressed(last);
+                i = 0;
+                continue;
+            }
+            let last = self.running.remove(last);
             if self.running.is_empty() {
                 let why = format!(
                     "{} tokens need more bytes of keys and values than all caches may take ({}); start the server \
@@ -504,7 +574,7 @@ impl<C: Compute> Engine<C> {
                 return;
             }
             self.done.preemptions += 1;
-            let active = last.preempt(&self.compute, &mut self.memory);
+            let active = last.preempt(&mut self.memory);
             self.wait(active);
             // The one that was removed may have been before this one.
             i = 0;
@@ -604,15 +674,21 @@ impl<C: Compute> Engine<C> {
         }) {
             self.take_one_compressed(i);
         }
+        while let Some(i) =
+            self.parted.iter().position(|parted| !self.compute.is_compressing(&parted.sequence))
+        {
+            self.release_parted(i);
+        }
     }
 
-    /// Waits until a prompt is compressed, if one is being compressed.
-    fn wait_for_one(&mut self) -> bool {
-        let one = self.running.iter().position(|running| running.compressing.is_some());
-        if let Some(i) = one {
-            self.take_one_compressed(i);
+    /// Where there is nothing to do but to wait for prompts that are being compressed, waits for a moment; `false` if there are none.
+    fn wait_a_little(&self) -> bool {
+        let is_at_work =
+            !self.parted.is_empty() || self.running.iter().any(|running| running.compressing.is_some());
+        if is_at_work {
+            thread::sleep(MOMENT);
         }
-        one.is_some()
+        is_at_work
     }
 
     fn take_one_compressed(&mut self, index: usize) {

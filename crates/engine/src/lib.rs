@@ -56,8 +56,8 @@ pub struct Request {
     pub grammar: Option<Box<dyn Grammar>>,
     /// Who wants the prompt to stay when it is compressed.
     pub keep: Option<Keep>,
-    /// What [`Service::look`] and [`Service::cancel`] call it.
-    pub tag: u64,
+    /// What [`Service::look`] and [`Service::cancel`] call it, if they are to find it.
+    pub tag: Option<u64>,
 }
 
 /// What a request that runs has read so far.
@@ -69,6 +69,8 @@ pub struct Look {
     pub tokens: Vec<u32>,
     /// How many of them are compressed together.
     pub prompt: usize,
+    /// Who shares what it reads.
+    pub salt: Option<Arc<str>>,
     /// Keys and values of those that were read. Their pages are shared with the engine's.
     pub cache: KvCache,
 }
@@ -148,7 +150,7 @@ impl Request {
             salt: None,
             grammar: None,
             keep: None,
-            tag: 0,
+            tag: None,
         }
     }
 }

@@ -99,6 +99,12 @@ impl Which<'_> {
 }
 
 impl<S> Prefix<S> {
+    /// Whether whoever asks is the only one who needs it and what it is made of.
+    pub(crate) fn is_only_here(prefix: &Rc<Prefix<S>>) -> bool {
+        // One is among all of them, and one with whoever asks.
+        Rc::strong_count(prefix) == 2 && prefix.pin.is_alone() && prefix.base.is_none()
+    }
+
     fn which(&self) -> Which<'_> {
         Which { kv: self.kv, salt: self.salt.as_deref(), tokens: &self.tokens, prompt: self.prompt }
     }
@@ -172,10 +178,9 @@ impl<S> Prefixes<S> {
         }
     }
 
-    /// Takes one out that nobody else needs, or gives it back.
+    /// Takes one out that [nobody else needs](Prefix::is_only_here), or gives it back.
     pub(crate) fn take(&mut self, prefix: Rc<Prefix<S>>) -> Result<Prefix<S>, Rc<Prefix<S>>> {
-        // Here, and with whoever gives it.
-        if Rc::strong_count(&prefix) > 2 || !prefix.pin.is_alone() || prefix.base.is_some() {
+        if !Prefix::is_only_here(&prefix) {
             return Err(prefix);
         }
         self.remove(&prefix);

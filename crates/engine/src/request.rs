@@ -28,7 +28,7 @@ pub(crate) struct Active {
     pub(crate) kv: KvFormat,
     /// Who shares what it reads.
     pub(crate) salt: Option<Arc<str>>,
-    pub(crate) tag: u64,
+    pub(crate) tag: Option<u64>,
     pub(crate) cancelled: Arc<AtomicBool>,
     pub(crate) speech: Speech,
     /// Who wants its prompt to be kept.
@@ -36,6 +36,8 @@ pub(crate) struct Active {
     emit: Box<dyn FnMut(Event) + Send>,
     times: Times,
     preemptions: usize,
+    /// Whether a cache of it was compressed harder than asked.
+    was_harder: bool,
     /// Tokens that it did not have to read when it began.
     cached: Option<usize>,
 }
@@ -101,6 +103,11 @@ impl Speech {
     /// The place of the last token that there will be.
     fn last_place(&self) -> usize {
         self.known + self.most - 1
+    }
+
+    /// Whether it wants a token that follows from the compressed prompt.
+    pub(crate) fn samples_more_than_one(&self) -> bool {
+        self.most > 1
     }
 
     /// Whether it can do without the logits that tokens up to place `read` follow from, but for those at `read` itself if it `has_last`.
@@ -172,6 +179,7 @@ impl Active {
             emit,
             times,
             preemptions: 0,
+            was_harder: false,
             cached: None,
         }
     }
@@ -242,10 +250,17 @@ impl Active {
             decode: first.map_or(Duration::ZERO, |first| now - first),
             compress,
             preemptions: self.preemptions,
+            is_harder: self.was_harder,
             cached_tokens: self.cached.unwrap_or(0),
             ..Bill::default()
         }
     }
+}
+
+/// A sequence whose request has ended, and on which a thread is still at work.
+pub(crate) struct Parted<S> {
+    pub(crate) sequence: S,
+    pub(crate) reservation: Reservation,
 }
 
 /// A prompt that is being compressed.
@@ -273,6 +288,8 @@ pub(crate) struct Running<S> {
     /// Whether it was compressed harder than asked.
     is_harder: bool,
     pub(crate) shadow: Shadow<S>,
+    /// Bytes that attention had read of an exact sequence before this one became its compressed copy.
+    read_before: u64,
     /// While its prompt is compressed beside what others read.
     pub(crate) compressing: Option<Compressing>,
     /// When the prompt was done: tokens read, and bytes that attention had read.
@@ -323,6 +340,7 @@ impl<S> Running<S> {
             inherited,
             is_harder: false,
             shadow: Shadow::Off,
+            read_before: 0,
             compressing: None,
             compressed,
         }
@@ -379,12 +397,15 @@ impl<S> Running<S> {
         let (start, logits) = begun.map_or((Instant::now(), logits), |begun| (begun.since, begun.logits));
         if let Shadow::Reading = self.shadow {
             let copy = compute.compressed(&self.sequence, self.active.kv)?;
+            // The copy has read nothing yet.
+            self.read_before = compute.read_bytes(&self.sequence);
             let exact = std::mem::replace(&mut self.sequence, copy);
             self.shadow = Shadow::On { exact, heard: vec![] };
         }
         compute.compress(&mut self.sequence);
         self.compressed = (self.read, compute.read_bytes(&self.sequence));
         self.bytes = compute.bytes(&self.sequence, None);
+        self.bytes += self.shadow.exact().map_or(0, |exact| compute.bytes(exact, None));
         // What is no longer needed is given back at the next step, when it is measured.
         self.granted = 0;
         let took = start.elapsed();
@@ -434,8 +455,7 @@ impl<S> Running<S> {
         Some(prefix)
     }
 
-    /// Compresses it harder, to about this ratio, if nobody else has its pages, it takes more, and it was not done before. Says
-    /// whether it was done.
+    /// Compresses it harder, to about this ratio, [if that can be done](Running::could_free). Says whether it was.
     pub(crate) fn compress_harder<C: Compute<Sequence = S>>(
         &mut self,
         compute: &C,
@@ -443,10 +463,7 @@ impl<S> Running<S> {
         prefixes: &mut Prefixes<S>,
         ratio: f32,
     ) -> bool {
-        let is_busy = self.compressing.is_some() || self.shadow.exact().is_some();
-        let is_read = self.read >= self.active.speech.prompt && !is_busy;
-        if self.is_harder || !is_read || self.active.keep.is_some() || !compute.exceeds(&self.sequence, ratio)
-        {
+        if self.could_free(compute, ratio).is_none() {
             return false;
         }
         match self.base.take().map(|base| prefixes.take(base)) {
@@ -461,9 +478,31 @@ impl<S> Running<S> {
         let start = Instant::now();
         compute.compress_harder(&mut self.sequence, ratio);
         self.active.times.compress += start.elapsed();
-        self.is_harder = true;
-        // What is no longer needed is given back.
-        self.measure(compute, memory)
+        (self.is_harder, self.active.was_harder) = (true, true);
+        // What is no longer needed is given back, at the latest when there is room for what it may take next.
+        let _is_granted = self.measure(compute, memory);
+        true
+    }
+
+    /// Bytes that compressing it harder would free, if that can be done.
+    pub(crate) fn could_free<C: Compute<Sequence = S>>(&self, compute: &C, ratio: f32) -> Option<usize> {
+        let is_busy =
+            self.compressing.is_some() || self.shadow.exact().is_some() || self.active.keep.is_some();
+        let is_read = self.read >= self.active.speech.prompt;
+        if self.is_harder || is_busy || !is_read || !self.base.as_ref().is_none_or(Prefix::is_only_here) {
+            return None;
+        }
+        compute.excess(&self.sequence, ratio)
+    }
+
+    /// Does without the exact cache beside its own; `false` if there is none.
+    pub(crate) fn drop_shadow<C: Compute<Sequence = S>>(&mut self, compute: &C, memory: &mut Memory) -> bool {
+        if self.shadow.exact().is_none() {
+            return false;
+        }
+        self.shadow = Shadow::Off;
+        let _is_granted = self.measure(compute, memory);
+        true
     }
 
     /// Whether its reservation is enough for the next step.
@@ -504,20 +543,18 @@ impl<S> Running<S> {
     }
 
     /// Loses its cache.
-    pub(crate) fn preempt<C: Compute<Sequence = S>>(self, compute: &C, memory: &mut Memory) -> Active {
-        let Running { mut active, sequence, base, reservation, .. } = self.settled(compute);
+    pub(crate) fn preempt(self, memory: &mut Memory) -> Active {
+        let Running { mut active, sequence, base, reservation, .. } = self;
         drop((sequence, base));
         memory.release(reservation);
         active.preemptions += 1;
         active
     }
 
-    /// The same once no thread works on it any more.
-    fn settled<C: Compute<Sequence = S>>(mut self, compute: &C) -> Running<S> {
-        if self.compressing.take().is_some() {
-            compute.compress(&mut self.sequence);
-        }
-        self
+    /// Ends while its prompt is still being compressed: what it has stays reserved until that is done.
+    pub(crate) fn part(self, end: End) -> (Farewell, Parted<S>) {
+        let Running { active, sequence, reservation, .. } = self;
+        (active.end(end), Parted { sequence, reservation })
     }
 
     /// Ends. What it has read after its prompt is left to others, if there are `prefixes` and they would go on from it as it would.
@@ -537,14 +574,14 @@ impl<S> Running<S> {
             inherited,
             compressed,
             is_harder,
+            read_before,
             ..
-        } = self.settled(compute);
+        } = self;
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(compressed.0);
         let bill = Bill {
             kv_bytes: compute.bytes(&sequence, None),
             exact_bytes: compute.exact_bytes(read),
-            is_harder,
             read_bytes_per_step: if steps == 0 {
                 0.0
             } else {
@@ -589,6 +626,6 @@ impl<S> Running<S> {
                 memory.release(reservation);
             }
         }
-        Farewell { emit: active.emit, end, bill, read: all - inherited }
+        Farewell { emit: active.emit, end, bill, read: read_before + all - inherited }
     }
 }

@@ -100,8 +100,11 @@ pub(crate) fn add(all: &mut Vec<(KvFormat, Shadowed)>, kv: KvFormat, one: Shadow
 /// Whether a request is one that can be watched.
 pub(crate) fn is_for(active: &Active) -> bool {
     let prompt = active.speech.prompt;
-    // Who goes on after losing its cache has more tokens; what is given is not sampled.
-    prompt >= LEAST_TOKENS && prompt == active.tokens.len() && active.kv.compresses_prompt_of(prompt)
+    // Who goes on after losing its cache has more tokens; what is given is not sampled; and of one token nothing follows.
+    active.speech.samples_more_than_one()
+        && prompt >= LEAST_TOKENS
+        && prompt == active.tokens.len()
+        && active.kv.compresses_prompt_of(prompt)
 }
 
 /// KL divergence, in nats, of the distribution of the second logits `[vocab]` from that of the first.

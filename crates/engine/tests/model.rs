@@ -358,7 +358,7 @@ fn what_is_compressed_harder_is_about_as_good_as_what_was_so_at_once() {
         }
     }
     println!("layered:8, layered:16, layered:8 and then harder: ratios {ratios:?}, KL {kl:?}");
-    assert!(ratios[2] > 14.0, "{ratios:?}");
+    assert!(ratios[2] > 13.0, "{ratios:?}");
     assert!(kl[0] < kl[2] && kl[2] < 2.5 * kl[1], "{kl:?}");
 }
 

@@ -152,10 +152,10 @@ impl Compute for Fake {
         sequence.busy.get() > 0
     }
 
-    fn exceeds(&self, sequence: &FakeSequence, ratio: f32) -> bool {
-        sequence.is_compressed
-            && self.bytes(sequence, None) as f32 * ratio
-                > 1.5 * self.exact_bytes(sequence.tokens.len()) as f32
+    fn excess(&self, sequence: &FakeSequence, ratio: f32) -> Option<usize> {
+        let bytes = self.bytes(sequence, None);
+        let wanted = (sequence.tokens.len() * TOKEN) as f32 / ratio;
+        (sequence.is_compressed && bytes as f32 > 1.5 * wanted).then_some(bytes - wanted as usize)
     }
 
     fn compress_harder(&self, sequence: &mut FakeSequence, ratio: f32) {

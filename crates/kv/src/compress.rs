@@ -103,14 +103,14 @@ impl KvCache {
         }
     }
 
-    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on a thread beside what follows. `true` if
+    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on `threads` threads beside what follows. `true` if
     /// there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
-    pub fn begin_finish_prompt(&mut self) -> bool {
+    pub fn begin_finish_prompt(&mut self, threads: usize) -> bool {
         self.join();
         let Some((settings, samples)) = self.take_end_layered() else { return false };
         let Some(work) = self.taken_layered(settings, |_| true) else { return false };
         let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
-        let thread = thread.spawn(move || work.encode(&Pool::new(1), &samples));
+        let thread = thread.spawn(move || work.encode(&Pool::new(threads), &samples));
         self.ending.0 = Some(thread.expect("the system refused a thread"));
         true
     }
@@ -174,30 +174,41 @@ impl KvCache {
         made.into_iter().for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
     }
 
-    /// Whether it is compressed in the layered format and takes over an eighth more than a cache of this ratio would.
-    pub fn exceeds(&self, ratio: f32) -> bool {
-        let is_layered = matches!(self.format, KvFormat::Layered(_)) && self.is_compressed();
-        is_layered
-            && self.bytes().total() as f32 * ratio > 1.125 * self.shape.exact_bytes(self.tokens()) as f32
+    /// Bytes that [`compress_harder`](KvCache::compress_harder) with this ratio would save, about; `None` if it is not compressed in the
+    /// layered format, or takes no more than an eighth over that.
+    pub fn excess(&self, ratio: f32) -> Option<usize> {
+        let heads = self.layers.iter().filter_map(|layer| match layer {
+            Layer::Layered(heads) => Some(heads),
+            _ => None,
+        });
+        let exact = self.exact_bytes_of(heads.clone().map(Vec::len).sum());
+        let bytes = layered::excess(heads.flatten(), exact, ratio / 1.125)?;
+        Some(bytes - (exact as f32 / ratio) as usize)
     }
 
-    /// Makes a cache in the layered format that is compressed smaller still, as the format with this ratio would be (about: what was
+    /// f16 bytes of the tokens of so many heads.
+    fn exact_bytes_of(&self, heads: usize) -> usize {
+        heads * self.tokens() * self.shape.head_dim * 2 * size_of::<f16>()
+    }
+
+    /// Makes a cache in the layered format that is compressed smaller still, about as the format with this ratio would be (what was
     /// rounded once is rounded again, and the newest tokens stay as they are): what a server may do when bytes run out.
-    /// `false`, and nothing changes, if that saves nothing. Pages that a clone shares stay as they are in the clone.
+    /// `false`, and nothing changes, if there is no [`excess`](KvCache::excess). Pages that a clone shares stay as they are in the clone.
     pub fn compress_harder(&mut self, pool: &Pool, ratio: f32) -> bool {
         let KvFormat::Layered(settings) = self.format else { return false };
-        let (tokens, shape) = (self.tokens(), self.shape);
+        if self.excess(ratio).is_none() {
+            return false;
+        }
+        let (tokens, d) = (self.tokens(), self.shape.head_dim);
         let layers = self.layers.iter_mut().filter_map(|layer| match layer {
             Layer::Layered(heads) => Some(heads),
             _ => None,
         });
         let heads: Vec<&mut LayeredHead> = layers.flatten().collect();
-        let exact = heads.len() * tokens * shape.head_dim * 2 * size_of::<f16>();
-        let is_smaller = layered::compress_harder(pool, heads, exact, ratio);
-        if is_smaller {
-            self.format = KvFormat::Layered(Layered { target: Target::Ratio(ratio), ..settings });
-        }
-        is_smaller
+        let exact = heads.len() * tokens * d * 2 * size_of::<f16>();
+        layered::compress_harder(pool, heads, exact, ratio);
+        self.format = KvFormat::Layered(Layered { target: Target::Ratio(ratio), ..settings });
+        true
     }
 
     fn join(&mut self) {

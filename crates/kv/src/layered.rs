@@ -33,7 +33,7 @@ pub(crate) use attend::{Work, decode};
 pub use calibration::{Calibration, HeadCalibration, Moments};
 pub(crate) use distortion::is_out_of_line;
 pub(crate) use encode::{Prompt, compress};
-pub(crate) use harder::compress_harder;
+pub(crate) use harder::{compress_harder, excess};
 pub(crate) use importance::Samples;
 pub use select::Select;
 pub(crate) use tail::Closing;

@@ -516,6 +516,17 @@ fn what_is_compressed_can_be_compressed_harder() {
     assert!(copy.compress_harder(&pool, 16.0) && reached(&copy) > 12.0, "reached {}", reached(&copy));
     let mut other = cache(KvFormat::Exact);
     assert!(!other.compress_harder(&pool, 8.0), "an exact cache stays exact");
+    // The newest tokens of a short prompt take more than the whole should; its pages keep their share all the same.
+    let mut short = cache(of_ratio(4.0));
+    read(&mut short, &pool, 2048, 2048);
+    end(&mut short, &pool);
+    let before = short.bytes().packed;
+    assert!(
+        short.compress_harder(&pool, 32.0) && short.bytes().packed > before / 8,
+        "{} of {before}",
+        short.bytes().packed
+    );
+    short.check().unwrap();
 }
 
 #[test]

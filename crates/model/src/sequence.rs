@@ -238,9 +238,9 @@ impl<'a> Sequence<'a> {
         self.attention += start.elapsed();
     }
 
-    /// Begins that beside what follows: see [`KvCache::begin_finish_prompt`].
+    /// Begins that beside what follows, on half of the threads: see [`KvCache::begin_finish_prompt`].
     pub fn begin_finish_prompt(&mut self) -> bool {
-        self.cache.begin_finish_prompt()
+        self.cache.begin_finish_prompt((self.pool.threads() / 2).max(1))
     }
 
     /// No further prompt will come: see [`KvCache::forget_queries`].

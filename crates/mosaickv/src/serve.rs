@@ -53,7 +53,7 @@ pub struct ServeArgs {
     /// wait or to begin again [default: they are not]
     #[arg(long, env = "MOSAICKV_KV_FLOOR", value_name = "RATIO", value_parser = ratio)]
     kv_floor: Option<f32>,
-    /// Hold this share of all answers, such as 0.01, against their exact caches for 32 tokens, where there are bytes for both; what comes
+    /// Hold at most this share of all answers, such as 0.01, against their exact caches for 32 tokens, where there are bytes for both; what comes
     /// of it is in /metrics as mosaickv_shadow_*
     #[arg(long, env = "MOSAICKV_SHADOW", default_value = "0", value_name = "SHARE", value_parser = share)]
     shadow: f64,
@@ -248,7 +248,8 @@ impl ServeArgs {
             tokens_per_step: positive("--max-num-batched-tokens", self.max_num_batched_tokens)?,
             most_waiting: positive("--max-waiting", self.max_waiting)?,
             floor: self.kv_floor,
-            shadow_every: NonZeroU64::new(self.shadow.recip() as u64).filter(|_| self.shadow > 0.0),
+            // At most the share: of 0.3 every fourth.
+            shadow_every: NonZeroU64::new(self.shadow.recip().ceil() as u64).filter(|_| self.shadow > 0.0),
             prefix_cache: if self.no_prefix_cache { PrefixCache::Off } else { PrefixCache::On },
         })
     }

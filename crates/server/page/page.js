@@ -213,7 +213,11 @@ function showRequests(requests) {
       cancel.setAttribute("aria-label", `Cancel the request in slot ${request.id}`);
       cancel.addEventListener("click", async () => {
         cancel.disabled = true;
-        await ask(`/slots/${request.id}?action=cancel`, { method: "POST" });
+        const done = await ask(`/slots/${request.id}?action=cancel&task=${request.id_task}`, { method: "POST" });
+        if (!done.ok) {
+          cancel.disabled = false;
+          $("state").textContent = await reason(done);
+        }
       });
       cells(row, [...texts.map(String), cancel]);
     }
@@ -268,13 +272,14 @@ async function showSources(requests) {
   const mine = options.find(([value]) => own && value === `task ${own.task}`);
   const same = options.length === select.options.length && options.every(([value, text], i) => select.options[i].value === value && select.options[i].textContent === text);
   if (!same) {
-    select.replaceChildren(...(options.length ? options : [["", "nothing yet"]]).map(([value, text]) => new Option(text, value)));
+    if (!options.length || !chosen) options.unshift(["", "nothing yet"]);
+    select.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
     select.value = chosen;
   }
   if (mine && !own.isShown) {
     own.isShown = true;
     select.value = mine[0];
-  } else if (!select.value && options.length) {
+  } else if (!select.value && requests.length && options.length && options[0][0].startsWith("task")) {
     select.value = options[0][0];
   }
 }

@@ -227,6 +227,6 @@ fn request(plan: &Plan, asked: &Asked, logprobs: Option<usize>, kv: KvFormat) ->
         grammar: None,
         keep: None,
         // Its slot's, which it gets when it is submitted.
-        tag: 0,
+        tag: None,
     }
 }

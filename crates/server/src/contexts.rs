@@ -270,7 +270,8 @@ async fn read(
         }
         (End::NoRoom(why), _) => Err(ApiError::no_room(why)),
         (End::Failed(why), _) => Err(ApiError::internal(&format!("The model failed: {why}"))),
-        (End::Cancelled | End::Shutdown, _) => Err(ApiError::draining()),
+        (End::Cancelled, _) => Err(ApiError::cancelled()),
+        (End::Shutdown, _) => Err(ApiError::draining()),
     }
 }
 
@@ -385,6 +386,18 @@ impl Contexts {
 
     fn get(&self, name: &str, param: &str) -> Result<Arc<Named>, ApiError> {
         self.lock().get(name).cloned().ok_or_else(|| ApiError::no_context(name, param))
+    }
+
+    /// A context that is in memory, without reading a file for it.
+    pub fn in_memory(&self, name: &str, param: &str) -> Result<Option<Held>, ApiError> {
+        let named = self.get(name, param)?;
+        let known = match &*named.lock() {
+            Place::Kept(tokens, pin) => Some((tokens.clone(), pin.clone())),
+            Place::Saved(_, loose) => {
+                loose.as_ref().and_then(|(tokens, pin)| Some((tokens.clone(), pin.upgrade()?)))
+            }
+        };
+        Ok(known.map(|(tokens, pin)| Held { named, tokens, pin }))
     }
 
     /// Keeps a context under a name; in a file, if there is a folder.

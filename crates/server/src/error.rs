@@ -180,6 +180,12 @@ impl ApiError {
             .with_code("already_exists")
     }
 
+    /// What a web page of an origin that is not allowed sends.
+    pub fn foreign() -> ApiError {
+        let message = "Web pages of this origin may not ask; the server's --allow-origin lets them.";
+        ApiError::new(StatusCode::FORBIDDEN, "permission_error", message).with_code("origin_not_allowed")
+    }
+
     /// An answer that somebody else ended.
     pub fn cancelled() -> ApiError {
         ApiError::new(StatusCode::CONFLICT, "unavailable_error", "The answer was cancelled at the server.")

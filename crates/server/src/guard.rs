@@ -1,11 +1,11 @@
 //! Who may ask, and what is noted of it? The checks around every request, from the outside in: its id and a line in the log, then
-//! the API key.
+//! where a web page that sends it is from, and the API key.
 
 use crate::app::{App, Metrics};
 use crate::error::ApiError;
 use crate::understand::Arrival;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
@@ -56,6 +56,27 @@ pub async fn check_key(State(app): State<App>, request: Request, next: Next) -> 
         return next.run(request).await;
     }
     ApiError::key().into_response()
+}
+
+/// Refuses what web pages of other origins send without asking first, unless they are allowed: a browser lets them send, though not
+/// read what comes of it.
+pub async fn check_origin(State(app): State<App>, request: Request, next: Next) -> Response {
+    if is_foreign(&app.options().allow_origins, request.method(), request.headers()) {
+        return ApiError::foreign().into_response();
+    }
+    next.run(request).await
+}
+
+/// Whether it comes from a web page of another origin than these and the server's own, and may change something.
+fn is_foreign(allowed: &[String], method: &Method, headers: &HeaderMap) -> bool {
+    if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) {
+        return false;
+    }
+    let Some(origin) = headers.get(header::ORIGIN) else { return false };
+    let Ok(origin) = origin.to_str() else { return true };
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let own = origin.split_once("://").map(|(_, own)| own);
+    (own.is_none() || own != host) && !allowed.iter().any(|allowed| allowed == "*" || allowed == origin)
 }
 
 fn sent_key(request: &Request) -> &[u8] {

@@ -65,7 +65,7 @@ impl Job {
         for (index, mut request) in requests.into_iter().enumerate() {
             let tokens = request.prompt.len() + request.given.len();
             let slot = app.slots().enter(&caller.id, tokens, request.kv);
-            request.tag = slot.task();
+            request.tag = Some(slot.task());
             let rest = request.salt.is_none().then(|| Rest {
                 kv: request.kv,
                 tokens: request.prompt.iter().chain(&request.given).copied().collect(),

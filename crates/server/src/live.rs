@@ -10,10 +10,18 @@ use axum::extract::{Path, State};
 use mosaickv_engine::Look;
 use mosaickv_kv::{HeadInfo, KvCache, KvFormat, PageInfo, SegmentInfo};
 use serde::Serialize;
+use std::collections::HashMap;
+use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 
-/// Characters of the tokens' text that are told; of longer contexts the end.
+/// Bytes of the tokens' text that are told; of longer contexts the end.
 const MOST_TEXT: usize = 1 << 20;
+
+/// Parts that are told of a head: of more, neighbours are told together.
+const MOST_PARTS: usize = 256;
+
+/// One mosaic is made at a time: it holds pages that the engine might free, and takes a core for some milliseconds.
+static MAKING: Semaphore = Semaphore::const_new(1);
 
 /// What the engine does now and has done since it began.
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
@@ -92,7 +100,8 @@ pub struct Mosaic {
     pub kinds: Vec<String>,
     /// By layer and KV head.
     pub heads: Vec<MosaicHead>,
-    /// The tokens' texts, if asked for; of long contexts those of the newest tokens.
+    /// The tokens' texts; of long contexts those of the newest tokens. None where others than the asker may have keys, or of answers with
+    /// a cache_salt.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub text: Vec<String>,
     /// The first token that `text` has.
@@ -178,21 +187,24 @@ pub async fn mosaic(State(app): State<App>, Path(task): Path<String>) -> Result<
     let loaded = app.ready()?.clone();
     let missing = || ApiError::not_found(&format!("/v1/kv/mosaic/{task}"));
     let tag: u64 = task.parse().map_err(|_| missing())?;
+    let is_alone = app.options().api_keys.len() < 2;
+    let _turn = MAKING.acquire().await;
     let made = aside(move || {
         let look = loaded.service.look(tag).map_err(|refused| ApiError::refused(&refused, 0, "task"))?;
-        Ok(look
-            .map(|look| (mosaic_of(&look), look))
-            .map(|(mosaic, look)| spelt(&loaded, mosaic, &look.tokens)))
+        Ok(look.map(|look| {
+            let mosaic = mosaic_of(&look);
+            if is_alone && look.salt.is_none() { spelt(&loaded, mosaic, &look.tokens) } else { mosaic }
+        }))
     });
     made.await?.map(Json).ok_or_else(missing)
 }
 
-/// The mosaic of a context that was read once, to be asked many times.
+/// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is not read for this.
 #[utoipa::path(get, path = "/v1/kv/contexts/{name}/mosaic",
     params(("name" = String, Path, description = "The context's name")),
     responses(
         (status = 200, description = "The mosaic", body = Mosaic),
-        (status = "4XX", description = "There is no such context", body = ErrorBody),
+        (status = "4XX", description = "There is no such context, or it is not in memory", body = ErrorBody),
         (status = "5XX", description = "A server that cannot answer now", body = ErrorBody),
     ))]
 pub async fn mosaic_of_context(
@@ -200,13 +212,14 @@ pub async fn mosaic_of_context(
     Path(name): Path<String>,
 ) -> Result<Json<Mosaic>, ApiError> {
     let loaded = app.ready()?.clone();
+    let _turn = MAKING.acquire().await;
     let made = aside(move || {
-        let held = app.contexts().hold(&loaded, &name, "name")?;
+        let away = || ApiError::no_context(&name, "name");
+        let held = app.contexts().in_memory(&name, "name")?.ok_or_else(away)?;
         let (kv, prompt) = (held.named.kv, held.named.prompt);
         let found = loaded.service.find(kv, held.tokens.to_vec(), prompt);
-        let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "name"))?;
-        let kept = kept.ok_or_else(|| ApiError::no_context(&name, "name"))?;
-        let look = Look { kv, tokens: kept.context.tokens, prompt, cache: kept.context.cache };
+        let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "name"))?.ok_or_else(away)?;
+        let look = Look { kv, tokens: kept.context.tokens, prompt, salt: None, cache: kept.context.cache };
         Ok(spelt(&loaded, mosaic_of(&look), &look.tokens))
     });
     made.await.map(Json)
@@ -239,7 +252,7 @@ fn mosaic_of(look: &Look) -> Mosaic {
     };
     let is_layered = matches!(look.kv, KvFormat::Layered(_)) && cache.is_compressed();
     Mosaic {
-        format: look.kv.to_string(),
+        format: if cache.is_compressed() { cache.format() } else { look.kv }.to_string(),
         tokens: cache.tokens(),
         prompt: look.prompt.min(cache.tokens()),
         layers: shape.layers,
@@ -247,8 +260,8 @@ fn mosaic_of(look: &Look) -> Mosaic {
         stored_bytes: cache.bytes().total(),
         exact_bytes: shape.exact_bytes(cache.tokens()),
         order: if is_layered { "importance" } else { "position" },
-        kinds: kinds.0,
-        heads,
+        kinds: kinds.names,
+        heads: heads.into_iter().map(|head| MosaicHead { parts: few(head.parts), ..head }).collect(),
         text: vec![],
         text_from: 0,
     }
@@ -256,15 +269,31 @@ fn mosaic_of(look: &Look) -> Mosaic {
 
 /// Names of strategies, each once.
 #[derive(Default)]
-struct Kinds(Vec<String>);
+struct Kinds {
+    names: Vec<String>,
+    numbers: HashMap<String, usize>,
+}
 
 impl Kinds {
     fn number(&mut self, name: String) -> usize {
-        self.0.iter().position(|known| *known == name).unwrap_or_else(|| {
-            self.0.push(name);
-            self.0.len() - 1
+        *self.numbers.entry(name).or_insert_with_key(|name| {
+            self.names.push(name.clone());
+            self.names.len() - 1
         })
     }
+}
+
+/// At most [`MOST_PARTS`] parts: of more, as many neighbours as need be are one, of the first one's kind.
+fn few(parts: Vec<MosaicPart>) -> Vec<MosaicPart> {
+    let together = parts.len().div_ceil(MOST_PARTS).max(1);
+    let joined = parts.chunks(together).map(|parts| {
+        let sum = |of: fn(&MosaicPart) -> usize| parts.iter().map(of).sum::<usize>();
+        let (tokens, bytes) = (sum(|part| part.tokens), sum(|part| part.bytes));
+        let bits =
+            parts.iter().map(|part| part.bits * part.tokens as f32).sum::<f32>() / tokens.max(1) as f32;
+        MosaicPart { tokens, bytes, bits, ..parts[0].clone() }
+    });
+    joined.collect()
 }
 
 /// All tokens of all heads in one way.
@@ -306,6 +335,13 @@ fn packed(cache: &KvCache, kinds: &mut Kinds) -> Vec<MosaicHead> {
         parts.push(MosaicPart { first: Some(first), tokens, bits, bytes, kind, loss: Some(loss) });
     }
     for head in &mut heads {
+        // A layer with a sliding window has forgotten the others.
+        let seen = shape.window_of(head.layer).map_or(all, |window| window.min(all));
+        if seen < all {
+            let kind = kinds.number("out of the layer's window".to_owned());
+            let (first, tokens) = (Some(0), all - seen);
+            head.parts.push(MosaicPart { first, tokens, bits: 0.0, bytes: 0, kind, loss: None });
+        }
         let packed: usize = head.parts.iter().map(|part| part.tokens).sum();
         if packed < all {
             head.parts.push(exact(packed, all - packed, kinds));

@@ -108,14 +108,21 @@ impl Maker {
             self.labelled(KV_BYTES, "Bytes for keys and values.", &labels).set(bytes as f64);
         }
         for (kv, shadowed) in &figures.shadowed {
-            let (format, steps) = (kv.to_string(), shadowed.steps as f64);
+            let format = kv.to_string();
             let labels = [("format", &*format)];
-            let what = "Sampled tokens that were held against their exact caches.";
-            self.labelled("mosaickv_shadow_steps", what, &labels).set(steps);
-            let what = "Mean KL divergence of these from the exact caches' distributions, in nats.";
-            self.labelled("mosaickv_shadow_kl", what, &labels).set(shadowed.kl / steps);
-            let what = "Share of these whose most probable token is the exact cache's.";
-            self.labelled("mosaickv_shadow_top1", what, &labels).set(shadowed.agreed as f64 / steps);
+            let counter = |name, what: &'static str| {
+                self.recorder.describe_counter(KeyName::from_const_str(name), None, what.into());
+                self.recorder.register_counter(&self.key(name, &labels), &METADATA)
+            };
+            counter(
+                "mosaickv_shadow_steps_total",
+                "Sampled tokens that were held against their exact caches.",
+            )
+            .absolute(shadowed.steps);
+            counter("mosaickv_shadow_agreed_total", "Those whose most probable token is the exact cache's.")
+                .absolute(shadowed.agreed);
+            let what = "KL divergences of these from the exact caches' distributions, summed up, in nats.";
+            self.labelled("mosaickv_shadow_kl_sum", what, &labels).set(shadowed.kl);
         }
     }
 

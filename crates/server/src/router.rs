@@ -58,6 +58,7 @@ impl App {
             .layer(DefaultBodyLimit::max(options.body_limit))
             .layer(CatchPanicLayer::custom(panicked))
             .layer(middleware::from_fn_with_state(self.clone(), guard::check_key))
+            .layer(middleware::from_fn_with_state(self.clone(), guard::check_origin))
             .layer(cors(&options.allow_origins))
             .layer(middleware::from_fn(guard::note))
             .with_state(self.clone())

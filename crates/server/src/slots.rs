@@ -218,6 +218,8 @@ enum Action {
 #[derive(Debug, Deserialize)]
 pub struct ActionQuery {
     action: Option<String>,
+    /// To cancel this answer only.
+    task: Option<u64>,
 }
 
 /// What is sent to POST /slots/{id} to save or restore.
@@ -268,7 +270,8 @@ pub struct SlotTimings {
 /// Saves what an answer left in a slot to a file, restores it, or forgets it, as llama-server does; or cancels the answer that runs there.
 /// Files need `--contexts`.
 #[utoipa::path(post, path = "/slots/{id}",
-    params(("id" = usize, Path, description = "The slot"), ("action" = String, Query, description = "save, restore, erase or cancel")),
+    params(("id" = usize, Path, description = "The slot"), ("action" = String, Query, description = "save, restore, erase or cancel"),
+        ("task" = Option<u64>, Query, description = "With cancel: the id_task that is meant, if another one may be there by now")),
     request_body = SlotFile,
     responses(
         (status = 200, description = "It is done", body = SlotDone),
@@ -301,10 +304,15 @@ pub async fn slot_action(
             file.filename.ok_or_else(|| ApiError::invalid("filename", "filename is missing."))?
         }
     };
-    aside(move || act(&app, action, id, filename)).await.map(Json)
+    aside(move || act(&app, (action, query.task), id, filename)).await.map(Json)
 }
 
-fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDone, ApiError> {
+fn act(
+    app: &App,
+    (action, meant): (Action, Option<u64>),
+    id: usize,
+    filename: String,
+) -> Result<SlotDone, ApiError> {
     let (loaded, start) = (app.ready()?.clone(), Instant::now());
     let most = loaded.settings.most_sequences;
     // Answers that wait may have further numbers.
@@ -321,10 +329,11 @@ fn act(app: &App, action: Action, id: usize, filename: String) -> Result<SlotDon
         }
         Action::Cancel => {
             let task = app.slots().task(id)?;
-            let is_found =
-                loaded.service.cancel(task).map_err(|refused| ApiError::refused(&refused, 0, "id"))?;
-            if !is_found {
-                return Err(ApiError::not_now(format!("The answer in slot {id} has ended.")));
+            let is_meant = meant.is_none_or(|meant| meant == task);
+            let cancel =
+                || loaded.service.cancel(task).map_err(|refused| ApiError::refused(&refused, 0, "id"));
+            if !is_meant || !cancel()? {
+                return Err(ApiError::not_now(format!("The answer that was in slot {id} has ended.")));
             }
             Ok(done)
         }

@@ -390,7 +390,9 @@ impl Again {
         let (keys, values) = (Family::of_keys(keys), Family::of_values(values));
         let of_run = |run: Vec<(Profile, Profile)>| {
             let of_keys = keys.weights(run.iter().map(|(keys, _)| *keys).collect());
-            let of_values = values.weights(run.iter().map(|(_, values)| *values).collect());
+            let of_values = in_runs_reversed(
+                values.weights(in_runs_reversed(run.iter().map(|(_, values)| *values).collect())),
+            );
             let weights = of_keys.into_iter().zip(of_values);
             run.into_iter()
                 .zip(weights)
@@ -422,6 +424,12 @@ impl Again {
     pub(super) fn profiles_at(&self, lambda: f32) -> Vec<(Profile, Profile)> {
         self.at(lambda).map(|(keys, values)| (keys.profile, values.profile)).collect()
     }
+}
+
+/// Of what is ordered as a plan's pages, that of each [`RUN`] backwards: in a run values weigh more the less their keys do.
+fn in_runs_reversed<T>(mut of_pages: Vec<T>) -> Vec<T> {
+    of_pages.chunks_mut(RUN / PAGE_TOKENS).for_each(<[T]>::reverse);
+    of_pages
 }
 
 /// The pair of profiles for a page of the head's mean tokens that takes at most `bytes`, header included.

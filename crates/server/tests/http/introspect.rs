@@ -152,9 +152,9 @@ fn metrics_tell_formats_apart() {
     let of = |what: &str, format: &str| {
         sample(&metrics, &format!("mosaickv_shadow_{what}{{model_name=\"model\",format=\"{format}\"}}"))
     };
-    assert_eq!((of("steps", "packed"), of("steps", "exact")), (Some(11.0), None), "{metrics}");
-    let (kl, top1) = (of("kl", "packed").unwrap(), of("top1", "packed").unwrap());
-    assert!(kl > 0.0 && kl.is_finite() && (0.0..=1.0).contains(&top1), "{kl}, {top1}");
+    assert_eq!((of("steps_total", "packed"), of("steps_total", "exact")), (Some(11.0), None), "{metrics}");
+    let (kl, agreed) = (of("kl_sum", "packed").unwrap(), of("agreed_total", "packed").unwrap());
+    assert!(kl > 0.0 && kl.is_finite() && (0.0..=11.0).contains(&agreed), "{kl}, {agreed}");
 }
 
 /// Every metric that the dashboard asks for is one that there is.
@@ -227,6 +227,20 @@ fn other_origins_are_let_in_only_if_they_are_allowed() {
     let reply = open.ask("OPTIONS", "/v1/completions", &preflight, None);
     assert_eq!((reply.status, reply.header("access-control-allow-origin")), (200, "https://chat.example"));
     assert!(reply.header("access-control-allow-headers").contains("authorization"), "{:?}", reply.headers);
+    // What changes something is refused even where a browser would let it be sent.
+    for (server, origin, status) in [
+        (&closed, "https://evil.example", 403),
+        (&closed, "null", 403),
+        (&closed, "http://127.0.0.1:1", 403),
+        (&open, "https://evil.example", 403),
+        (&open, "https://chat.example", 409),
+    ] {
+        let headers = [("origin", origin), ("authorization", "Bearer key")];
+        let reply = server.ask("POST", "/slots/0?action=cancel", &headers, Some("{}"));
+        assert_eq!(reply.status, status, "{origin}: {}", reply.body);
+    }
+    let own = format!("http://{}", closed.address);
+    assert_eq!(closed.ask("POST", "/slots/0?action=cancel", &[("origin", &own)], Some("{}")).status, 409);
     let other = open.ask("GET", "/health", &[("origin", "https://evil.example")], None);
     assert_eq!(other.header("access-control-allow-origin"), "");
 }
