@@ -14,6 +14,7 @@ mod fetch;
 mod inspect;
 mod prefill;
 mod serve;
+mod top;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -57,6 +58,8 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Show which strategy each segment of a document got, or which bits each page
     Inspect(inspect::InspectArgs),
+    /// Show what a running server does
+    Top(top::TopArgs),
     /// Print what a shell needs to complete commands and flags
     #[command(after_help = "Examples:\n  \
         mosaickv completions bash > ~/.local/share/bash-completion/completions/mosaickv\n  \
@@ -153,6 +156,7 @@ fn main() -> ExitCode {
         Command::Run(args) => run(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Serve(args) => serve::serve(&args),
+        Command::Top(args) => top::top(&args),
         Command::Bench(command) => bench::bench(&command),
         Command::Eval(command) => eval::eval(&command),
         Command::Calibrate(args) => calibrate::command(&args),

@@ -41,3 +41,5 @@ mod understand;
 
 pub use app::{App, Metrics, Options, UnknownFields};
 pub use listen::serve;
+pub use live::{Live, ShadowState};
+pub use slots::SlotState;

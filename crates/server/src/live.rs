@@ -9,7 +9,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use mosaickv_engine::Look;
 use mosaickv_kv::{HeadInfo, KvCache, KvFormat, PageInfo, SegmentInfo};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
@@ -24,7 +24,7 @@ const MOST_PARTS: usize = 256;
 static MAKING: Semaphore = Semaphore::const_new(1);
 
 /// What the engine does now and has done since it began.
-#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Live {
     /// The model's name.
     pub model: String,
@@ -65,7 +65,7 @@ pub struct Live {
 }
 
 /// What answers in one format had of their exact caches' distributions.
-#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ShadowState {
     /// The format.
     pub format: String,

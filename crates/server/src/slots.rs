@@ -59,7 +59,7 @@ pub struct Slot {
 }
 
 /// A slot as llama-server shows it, with what is ours.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct SlotState {
     /// Its number.
     pub id: usize,
