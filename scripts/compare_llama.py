@@ -62,12 +62,12 @@ def main():
                 readings.setdefault(key, []).append(value)
     median = {key: statistics.median(values) for key, values in readings.items()}
     print(f"{os.path.basename(args.model)}, stream {median['stream GB/s']:.1f} GB/s, {args.rounds} rounds\n")
-    print("| tok/s | llama.cpp | exact | exact / llama.cpp | packed |\n|---|---|---|---|---|")
+    print("| tok/s | llama.cpp | exact | exact / llama.cpp | layered |\n|---|---|---|---|---|")
     for what in ["prefill", *depths]:
         llama = max(median[what, "flash off"], median[what, "flash on"])
-        exact, packed = median[what, "exact"], median[what, "packed"]
+        exact, layered = median[what, "exact"], median[what, "layered"]
         name = f"prefill {PREFILL}" if what == "prefill" else f"decode, depth {what:,}"
-        print(f"| {name} | {llama:.0f} | {exact:.0f} | {exact / llama:.2f} | {packed:.0f} |")
+        print(f"| {name} | {llama:.0f} | {exact:.0f} | {exact / llama:.2f} | {layered:.0f} |")
 
 
 main()
