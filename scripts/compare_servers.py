@@ -96,8 +96,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     tokens = args.memory_mb * 1_000_000 // args.bytes_a_token
-    # About four characters a token, the chat's frame, and the answer.
-    slots = max(1, min(args.users, tokens // (args.chars // 4 + 64 + args.tokens)))
+    # At least 3.6 characters a token, the chat's frame, and the answer: more slots would run out of cache together.
+    slots = max(1, min(args.users, tokens // (int(args.chars / 3.6) + 64 + args.tokens)))
     head = ["server", "answers", "failed", "tokens/s", "first token, s: median", "99 %", "between tokens, ms: median", "99 %", "peak MB"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     for _ in range(args.rounds):
