@@ -219,7 +219,7 @@ enum Action {
 pub struct ActionQuery {
     action: Option<String>,
     /// To cancel this answer only.
-    task: Option<u64>,
+    task: Option<String>,
 }
 
 /// What is sent to POST /slots/{id} to save or restore.
@@ -304,7 +304,9 @@ pub async fn slot_action(
             file.filename.ok_or_else(|| ApiError::invalid("filename", "filename is missing."))?
         }
     };
-    aside(move || act(&app, (action, query.task), id, filename)).await.map(Json)
+    let task = query.task.map(|task| task.parse()).transpose();
+    let task = task.map_err(|_| ApiError::invalid("task", "task is no id_task: wanted a number."))?;
+    aside(move || act(&app, (action, task), id, filename)).await.map(Json)
 }
 
 fn act(

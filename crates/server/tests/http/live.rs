@@ -87,6 +87,19 @@ fn a_running_answer_is_looked_at_and_cancelled() {
         let text = mosaic["text"].as_array().unwrap();
         assert_eq!((text.len() as u64, &mosaic["text_from"]), (tokens, &json!(0)));
         let slot = format!("/slots/{}?action=cancel", request["id"]);
+        server.post(&format!("{slot}&task=no"), &json!({})).refused(
+            400,
+            "invalid_request_error",
+            Some("task"),
+            None,
+        );
+        server.post(&format!("{slot}&task=999999"), &json!({})).refused(
+            409,
+            "invalid_request_error",
+            Some("id"),
+            None,
+        );
+        let slot = format!("{slot}&task={}", request["id_task"]);
         assert_eq!(server.post(&slot, &json!({})).json()["id_slot"], request["id"]);
         let mut rest = String::new();
         std::io::Read::read_to_string(&mut stream, &mut rest).unwrap();
