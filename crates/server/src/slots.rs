@@ -8,6 +8,7 @@ use crate::error::{ApiError, ErrorBody};
 use crate::understand::aside;
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use mosaickv_kv::KvFormat;
 use serde::{Deserialize, Serialize};
@@ -281,10 +282,11 @@ pub struct SlotTimings {
 pub async fn slot_action(
     State(app): State<App>,
     Path(id): Path<String>,
-    Query(query): Query<ActionQuery>,
+    query: Result<Query<ActionQuery>, QueryRejection>,
     body: Bytes,
 ) -> Result<Json<SlotDone>, ApiError> {
     app.ready()?;
+    let Query(query) = query.map_err(|wrong| ApiError::invalid("action", wrong.body_text()))?;
     let wanted = || {
         ApiError::invalid("action", "action is missing or unknown; wanted save, restore, erase or cancel.")
     };

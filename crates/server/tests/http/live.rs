@@ -87,6 +87,12 @@ fn a_running_answer_is_looked_at_and_cancelled() {
         let text = mosaic["text"].as_array().unwrap();
         assert_eq!((text.len() as u64, &mosaic["text_from"]), (tokens, &json!(0)));
         let slot = format!("/slots/{}?action=cancel", request["id"]);
+        server.post(&format!("{slot}&task=1&task=1"), &json!({})).refused(
+            400,
+            "invalid_request_error",
+            Some("action"),
+            None,
+        );
         server.post(&format!("{slot}&task=no"), &json!({})).refused(
             400,
             "invalid_request_error",
