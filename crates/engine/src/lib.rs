@@ -12,6 +12,7 @@ mod compute;
 mod engine;
 mod memory;
 mod prefix;
+mod refused;
 mod request;
 mod sample;
 mod schedule;
@@ -19,7 +20,8 @@ mod service;
 mod shadow;
 
 pub use compute::{Compute, ModelCompute, Reading};
-pub use engine::{Engine, PrefixCache, Refused, Settings};
+pub use engine::{Engine, PrefixCache, Settings};
+pub use refused::Refused;
 pub use sample::{Sampling, log_probabilities};
 pub use service::{Figures, Service, Shadowed, Ticket};
 

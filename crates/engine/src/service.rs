@@ -1,6 +1,6 @@
 //! An engine on a thread of its own, and how others speak to it.
 
-use crate::engine::refusal;
+use crate::refused::refusal;
 use crate::{Compute, Context, Engine, Event, Kept, Look, ModelCompute, Refused, Request, Settings};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat};
