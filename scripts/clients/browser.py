@@ -37,13 +37,6 @@ def text(selector):
     return page.inner_text(selector)
 
 
-def answered(most, words, kept):
-    page.fill("#document", words)
-    page.fill("#most", str(most))
-    page.select_option("#ratio", kept)
-    page.click("#send")
-
-
 @check("the page asks for a key where the server wants one")
 def _():
     page.goto(BASE + "/")
@@ -60,8 +53,10 @@ def _():
 @check("a document is answered, with the bill of what that took")
 def _():
     with open(TEXT) as file:
-        words = file.read()[:12_000]
-    answered(16, words, "layered:8")
+        page.fill("#document", file.read()[:12_000])
+    page.fill("#most", "16")
+    page.select_option("#ratio", "layered:8")
+    page.click("#send")
     wait_for("an answer", lambda: page.is_enabled("#send") and text("#answer"), 120)
     assert "less" in text("#bill"), text("#bill")
     return text("#bill")

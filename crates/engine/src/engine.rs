@@ -168,7 +168,7 @@ impl<C: Compute> Engine<C> {
     /// Ends all requests, and forgets what they have read.
     pub fn stop(&mut self) {
         while !self.running.is_empty() {
-            self.end_without((self.running.len() - 1, End::Shutdown), None);
+            self.end(self.running.len() - 1, End::Shutdown);
         }
         while !self.parted.is_empty() {
             self.release_parted(self.parted.len() - 1);
@@ -219,13 +219,6 @@ impl<C: Compute> Engine<C> {
     }
 
     fn end(&mut self, index: usize, end: End) {
-        let keep = self.running[index].active.keep.is_some();
-        let prefix_cache = if keep { PrefixCache::On } else { self.settings.prefix_cache };
-        self.end_without((index, end), Some(prefix_cache));
-    }
-
-    /// The same, and what it has read becomes of no use to others unless there is a prefix cache.
-    fn end_without(&mut self, (index, end): (usize, End), prefix_cache: Option<PrefixCache>) {
         let running = self.running.remove(index);
         if running.compressing.is_some() {
             let (farewell, parted) = running.part(end);
@@ -233,7 +226,8 @@ impl<C: Compute> Engine<C> {
             self.parted.push(parted);
             return;
         }
-        let prefixes = (prefix_cache == Some(PrefixCache::On)).then_some(&mut self.prefixes);
+        let keeps = self.settings.prefix_cache == PrefixCache::On || running.active.keep.is_some();
+        let prefixes = keeps.then_some(&mut self.prefixes);
         self.farewells.push(running.end(&self.compute, &mut self.memory, prefixes, end));
     }
 

@@ -177,18 +177,22 @@ impl KvCache {
     /// Bytes that [`compress_harder`](KvCache::compress_harder) with this ratio would save, about; `None` if it is not compressed in the
     /// layered format, or takes no more than an eighth over that.
     pub fn excess(&self, ratio: f32) -> Option<usize> {
+        let exact = self.exact_bytes_of_layered();
+        let bytes = layered::excess(self.in_layered_format(), exact, ratio / 1.125)?;
+        Some(bytes - (exact as f32 / ratio) as usize)
+    }
+
+    fn in_layered_format(&self) -> impl Iterator<Item = &LayeredHead> {
         let heads = self.layers.iter().filter_map(|layer| match layer {
             Layer::Layered(heads) => Some(heads),
             _ => None,
         });
-        let exact = self.exact_bytes_of(heads.clone().map(Vec::len).sum());
-        let bytes = layered::excess(heads.flatten(), exact, ratio / 1.125)?;
-        Some(bytes - (exact as f32 / ratio) as usize)
+        heads.flatten()
     }
 
-    /// f16 bytes of the tokens of so many heads.
-    fn exact_bytes_of(&self, heads: usize) -> usize {
-        heads * self.tokens() * self.shape.head_dim * 2 * size_of::<f16>()
+    /// f16 bytes of the tokens of the heads in the layered format.
+    fn exact_bytes_of_layered(&self) -> usize {
+        self.in_layered_format().count() * self.tokens() * self.shape.head_dim * 2 * size_of::<f16>()
     }
 
     /// Makes a cache in the layered format that is compressed smaller still, about as the format with this ratio would be (what was
@@ -199,13 +203,12 @@ impl KvCache {
         if self.excess(ratio).is_none() {
             return false;
         }
-        let (tokens, d) = (self.tokens(), self.shape.head_dim);
+        let exact = self.exact_bytes_of_layered();
         let layers = self.layers.iter_mut().filter_map(|layer| match layer {
             Layer::Layered(heads) => Some(heads),
             _ => None,
         });
         let heads: Vec<&mut LayeredHead> = layers.flatten().collect();
-        let exact = heads.len() * tokens * d * 2 * size_of::<f16>();
         layered::compress_harder(pool, heads, exact, ratio);
         self.format = KvFormat::Layered(Layered { target: Target::Ratio(ratio), ..settings });
         true

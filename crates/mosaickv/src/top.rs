@@ -67,12 +67,15 @@ impl Server {
         Server { url: args.url.trim_end_matches('/').to_owned(), key: args.api_key.clone(), agent }
     }
 
-    fn look(&self) -> Result<Live> {
-        let request = self.agent.get(format!("{}/v1/kv/live", self.url));
-        let request = match &self.key {
+    fn with_key<Any>(&self, request: ureq::RequestBuilder<Any>) -> ureq::RequestBuilder<Any> {
+        match &self.key {
             Some(key) => request.header("authorization", format!("Bearer {key}")),
             None => request,
-        };
+        }
+    }
+
+    fn look(&self) -> Result<Live> {
+        let request = self.with_key(self.agent.get(format!("{}/v1/kv/live", self.url)));
         let answer = request.call().with_context(|| {
             format!("no server answers at {}; start one with `mosaickv serve`, or name its address", self.url)
         })?;
@@ -81,11 +84,8 @@ impl Server {
     }
 
     fn cancel(&self, slot: usize, task: u64) -> Result<()> {
-        let request = self.agent.post(format!("{}/slots/{slot}?action=cancel&task={task}", self.url));
-        let request = match &self.key {
-            Some(key) => request.header("authorization", format!("Bearer {key}")),
-            None => request,
-        };
+        let url = format!("{}/slots/{slot}?action=cancel&task={task}", self.url);
+        let request = self.with_key(self.agent.post(url));
         said(&self.url, request.send_empty()?).map(|_| ())
     }
 }
