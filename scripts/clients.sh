@@ -88,7 +88,7 @@ CHECKED_KEY=key-$$
 CHECKED_MODEL=checked
 export CHECKED_KEY CHECKED_MODEL PYTHONPATH="$here" PYTHONDONTWRITEBYTECODE=1 DO_NOT_TRACK=1
 
-start
+start --remember-places
 part "openai SDK" "$work/venv/bin/python" "$here/openai_sdk.py"
 if [ "${LM_EVAL:-1}" = 1 ]; then
     $pip install 'lm_eval[api]>=0.4.13,<0.5'
@@ -112,6 +112,12 @@ else
     echo "skipped: browser (no chromium on the path)"
 fi
 part "drain" "$work/venv/bin/python" "$here/drain.py" "$pid"
+stop
+
+mkdir -p "$work/contexts"
+start --contexts "$work/contexts"
+part "saved picture" "$work/venv/bin/python" "$here/saved_picture.py" "$mosaickv" "$model" "$work/contexts" \
+    "$here/../../crates/mosaickv/demo/document.txt"
 stop
 
 start --max-num-seqs 1 --max-waiting 1

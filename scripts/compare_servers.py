@@ -14,33 +14,14 @@ programs built with optimizations. Two threads on both sides. Prints a Markdown 
 import argparse
 import csv
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
+
+from a_server import free_port, serving
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NAMES = {"first": "time to the first token", "next": "time between two tokens", "answer": "answer"}
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def start(command, url):
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while True:
-        try:
-            urllib.request.urlopen(url + "/health", timeout=5)
-            return process
-        except OSError:
-            if process.poll() is not None:
-                sys.exit(f"{command[0]} has ended; start it by hand to see why: {' '.join(command)}")
-            time.sleep(0.1)
 
 
 def peak_mb(process):
@@ -61,14 +42,10 @@ def load(url, name, args):
             return {row["Name"]: row for row in csv.DictReader(file)}
 
 
-def measure(label, command, url, name, args):
-    process = start(command, url)
-    try:
+def measure(label, command, port, name, args):
+    with serving(command, port) as (url, process):
         rows = load(url, name, args)
         peak = peak_mb(process)
-    finally:
-        process.terminate()
-        process.wait()
     first, following, answer = (rows.get(NAMES[key]) for key in ("first", "next", "answer"))
     if not first or not following or not answer:
         sys.exit(f"{label}: no answer in {args.seconds} s; give it more --seconds")
@@ -104,12 +81,12 @@ def main():
         port = free_port()
         command = [args.llama, "-m", args.model, "--host", "127.0.0.1", "--port", str(port), "-t", "2", "-tb", "2"]
         command += ["-c", str(tokens), "-np", str(slots), "--kv-unified", "-fa", "on", "--no-webui"]
-        measure(f"llama-server, {slots} slots", command, f"http://127.0.0.1:{port}", "", args)
+        measure(f"llama-server, {slots} slots", command, port, "", args)
         for kv in args.kv.split(","):
             port = free_port()
             command = [args.binary, "serve", args.model, "--port", str(port), "--threads", "2", "--kv", kv]
             command += ["--kv-memory", f"{args.memory_mb}MB"]
-            measure(f"mosaickv, {kv}", command, f"http://127.0.0.1:{port}", "", args)
+            measure(f"mosaickv, {kv}", command, port, "", args)
 
 
 main()

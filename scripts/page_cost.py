@@ -12,14 +12,14 @@ Asks as the page does: the figures once a second, the mosaic of the answer that 
 """
 
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+
+from a_server import free_port, serving
 
 TOKENS = 1000
 
@@ -64,20 +64,8 @@ def main():
     rounds = int(sys.argv[4]) if len(sys.argv) == 5 else 4
     with open(text) as file:
         prompt = file.read()[:24_000]
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([mosaickv, "serve", model, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while True:
-            try:
-                get(url + "/health")
-                break
-            except OSError:
-                if server.poll() is not None:
-                    sys.exit("the server has ended; start it by hand to see why")
-                time.sleep(0.1)
+    port = free_port()
+    with serving([mosaickv, "serve", model, "--port", str(port)], port) as (url, _):
         answer(url, prompt)
         without, beside, seen = [], [], []
         for _ in range(rounds):
@@ -89,9 +77,6 @@ def main():
             until.set()
             looker.join()
             seen.append(results[0])
-    finally:
-        server.terminate()
-        server.wait()
     mean = [statistics.median(times) for times in (without, beside)]
     print(f"nobody looks: {', '.join(f'{ms:.3f}' for ms in without)} ms a token, median {mean[0]:.3f}")
     print(f"somebody looks: {', '.join(f'{ms:.3f}' for ms in beside)}, median {mean[1]:.3f}: {100 * (mean[1] / mean[0] - 1):+.2f} %")

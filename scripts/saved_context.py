@@ -14,12 +14,12 @@ text, read as a prompt; and from its saved context, by a server that has just be
 
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+
+from a_server import free_port, serving
 
 QUESTION = "\n\nIn short, what was told so far:"
 
@@ -30,39 +30,18 @@ def post(url, body):
     return urllib.request.urlopen(request, timeout=600)
 
 
-class Server:
-    def __init__(self, mosaickv, model, contexts):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [mosaickv, "serve", model, "--port", str(port), "--contexts", contexts]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while True:
-            try:
-                urllib.request.urlopen(self.url + "/health", timeout=5)
-                return
-            except OSError:
-                if self.process.poll() is not None:
-                    sys.exit("the server has ended; start it by hand to see why")
-                time.sleep(0.05)
-
-    def first_token(self, body):
-        """Seconds until the first token, and tokens of the prompt that were there before."""
-        fields = {"max_tokens": 4, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-        start, first, cached = time.monotonic(), None, 0
-        with post(self.url + "/v1/completions", body | fields) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    first = first or time.monotonic() - start
-                    event = json.loads(line[6:])
-                    if event.get("usage"):
-                        cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
-        return first, cached
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(60)
+def first_token(url, body):
+    """Seconds until the first token, and tokens of the prompt that were there before."""
+    fields = {"max_tokens": 4, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    start, first, cached = time.monotonic(), None, 0
+    with post(url + "/v1/completions", body | fields) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                first = first or time.monotonic() - start
+                event = json.loads(line[6:])
+                if event.get("usage"):
+                    cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return first, cached
 
 
 def main():
@@ -73,27 +52,29 @@ def main():
     with open(path) as file:
         text = file.read()
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(mosaickv, model, folder)
-        with post(server.url + "/tokenize", {"prompt": text[: 8 * wanted]}) as answer:
-            tokens = json.load(answer)["tokens"][:wanted]
-        with post(server.url + "/detokenize", {"tokens": tokens}) as answer:
-            document = json.load(answer)["prompt"]
-        whole, cached = server.first_token({"prompt": document + QUESTION})
-        assert cached == 0
-        start = time.monotonic()
-        with post(server.url + "/v1/kv/contexts", {"name": "document", "prompt": document}) as answer:
-            card = json.load(answer)
-        made = time.monotonic() - start
-        size = os.path.getsize(f"{folder}/document.context")
-        server.stop()
+        def server():
+            port = free_port()
+            return serving([mosaickv, "serve", model, "--port", str(port), "--contexts", folder], port)
+
+        with server() as (url, _):
+            with post(url + "/tokenize", {"prompt": text[: 8 * wanted]}) as answer:
+                tokens = json.load(answer)["tokens"][:wanted]
+            with post(url + "/detokenize", {"tokens": tokens}) as answer:
+                document = json.load(answer)["prompt"]
+            whole, cached = first_token(url, {"prompt": document + QUESTION})
+            assert cached == 0
+            start = time.monotonic()
+            with post(url + "/v1/kv/contexts", {"name": "document", "prompt": document}) as answer:
+                card = json.load(answer)
+            made = time.monotonic() - start
+            size = os.path.getsize(f"{folder}/document.context")
         print("| | seconds to the first token | tokens that were not read |")
         print("|---|---:|---:|")
         print(f"| {len(tokens)} tokens as a prompt | {whole:.2f} | 0 |")
         for i in range(3):
-            server = Server(mosaickv, model, folder)
-            first, cached = server.first_token({"prompt": QUESTION, "kv": {"context": "document"}})
-            again, _ = server.first_token({"prompt": "\n\nThe hero of this is", "kv": {"context": "document"}})
-            server.stop()
+            with server() as (url, _):
+                first, cached = first_token(url, {"prompt": QUESTION, "kv": {"context": "document"}})
+                again, _ = first_token(url, {"prompt": "\n\nThe hero of this is", "kv": {"context": "document"}})
             print(f"| saved, restart {i + 1}: first question | {first:.3f} ({whole / first:.0f}x) | {cached} |")
             print(f"| second question | {again:.3f} ({whole / again:.0f}x) | {cached} |")
         print(f"\n{card['format']}: {card['stored_bytes'] / 1e6:.1f} MB for {card['exact_bytes'] / 1e6:.1f}, a file of {size / 1e6:.1f} MB, made in {made:.1f} s.")

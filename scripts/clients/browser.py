@@ -80,8 +80,8 @@ def _():
     page.focus("#mosaic")
     for key in ["ArrowRight", "ArrowRight", "ArrowDown"]:
         page.keyboard.press(key)
-    assert "bits a scalar" in text("#mosaic-part") and "Layer 0" in text("#mosaic-part"), text("#mosaic-part")
     by_keyboard = text("#mosaic-part")
+    assert all(words in by_keyboard for words in ["Layer 0", "bits a scalar", "of which a step reads"]), by_keyboard
     page.hover("#mosaic", position={"x": 400, "y": 100})
     wait_for("another part", lambda: text("#mosaic-part") != by_keyboard, 10)
     wait_for("the mosaic to change", lambda: text("#mosaic-figures") != before, 30)
@@ -92,6 +92,32 @@ def _():
     assert (status, answer["error"]["code"]) == (409, "cancelled"), got
     wait_for("an empty table", lambda: page.locator("#requests tbody tr").count() == 0, 30)
     return f"{before}, then {text('#mosaic-figures')}"
+
+
+@check("the mosaic of a layered answer tells which tokens a page has")
+def _():
+    with open(TEXT) as file:
+        words = file.read()[:20_000]
+    body = {"prompt": words, "max_tokens": 6000, "ignore_eos": True, "kv": {"format": "layered:8"}}
+    asks = threading.Thread(target=lambda: ask("POST", "/v1/completions", body))
+    asks.start()
+
+    def source():
+        return page.locator("#source option", has_text="layered:8").filter(has_not_text="as it was")
+
+    wait_for("its mosaic to choose from", lambda: source().count() == 1, 120)
+    page.select_option("#source", source().get_attribute("value"))
+    wait_for("a mosaic", lambda: "layered" in text("#mosaic-figures"), 30)
+    page.hover("#mosaic", position={"x": 200, "y": 100})
+    wait_for("the tokens of a page", lambda: len(text("#mosaic-text")) > 100 and " · " in text("#mosaic-text"), 20)
+    part, tokens = text("#mosaic-part"), text("#mosaic-text")
+    assert "prompt: channels" in part, part
+    pieces = [piece for piece in tokens.split(" … ")[0].split(" · ") if len(piece) > 3]
+    assert pieces and all(piece in words for piece in pieces[:-1]), pieces
+    shot("layered")
+    page.click("#requests tbody button")
+    asks.join(60)
+    return f"{part}: {tokens[:80]!r}"
 
 
 @check("the sliders say what would fit")

@@ -87,12 +87,22 @@ pub struct ModelCompute<'a> {
     model: &'a Model,
     pool: &'a Pool,
     background: Arc<Background>,
+    remember_places: bool,
 }
 
 impl<'a> ModelCompute<'a> {
     /// Strategies and plans for what is generated are worked out in the background.
     pub fn new(model: &'a Model, pool: &'a Pool, background: Arc<Background>) -> ModelCompute<'a> {
-        ModelCompute { model, pool, background }
+        ModelCompute { model, pool, background, remember_places: false }
+    }
+
+    /// The same, whose sequences in the layered format remember which tokens are in which pages, if that is so.
+    pub fn remember_places(self, remember_places: bool) -> ModelCompute<'a> {
+        ModelCompute { remember_places, ..self }
+    }
+
+    fn placed(&self, sequence: Sequence<'a>) -> Sequence<'a> {
+        if self.remember_places { sequence.remember_places() } else { sequence }
     }
 
     fn shape(&self) -> KvShape {
@@ -117,13 +127,14 @@ impl<'a> Compute for ModelCompute<'a> {
     }
 
     fn begin(&self, kv: KvFormat) -> Result<Sequence<'a>, String> {
-        Ok(self.in_background(Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?))
+        let sequence = Sequence::new(self.model, self.pool, kv).map_err(|error| error.to_string())?;
+        Ok(self.in_background(self.placed(sequence)))
     }
 
     fn begin_exact(&self) -> Result<Sequence<'a>, String> {
         let exact =
             Sequence::new(self.model, self.pool, KvFormat::Exact).map_err(|error| error.to_string())?;
-        Ok(exact.remember_queries())
+        Ok(self.placed(exact.remember_queries()))
     }
 
     fn compressed(&self, exact: &Sequence<'a>, kv: KvFormat) -> Result<Sequence<'a>, String> {
@@ -131,7 +142,12 @@ impl<'a> Compute for ModelCompute<'a> {
     }
 
     fn prompt_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
-        kv.most_prompt_bytes(self.shape(), tokens)
+        let KvShape { layers, kv_heads, .. } = self.shape();
+        let places = match kv {
+            KvFormat::Layered(_) if self.remember_places => layers * kv_heads * tokens * size_of::<u32>(),
+            _ => 0,
+        };
+        kv.most_prompt_bytes(self.shape(), tokens) + places
     }
 
     fn growth_bytes(&self, kv: KvFormat, tokens: usize) -> usize {

@@ -41,6 +41,8 @@ pub struct Settings {
     pub shadow_every: Option<NonZeroU64>,
     /// To what ratio requests that run may be compressed harder where bytes run out; `None`: none is.
     pub floor: Option<f32>,
+    /// Whether caches in the layered format remember which tokens are in which pages: see [`KvCache::remember_places`].
+    pub remember_places: bool,
 }
 
 /// What becomes of prompts that were read, and of what followed them.
@@ -61,6 +63,7 @@ impl Default for Settings {
             most_waiting: 512,
             prefix_cache: PrefixCache::On,
             floor: None,
+            remember_places: false,
             shadow_every: None,
         }
     }
@@ -580,6 +583,9 @@ impl<C: Compute> Engine<C> {
         match self.running[index].compress(&self.compute, logits) {
             Ok((logits, took)) => {
                 self.done.compress_seconds += took.as_secs_f64();
+                for (strategy, count) in self.compute.cache(&self.running[index].sequence).strategies() {
+                    *self.done.strategies.entry(strategy).or_default() += count;
+                }
                 self.leave(index, logits);
                 None
             }

@@ -52,6 +52,8 @@ pub struct Figures {
     pub shadowed: Vec<(KvFormat, Shadowed)>,
     /// Seconds spent compressing prompts.
     pub compress_seconds: f64,
+    /// Segments and pages that prompts were compressed into: see [`KvCache::strategies`](mosaickv_kv::KvCache::strategies).
+    pub strategies: BTreeMap<String, u64>,
 }
 
 /// What answers had of their exact caches' distributions.
@@ -115,6 +117,7 @@ impl Service {
             move || {
                 let pool = Pool::new(threads);
                 let compute = ModelCompute::new(&model, &pool, background);
+                let compute = compute.remember_places(settings.remember_places);
                 let engine = Engine::new(compute, settings, shared.figures.clone());
                 run(engine, &received, &shared.sent);
             }
@@ -132,6 +135,7 @@ impl Service {
     ) -> Result<Ticket, Refused> {
         let pool = Pool::new(1);
         let compute = ModelCompute::new(&self.model, &pool, self.background.clone());
+        let compute = compute.remember_places(self.settings.remember_places);
         refusal(&compute, self.settings.kv_memory, &request)?;
         let waiting = self.figures().waiting + self.shared.sent.load(Ordering::Relaxed);
         if waiting >= self.settings.most_waiting {

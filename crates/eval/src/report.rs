@@ -10,6 +10,7 @@ mod kl;
 pub mod mosaic;
 mod number;
 mod page;
+pub mod pixels;
 mod plot;
 pub mod profiles;
 

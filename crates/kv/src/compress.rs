@@ -7,7 +7,7 @@ use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
 use crate::exact::ExactHead;
-use crate::layered::{self, Calibration, Layered, LayeredHead, Prompt, Samples, Target};
+use crate::layered::{self, Calibration, Layered, LayeredHead, Places, Prompt, Samples, Target};
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use half::f16;
@@ -50,6 +50,13 @@ impl KvCache {
         if self.calibration.is_some() {
             self.samples.get_or_insert_with(|| vec![Samples::default(); self.shape.layers]);
         }
+        self
+    }
+
+    /// The same empty cache, which remembers which tokens are in which pages of the layered format, in 4 bytes for each token of each
+    /// head: what [`places`](KvCache::places) tells.
+    pub fn remember_places(mut self) -> KvCache {
+        self.places = Places::Remembered;
         self
     }
 
@@ -167,6 +174,7 @@ impl KvCache {
             prompts,
             settings,
             others,
+            places: self.places,
         })
     }
 
@@ -306,6 +314,7 @@ impl KvCache {
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); self.shape.layers]),
             calibration: self.calibration.clone(),
             samples: None,
+            places: self.places,
             learning: self.learning.clone(),
             closings: vec![],
             encoding: Encoding::default(),
@@ -330,16 +339,17 @@ struct LayeredWork {
     settings: Layered,
     /// Bytes of the cache beside these layers.
     others: usize,
+    places: Places,
 }
 
 impl LayeredWork {
     /// The layers as they are to be, with the sampled queries of all layers.
     fn encode(self, pool: &Pool, samples: &[Samples]) -> Vec<LayeredLayer> {
-        let LayeredWork { shape, calibration, prompts, settings, others } = self;
+        let LayeredWork { shape, calibration, prompts, settings, others, places } = self;
         let layers: Vec<usize> = prompts.iter().map(|(layer, _)| *layer).collect();
         let of_layer = |(layer, heads)| Prompt { layer, heads, samples: &samples[layer] };
         let prompts = prompts.into_iter().map(of_layer).collect();
-        let made = layered::compress(pool, shape, &calibration, prompts, (settings, others));
+        let made = layered::compress(pool, shape, &calibration, prompts, (settings, others, places));
         layers.into_iter().zip(made).collect()
     }
 }

@@ -30,6 +30,8 @@ pub struct SegmentInfo {
     pub bytes: usize,
     /// Whether it waits for a strategy of its own.
     pub temporary: bool,
+    /// The share of its tokens that a step read, once there was one.
+    pub read: Option<f32>,
 }
 
 impl KvCache {
@@ -56,6 +58,7 @@ impl KvCache {
                         loss: segment.loss,
                         bytes: segment.packed_bytes() + segment.list_bytes() + rotation,
                         temporary: i >= of.settled(),
+                        read: of.read_share(i),
                     });
                     first += segment.tokens();
                 }
@@ -98,7 +101,7 @@ impl HeadInfo {
 }
 
 /// A page of the layered format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PageInfo {
     /// Tokens.
     pub tokens: usize,
@@ -108,6 +111,9 @@ pub struct PageInfo {
     pub values: HalfInfo,
     /// Bytes allocated: keys, values and the header.
     pub bytes: usize,
+    /// The share of its tokens that a step read, of all the steps that selected; of pages that are always read and where no step
+    /// selected, none.
+    pub read: Option<f32>,
 }
 
 /// The keys or the values of a page.
@@ -145,13 +151,45 @@ impl KvCache {
         }
         out
     }
+
+    /// Positions of the tokens of a layered head's pages, of the prompt's and then of the tail's in the order of [`HeadInfo`]; `None`
+    /// where they [were not remembered](KvCache::remember_places), as in caches that were read from files.
+    pub fn places(&self, layer: usize, head: usize) -> Option<Vec<Vec<u32>>> {
+        let Layer::Layered(heads) = self.layers.get(layer)? else { return None };
+        let of = heads.get(head)?;
+        if of.prompt.places.is_empty() {
+            return None;
+        }
+        let mut out = vec![];
+        let mut first = SINKS as u32;
+        for segment in of.segments() {
+            let end = first + segment.tokens() as u32;
+            let in_order: Vec<u32>;
+            let mut rest = if segment.dropped > 0 || !segment.places.is_empty() {
+                &segment.places[..]
+            } else {
+                in_order = (first..end).collect();
+                &in_order
+            };
+            for page in segment.pages.pages() {
+                let (of_page, others) = rest.split_at(page.tokens());
+                out.push(of_page.to_vec());
+                rest = others;
+            }
+            first = end;
+        }
+        Some(out)
+    }
 }
 
 fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     let mut bytes = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
     of.count(&mut bytes);
-    let prompt = pages(&of.prompt.pages);
-    let tail = [&of.tail, &of.leaving, &of.window].map(|segment| pages(&segment.pages)).concat();
+    let read = |page: usize| of.reads.share(page);
+    let prompt = pages(&of.prompt.pages, read);
+    let before = prompt.len();
+    let mut tail = pages(&of.tail.pages, |page| read(before + page));
+    tail.extend([&of.leaving, &of.window].into_iter().flat_map(|segment| pages(&segment.pages, |_| None)));
     let in_pages: usize = prompt.iter().chain(&tail).map(|page| page.bytes).sum();
     HeadInfo {
         layer,
@@ -166,12 +204,13 @@ fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     }
 }
 
-fn pages(pages: &Pages) -> Vec<PageInfo> {
+fn pages(pages: &Pages, read: impl Fn(usize) -> Option<f32>) -> Vec<PageInfo> {
     let page = |(i, page): (usize, &Page)| {
         let [keys, values] = pages.escapes(i);
         let (keys, values) = (HalfInfo::new(page.keys, keys), HalfInfo::new(page.values, values));
         let header = Pages::bytes_of_page(Profile::default(), Profile::default());
-        PageInfo { tokens: page.tokens(), keys, values, bytes: header + keys.bytes + values.bytes }
+        let bytes = header + keys.bytes + values.bytes;
+        PageInfo { tokens: page.tokens(), keys, values, bytes, read: read(i) }
     };
     pages.pages().iter().enumerate().map(page).collect()
 }

@@ -35,6 +35,7 @@ pub(crate) use distortion::is_out_of_line;
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use harder::{compress_harder, excess};
 pub(crate) use importance::Samples;
+use select::Reads;
 pub use select::Select;
 pub(crate) use tail::Closing;
 pub use target::{ByteCount, Target};
@@ -77,23 +78,53 @@ impl Default for Layered {
     }
 }
 
+/// Whether it is remembered which tokens are in which pages: no step needs to know, but who looks at a cache wants to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) enum Places {
+    #[default]
+    Forgotten,
+    Remembered,
+}
+
+impl Places {
+    /// Those of tokens that are counted from `first`.
+    fn of(self, first: usize, order: &[u32]) -> Box<[u32]> {
+        match self {
+            Places::Forgotten => [].into(),
+            Places::Remembered => order.iter().map(|t| first as u32 + t).collect(),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Segment {
     pub(crate) pages: Pages,
     /// Tokens that are in no page.
     pub(crate) dropped: usize,
+    /// Positions of the pages' tokens, in their order; of none unless they are remembered.
+    pub(crate) places: Box<[u32]>,
 }
 
 impl Segment {
-    /// What it takes beside its pages' bytes.
+    /// What one without places takes beside its pages' bytes.
     const BYTES: usize = ARC_BYTES + size_of::<Segment>();
+
+    /// Of pages in the order of their tokens, of which none was dropped.
+    fn of(pages: Pages) -> Segment {
+        Segment { pages, dropped: 0, places: [].into() }
+    }
 
     /// Without tokens, of vectors of `d` channels.
     fn empty(d: usize) -> Arc<Segment> {
-        Arc::new(Segment { pages: Pages::new(d), dropped: 0 })
+        Arc::new(Segment::of(Pages::new(d)))
     }
 
-    fn tokens(&self) -> usize {
+    /// What it takes beside its pages' bytes.
+    fn list_bytes(&self) -> usize {
+        Segment::BYTES + size_of_val(&*self.places)
+    }
+
+    pub(crate) fn tokens(&self) -> usize {
         self.pages.tokens() + self.dropped
     }
 }
@@ -164,6 +195,8 @@ pub(crate) struct LayeredHead {
     pub(crate) distortion: [f32; 2],
     /// What was asked of the window.
     asked: Asked,
+    /// How often the pages of the prompt and the tail were read.
+    pub(crate) reads: Reads,
     /// Pages that stay in the window when a segment closes.
     stay: u8,
     pub(crate) settings: Layered,
@@ -196,8 +229,9 @@ impl LayeredHead {
             + self.buffer.as_ref().map_or(0, |buffer| buffer.bytes() - size_of::<ExactPage>());
         for segment in self.segments() {
             bytes.packed += segment.pages.bytes();
-            bytes.lists += Segment::BYTES;
+            bytes.lists += segment.list_bytes();
         }
+        bytes.lists += self.reads.bytes();
         bytes.packed += self.scales.bytes();
         bytes.queries += self.asked.bytes();
     }
@@ -211,7 +245,7 @@ impl LayeredHead {
     pub(crate) fn bytes_shared_with(&self, other: &LayeredHead) -> usize {
         let both =
             self.shared().into_iter().zip(other.shared()).filter(|(ours, theirs)| Arc::ptr_eq(ours, theirs));
-        let segments: usize = both.map(|(segment, _)| segment.pages.bytes() + Segment::BYTES).sum();
+        let segments: usize = both.map(|(segment, _)| segment.pages.bytes() + segment.list_bytes()).sum();
         segments + if Arc::ptr_eq(&self.scales, &other.scales) { self.scales.bytes() } else { 0 }
     }
 

@@ -26,6 +26,7 @@ mod learner;
 mod observe;
 mod oracle;
 mod packed;
+mod parts;
 mod phases;
 mod rotation;
 mod saved;
@@ -33,7 +34,7 @@ mod saved;
 use baselines::{Head, RecentQueries};
 use compress::{Encoding, Ending};
 use exact::ExactHead;
-use layered::{Closing, LayeredHead, Samples};
+use layered::{Closing, LayeredHead, Places, Samples};
 use learner::Learning;
 use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
@@ -48,6 +49,7 @@ pub use layered::{ByteCount, Calibration, Dropping, HeadCalibration, Layered, Mo
 pub use learner::{Background, Swaps, Timing};
 pub use observe::Overlap;
 pub use packed::{Packed, SINKS};
+pub use parts::{HeadParts, Order, Part, Parts};
 pub use phases::Phases;
 pub use rotation::Basis;
 pub use saved::ReadError;
@@ -150,6 +152,8 @@ pub struct KvCache {
     calibration: Option<Arc<Calibration>>,
     /// Of each layer, if they are to be remembered; of the layered format's own prompts until they are compressed.
     samples: Option<Vec<Samples>>,
+    /// Of tokens in the layered format's pages.
+    places: Places,
     /// Strategies for what is generated.
     learning: Learning,
     /// Of layers in the layered format: what has left their windows and is not yet in their tails.
@@ -211,6 +215,7 @@ impl KvCache {
             recent: format.observes_queries().then(|| vec![RecentQueries::default(); layers]),
             calibration: None,
             samples: matches!(format, KvFormat::Layered(_)).then(|| vec![Samples::default(); layers]),
+            places: Places::default(),
             learning: Learning::default(),
             closings: vec![],
             encoding: Encoding::default(),
@@ -578,7 +583,9 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
     let of_packed = packed::decode(step, &mut packed);
     let of_layered = layered::decode(step, &mut layered);
     for cache in caches {
-        if let Layer::Packed(_) = cache.layers[layer] {
+        if let Layer::Packed(heads) = &mut cache.layers[layer] {
+            let works = &cache.working.packed;
+            heads.iter_mut().zip(works).for_each(|(head, work)| head.count_reads(&work.selected));
             cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
             cache.phases.add(of_packed);
         }

@@ -151,6 +151,16 @@ pub(crate) struct PackedHead {
     growing: Growing,
     /// Not yet told.
     news: Vec<News>,
+    /// Of each segment; the last ones may be missing.
+    reads: Vec<Reads>,
+}
+
+/// How often steps read a segment.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reads {
+    steps: u32,
+    /// The shares of its tokens that they read, added up.
+    shares: f32,
 }
 
 /// The tokens whose segments are temporary.
@@ -178,6 +188,7 @@ impl Clone for PackedHead {
             buffer: self.buffer.clone(),
             growing: Growing { settled: self.segments.len(), ..Growing::default() },
             news: Vec::new(),
+            reads: self.reads.clone(),
         }
     }
 }
@@ -202,6 +213,7 @@ impl PackedHead {
             segments,
             buffer: ExactPage::new(d, PAGE_TOKENS),
             news: Vec::new(),
+            reads: Vec::new(),
         };
         for t in 0..tokens {
             let to = if t < sinks { &mut head.sinks } else { &mut head.buffer };
@@ -300,7 +312,29 @@ impl PackedHead {
         }
         assert_eq!(held, tokens, "temporary segments end where the closed one does");
         self.segments.splice(from..to, [Arc::new(segment)]);
+        if from < self.reads.len() {
+            self.reads.splice(from..to.min(self.reads.len()), [Reads::default()]);
+        }
         self.growing.settled += 1;
+    }
+
+    /// Counts what a step has read, after it: the blocks that it `selected`.
+    pub(crate) fn count_reads(&mut self, mut selected: &[u32]) {
+        self.reads.resize(self.segments.len(), Reads::default());
+        let mut end = 0;
+        for (segment, reads) in self.segments.iter().zip(&mut self.reads) {
+            end += segment.blocks() as u32;
+            let (of_segment, rest) = selected.split_at(selected.partition_point(|&block| block < end));
+            reads.steps = reads.steps.saturating_add(1);
+            reads.shares += of_segment.len() as f32 / segment.blocks().max(1) as f32;
+            selected = rest;
+        }
+    }
+
+    /// The share of a segment's tokens that a step read.
+    pub(crate) fn read_share(&self, segment: usize) -> Option<f32> {
+        let reads = self.reads.get(segment).filter(|reads| reads.steps > 0)?;
+        Some(reads.shares / reads.steps as f32)
     }
 
     /// Temporary segments stay as they are, for good: nobody works on them any more.
@@ -330,7 +364,8 @@ impl PackedHead {
         bytes.exact += self.sinks.bytes() + self.buffer.bytes() - 2 * size_of::<ExactPage>();
         bytes.lists += self.segments.capacity() * size_of::<Arc<Segment>>()
             + self.growing.closed.capacity() * size_of::<usize>()
-            + self.news.capacity() * size_of::<News>();
+            + self.news.capacity() * size_of::<News>()
+            + self.reads.capacity() * size_of::<Reads>();
         let mut last: Option<&Segment> = None;
         for segment in &self.segments {
             bytes.packed += segment.packed_bytes();

@@ -4,7 +4,8 @@ mod common;
 
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{
-    Background, Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Target, Timing,
+    Background, Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Part, Target,
+    Timing,
 };
 use std::sync::Arc;
 
@@ -177,6 +178,15 @@ fn a_step_reads_what_its_queries_need() {
             );
             let want: Vec<f64> = heads[0].0.iter().zip(&heads[1].0).map(|(a, b)| a + b).collect();
             close(&got, &want, 1e-3, &format!("{isa:?}, {text}"));
+            let parts = cache.parts().heads.into_iter().filter(|head| head.layer == 1);
+            for head in parts {
+                let tokens = |part: &Part| part.read.map(|share| share * part.tokens as f32);
+                let counted: Vec<f32> = head.parts.iter().filter_map(tokens).collect();
+                let (sum, is_all) = (counted.iter().sum::<f32>(), text == "layered@all");
+                // Of pages with one profile and one share no more is told than of one.
+                let fits = if is_all { counted.is_empty() } else { (4000.0..5000.0).contains(&sum) };
+                assert!(fits, "{text}: a step read {sum} tokens by the counts");
+            }
             if text == "layered@all" {
                 all = got;
                 assert!(read as usize * 2 > cache.bytes().packed, "{read} bytes");

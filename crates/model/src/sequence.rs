@@ -169,6 +169,12 @@ impl<'a> Sequence<'a> {
         self
     }
 
+    /// The same, and it remembers which tokens are in which pages: see [`KvCache::remember_places`].
+    pub fn remember_places(mut self) -> Sequence<'a> {
+        self.cache = self.cache.remember_places();
+        self
+    }
+
     /// A copy that goes on from the same tokens with its cache in another format; this one must be exact. Nothing of
     /// the prompt is computed again.
     pub fn compressed(&self, format: KvFormat) -> Result<Sequence<'a>, KvError> {

@@ -57,6 +57,10 @@ pub struct ServeArgs {
     /// of it is in /metrics as mosaickv_shadow_*
     #[arg(long, env = "MOSAICKV_SHADOW", default_value = "0", value_name = "SHARE", value_parser = share)]
     shadow: f64,
+    /// Remember which tokens are in which pages of the layered format, so that the page at / can show their texts: takes 4 bytes more for
+    /// each token of each layer and KV head
+    #[arg(long, env = "MOSAICKV_REMEMBER_PLACES")]
+    remember_places: bool,
     /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096
     /// tokens, and the rest through what is compressed, in a fraction of the bytes
     #[arg(long, env = "MOSAICKV_PREFILL_KV", default_value = "exact", value_name = "WHAT")]
@@ -248,6 +252,7 @@ impl ServeArgs {
             tokens_per_step: positive("--max-num-batched-tokens", self.max_num_batched_tokens)?,
             most_waiting: positive("--max-waiting", self.max_waiting)?,
             floor: self.kv_floor,
+            remember_places: self.remember_places,
             // At most the share: of 0.3 every fourth.
             shadow_every: NonZeroU64::new(self.shadow.recip().ceil() as u64).filter(|_| self.shadow > 0.0),
             prefix_cache: if self.no_prefix_cache { PrefixCache::Off } else { PrefixCache::On },

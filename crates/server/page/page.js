@@ -292,9 +292,10 @@ async function showMosaic() {
   // Of an answer that has ended, what was seen last stays.
   if (kind === "task" && !(last && last.live.requests.some((request) => String(request.id_task) === rest[0]))) return;
   const name = encodeURIComponent(rest.join(" "));
-  const answer = await ask(kind === "task" ? `/v1/kv/mosaic/${name}` : `/v1/kv/contexts/${name}/mosaic`);
+  const path = kind === "task" ? `/v1/kv/mosaic/${name}` : `/v1/kv/contexts/${name}/mosaic`;
+  const answer = await ask(path);
   if (!answer.ok) return;
-  shown = await answer.json();
+  shown = Object.assign(await answer.json(), { path });
   drawMosaic();
 }
 
@@ -309,6 +310,7 @@ function drawMosaic() {
   pen.scale(ratio, ratio);
   pen.font = "11px system-ui, sans-serif";
   pen.textBaseline = "middle";
+  const most = Math.max(0, ...shown.heads.map((head) => Math.max(...head.parts.map((part) => part.read || 0))));
   shown.heads.forEach((head, row) => {
     const y = row * ROW;
     if (head.head === 0 && (head.layer % 5 === 0 || shown.layers < 8)) {
@@ -317,7 +319,9 @@ function drawMosaic() {
     }
     places(head, width, (part, i, x, wide) => {
       pen.fillStyle = shade(part.bits);
+      pen.globalAlpha = brightness(part, most);
       pen.fillRect(x, y, Math.max(wide, 0.5), ROW - GAP);
+      pen.globalAlpha = 1;
       if (pointed && pointed.row === row && pointed.part === i) {
         pen.strokeStyle = colour("--ink");
         pen.lineWidth = 2;
@@ -337,6 +341,11 @@ function drawMosaic() {
   if (pointed) tell();
 }
 
+// What steps often select is bright; what they always read, or nobody has counted, is not faded.
+function brightness(part, most) {
+  return part.read === undefined || !most ? 1 : 0.25 + 0.75 * Math.sqrt(part.read / most);
+}
+
 function places(head, width, each) {
   const all = head.parts.reduce((sum, part) => sum + part.tokens, 0) || 1;
   const scale = (width - LEFT) / all;
@@ -352,15 +361,38 @@ function tell() {
   if (!part) { pointed = null; return; }
   const where = part.first === null ? "" : `, from token ${count(part.first)}`;
   const loss = part.loss === undefined ? "" : `, loss ${part.loss.toPrecision(2)}`;
+  const read = part.read === undefined ? "" : `, of which a step reads ${(100 * part.read).toFixed(1)} %`;
   $("mosaic-part").textContent =
-    `Layer ${head.layer}, KV head ${head.head}: ${count(part.tokens)} tokens${where}, ${part.bits.toFixed(2)} bits a scalar, ${bytes(part.bytes)}; ${shown.kinds[part.kind]}${loss}`;
-  if (part.first === null) {
-    $("mosaic-text").textContent = "";
-    return;
+    `Layer ${head.layer}, KV head ${head.head}: ${count(part.tokens)} tokens${where}, ${part.bits.toFixed(2)} bits a scalar, ${bytes(part.bytes)}${read}; ${shown.kinds[part.kind]}${loss}`;
+  const text = part.first === null ? textOf(placed(pointed.row, pointed.part)) : textOf([...Array(part.tokens).keys()].map((i) => part.first + i));
+  const isUnknown = part.first === null && head.placed && !head.placed.some((places) => places.length);
+  $("mosaic-text").textContent = isUnknown ? "Which tokens these are is remembered by servers that are started with --remember-places." :
+    text.length > 1200 ? `${text.slice(0, 600)} … ${text.slice(-600)}` : text;
+}
+
+// Tokens that follow each other together, others apart.
+function textOf(places) {
+  const known = shown.text || [];
+  return places.map((place, i) => {
+    const follows = i === 0 || place === places[i - 1] + 1;
+    return (follows ? "" : " · ") + (known[place - shown.text_from] || "");
+  }).join("");
+}
+
+// Where the tokens of a part are: asked for a head at a time, and only while somebody points at it.
+function placed(row, part) {
+  if (!shown.text) return [];
+  const head = shown.heads[row];
+  if (!head.isAsked) {
+    head.isAsked = true;
+    const of = shown, path = `${shown.path}?layer=${head.layer}&head=${head.head}`;
+    ask(path).then((answer) => answer.ok && answer.json()).then((one) => {
+      if (!one) return;
+      head.placed = one.heads[0].parts.map((part) => part.places || []);
+      if (shown === of && pointed && pointed.row === row) tell();
+    });
   }
-  const first = Math.max(0, part.first - shown.text_from);
-  const text = (shown.text || []).slice(first, first + part.tokens).join("");
-  $("mosaic-text").textContent = text.length > 1200 ? `${text.slice(0, 600)} … ${text.slice(-600)}` : text;
+  return (head.placed || [])[part] || [];
 }
 
 function point(event) {

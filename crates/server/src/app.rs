@@ -3,12 +3,12 @@
 use crate::contexts::Contexts;
 use crate::grammar::{GrammarSource, Unusable};
 use crate::meters::Meters;
-use crate::saved::{Home, Identity};
+use crate::saved::Home;
 use crate::slots::Slots;
 use crate::tools::Dialect;
 use mosaickv_engine::{Service, Settings};
 use mosaickv_kv::KvFormat;
-use mosaickv_model::{Model, Text, calibrate};
+use mosaickv_model::{Model, Text};
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -161,14 +161,7 @@ impl App {
         self.0.loaded.get_or_init(|| {
             let context = self.0.options.most_tokens.unwrap_or(usize::MAX).min(model.context());
             let vocab = model.config.vocab;
-            let calibration = model.calibration.as_deref().map(calibrate::digest);
-            let home = Home {
-                identity: Identity { weights, calibration },
-                shape: model.kv_shape(),
-                calibration: model.calibration.clone(),
-                vocab,
-                kv_memory: settings.kv_memory,
-            };
+            let home = Home::new(&model, weights, settings.kv_memory);
             self.0.contexts.look(&home);
             let service = Service::start(model, threads, settings);
             let (dialect, grammars) = (Dialect::of(&text), GrammarSource::new(&text));

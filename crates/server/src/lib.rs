@@ -31,7 +31,7 @@ mod plan;
 mod reply;
 mod responses;
 mod router;
-mod saved;
+pub mod saved;
 mod slots;
 mod stop;
 mod stream;

@@ -6,13 +6,13 @@ use crate::error::{ApiError, ErrorBody};
 use crate::slots::SlotState;
 use crate::understand::aside;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
 use mosaickv_engine::Look;
-use mosaickv_kv::{HeadInfo, KvCache, KvFormat, PageInfo, SegmentInfo};
+use mosaickv_kv::{HeadParts, Order, Part, Parts};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use tokio::sync::Semaphore;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// Bytes of the tokens' text that are told; of longer contexts the end.
 const MOST_TEXT: usize = 1 << 20;
@@ -100,8 +100,8 @@ pub struct Mosaic {
     pub kinds: Vec<String>,
     /// By layer and KV head.
     pub heads: Vec<MosaicHead>,
-    /// The tokens' texts; of long contexts those of the newest tokens. None where others than the asker may have keys, or of answers with
-    /// a cache_salt.
+    /// The tokens' texts; of long contexts those of the newest tokens. None where others than the asker may have keys, of answers with a
+    /// cache_salt, and beside one head alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub text: Vec<String>,
     /// The first token that `text` has.
@@ -136,6 +136,50 @@ pub struct MosaicPart {
     /// What compression lost of them, relative, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss: Option<f32>,
+    /// The share of them that a step read, where steps selected.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read: Option<f32>,
+    /// Positions of its tokens, where parts have no first one: of a head that was asked for, if the server remembers places.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub places: Vec<u32>,
+}
+
+/// Which head is asked for.
+#[derive(Debug, Clone, Copy, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct WhichHead {
+    /// A layer: with `head`, its mosaic alone, and where its tokens are.
+    layer: Option<usize>,
+    /// A KV head of the layer.
+    head: Option<usize>,
+}
+
+impl WhichHead {
+    fn from(query: Result<Query<WhichHead>, QueryRejection>) -> Result<WhichHead, ApiError> {
+        query.map(|Query(which)| which).map_err(|rejection| ApiError::invalid("layer", rejection.body_text()))
+    }
+
+    fn is_none(self) -> bool {
+        self.layer.is_none() && self.head.is_none()
+    }
+
+    /// What was asked for of what is looked at.
+    fn of(self, look: &Look) -> Result<Parts, ApiError> {
+        let shape = look.cache.shape();
+        let missing = |param: &str| {
+            let (layers, heads) = (shape.layers, shape.kv_heads);
+            let wanted = format!("wanted neither or both of a layer below {layers} and a head below {heads}");
+            ApiError::invalid(param, format!("layer {:?}, head {:?}; {wanted}", self.layer, self.head))
+        };
+        match (self.layer, self.head) {
+            (None, None) => Ok(look.cache.parts()),
+            (Some(layer), Some(head)) => {
+                look.cache.parts_of_head(layer, head).ok_or_else(|| missing("layer"))
+            }
+            (Some(_), None) => Err(missing("head")),
+            (None, Some(_)) => Err(missing("layer")),
+        }
+    }
 }
 
 /// What the engine does right now.
@@ -177,31 +221,36 @@ pub async fn live(State(app): State<App>) -> Result<Json<Live>, ApiError> {
 
 /// The mosaic of an answer that runs, by its `id_task` in /slots.
 #[utoipa::path(get, path = "/v1/kv/mosaic/{task}",
-    params(("task" = u64, Path, description = "The answer's id_task")),
+    params(("task" = u64, Path, description = "The answer's id_task"), WhichHead),
     responses(
         (status = 200, description = "The mosaic", body = Mosaic),
         (status = "4XX", description = "No such answer runs, or its prompt is being compressed", body = ErrorBody),
         (status = "5XX", description = "A server that cannot answer now", body = ErrorBody),
     ))]
-pub async fn mosaic(State(app): State<App>, Path(task): Path<String>) -> Result<Json<Mosaic>, ApiError> {
+pub async fn mosaic(
+    State(app): State<App>,
+    Path(task): Path<String>,
+    which: Result<Query<WhichHead>, QueryRejection>,
+) -> Result<Json<Mosaic>, ApiError> {
     let loaded = app.ready()?.clone();
     let missing = || ApiError::not_found(&format!("/v1/kv/mosaic/{task}"));
     let tag: u64 = task.parse().map_err(|_| missing())?;
+    let which = WhichHead::from(which)?;
     let is_alone = app.options().api_keys.len() < 2;
     let _turn = MAKING.acquire().await;
     let made = aside(move || {
         let look = loaded.service.look(tag).map_err(|refused| ApiError::refused(&refused, 0, "task"))?;
-        Ok(look.map(|look| {
-            let mosaic = mosaic_of(&look);
-            if is_alone && look.salt.is_none() { spelt(&loaded, mosaic, &look.tokens) } else { mosaic }
-        }))
+        let Some(look) = look else { return Ok(None) };
+        let mosaic = mosaic_of(&look, which.of(&look)?);
+        let is_told = which.is_none() && is_alone && look.salt.is_none();
+        Ok(Some(if is_told { spelt(&loaded, mosaic, &look.tokens) } else { mosaic }))
     });
     made.await?.map(Json).ok_or_else(missing)
 }
 
 /// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is not read for this.
 #[utoipa::path(get, path = "/v1/kv/contexts/{name}/mosaic",
-    params(("name" = String, Path, description = "The context's name")),
+    params(("name" = String, Path, description = "The context's name"), WhichHead),
     responses(
         (status = 200, description = "The mosaic", body = Mosaic),
         (status = "4XX", description = "There is no such context, or it is not in memory", body = ErrorBody),
@@ -210,8 +259,10 @@ pub async fn mosaic(State(app): State<App>, Path(task): Path<String>) -> Result<
 pub async fn mosaic_of_context(
     State(app): State<App>,
     Path(name): Path<String>,
+    which: Result<Query<WhichHead>, QueryRejection>,
 ) -> Result<Json<Mosaic>, ApiError> {
     let loaded = app.ready()?.clone();
+    let which = WhichHead::from(which)?;
     let _turn = MAKING.acquire().await;
     let made = aside(move || {
         let away = || ApiError::no_context(&name, "name");
@@ -220,7 +271,8 @@ pub async fn mosaic_of_context(
         let found = loaded.service.find(kv, held.tokens.to_vec(), prompt);
         let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "name"))?.ok_or_else(away)?;
         let look = Look { kv, tokens: kept.context.tokens, prompt, salt: None, cache: kept.context.cache };
-        Ok(spelt(&loaded, mosaic_of(&look), &look.tokens))
+        let mosaic = mosaic_of(&look, which.of(&look)?);
+        Ok(if which.is_none() { spelt(&loaded, mosaic, &look.tokens) } else { mosaic })
     });
     made.await.map(Json)
 }
@@ -242,15 +294,13 @@ fn spelt(loaded: &crate::app::Loaded, mosaic: Mosaic, tokens: &[u32]) -> Mosaic 
     Mosaic { text_from: read.len() - text.len(), text, ..mosaic }
 }
 
-fn mosaic_of(look: &Look) -> Mosaic {
+fn mosaic_of(look: &Look, parts: Parts) -> Mosaic {
     let (cache, shape) = (&look.cache, look.cache.shape());
-    let mut kinds = Kinds::default();
-    let heads = match look.kv {
-        KvFormat::Packed(_) if cache.is_compressed() => packed(cache, &mut kinds),
-        KvFormat::Layered(_) if cache.is_compressed() => layered(cache, &mut kinds),
-        kv => alike(cache, kv, &mut kinds),
+    let of_head = |head: HeadParts| MosaicHead {
+        layer: head.layer,
+        head: head.head,
+        parts: few(head.parts.into_iter().map(MosaicPart::from).collect()),
     };
-    let is_layered = matches!(look.kv, KvFormat::Layered(_)) && cache.is_compressed();
     Mosaic {
         format: if cache.is_compressed() { cache.format() } else { look.kv }.to_string(),
         tokens: cache.tokens(),
@@ -259,27 +309,21 @@ fn mosaic_of(look: &Look) -> Mosaic {
         kv_heads: shape.kv_heads,
         stored_bytes: cache.bytes().total(),
         exact_bytes: shape.exact_bytes(cache.tokens()),
-        order: if is_layered { "importance" } else { "position" },
-        kinds: kinds.names,
-        heads: heads.into_iter().map(|head| MosaicHead { parts: few(head.parts), ..head }).collect(),
+        order: match parts.order {
+            Order::Importance => "importance",
+            Order::Position => "position",
+        },
+        kinds: parts.kinds,
+        heads: parts.heads.into_iter().map(of_head).collect(),
         text: vec![],
         text_from: 0,
     }
 }
 
-/// Names of strategies, each once.
-#[derive(Default)]
-struct Kinds {
-    names: Vec<String>,
-    numbers: HashMap<String, usize>,
-}
-
-impl Kinds {
-    fn number(&mut self, name: String) -> usize {
-        *self.numbers.entry(name).or_insert_with_key(|name| {
-            self.names.push(name.clone());
-            self.names.len() - 1
-        })
+impl From<Part> for MosaicPart {
+    fn from(part: Part) -> MosaicPart {
+        let Part { first, tokens, bits, bytes, kind, loss, read, places } = part;
+        MosaicPart { first, tokens, bits, bytes, kind, loss, read, places }
     }
 }
 
@@ -289,111 +333,17 @@ fn few(parts: Vec<MosaicPart>) -> Vec<MosaicPart> {
     let joined = parts.chunks(together).map(|parts| {
         let sum = |of: fn(&MosaicPart) -> usize| parts.iter().map(of).sum::<usize>();
         let (tokens, bytes) = (sum(|part| part.tokens), sum(|part| part.bytes));
-        let bits =
-            parts.iter().map(|part| part.bits * part.tokens as f32).sum::<f32>() / tokens.max(1) as f32;
-        MosaicPart { tokens, bytes, bits, ..parts[0].clone() }
+        let mean = |of: fn(&MosaicPart) -> f32| {
+            parts.iter().map(|part| of(part) * part.tokens as f32).sum::<f32>() / tokens.max(1) as f32
+        };
+        MosaicPart {
+            tokens,
+            bytes,
+            bits: mean(|part| part.bits),
+            read: parts[0].read.map(|_| mean(|part| part.read.unwrap_or(0.0))),
+            places: parts.iter().flat_map(|part| part.places.iter().copied()).collect(),
+            ..parts[0]
+        }
     });
     joined.collect()
-}
-
-/// All tokens of all heads in one way.
-fn alike(cache: &KvCache, kv: KvFormat, kinds: &mut Kinds) -> Vec<MosaicHead> {
-    let (shape, tokens) = (cache.shape(), cache.tokens());
-    let heads = shape.layers * shape.kv_heads;
-    let bytes = cache.bytes().total() / heads;
-    let kind = kinds.number(if cache.is_compressed() { kv.name().to_owned() } else { "exact".to_owned() });
-    let bits = bits_of(bytes, tokens * shape.head_dim);
-    let part = MosaicPart { first: Some(0), tokens, bits, bytes, kind, loss: None };
-    let head =
-        |i| MosaicHead { layer: i / shape.kv_heads, head: i % shape.kv_heads, parts: vec![part.clone()] };
-    (0..heads).map(head).collect()
-}
-
-fn packed(cache: &KvCache, kinds: &mut Kinds) -> Vec<MosaicHead> {
-    let (shape, all) = (cache.shape(), cache.tokens());
-    let d = shape.head_dim;
-    let head = |i| MosaicHead { layer: i / shape.kv_heads, head: i % shape.kv_heads, parts: vec![] };
-    let mut heads: Vec<MosaicHead> = (0..shape.layers * shape.kv_heads).map(head).collect();
-    let exact = |first: usize, tokens: usize, kinds: &mut Kinds| MosaicPart {
-        first: Some(first),
-        tokens,
-        bits: 16.0,
-        bytes: tokens * 4 * d,
-        kind: kinds.number("exact".to_owned()),
-        loss: None,
-    };
-    for segment in cache.segments() {
-        let SegmentInfo { layer, head, first, tokens, kept, group, block, loss, bytes, temporary, .. } =
-            segment;
-        let waits = if temporary { ", waits for its own strategy" } else { "" };
-        let name = format!("{kept} of {d} elements in groups of {group}, blocks of {block}{waits}");
-        let (kind, bits) = (kinds.number(name), bits_of(bytes, tokens * d));
-        let parts = &mut heads[layer * shape.kv_heads + head].parts;
-        if parts.is_empty() && first > 0 {
-            parts.push(exact(0, first, kinds));
-        }
-        parts.push(MosaicPart { first: Some(first), tokens, bits, bytes, kind, loss: Some(loss) });
-    }
-    for head in &mut heads {
-        // A layer with a sliding window has forgotten the others.
-        let seen = shape.window_of(head.layer).map_or(all, |window| window.min(all));
-        if seen < all {
-            let kind = kinds.number("out of the layer's window".to_owned());
-            let (first, tokens) = (Some(0), all - seen);
-            head.parts.push(MosaicPart { first, tokens, bits: 0.0, bytes: 0, kind, loss: None });
-        }
-        let packed: usize = head.parts.iter().map(|part| part.tokens).sum();
-        if packed < all {
-            head.parts.push(exact(packed, all - packed, kinds));
-        }
-    }
-    heads
-}
-
-fn layered(cache: &KvCache, kinds: &mut Kinds) -> Vec<MosaicHead> {
-    let d = cache.shape().head_dim;
-    let of_head = |info: HeadInfo| {
-        let loss = info.distortion.into_iter().fold(0.0, f32::max);
-        let mut parts: Vec<MosaicPart> = vec![];
-        let mut push = |part: MosaicPart| match parts.last_mut().filter(|last| last.kind == part.kind) {
-            Some(last) => {
-                last.tokens += part.tokens;
-                last.bytes += part.bytes;
-            }
-            None => parts.push(part),
-        };
-        let exact = |kinds: &mut Kinds, name: &str, tokens: usize| MosaicPart {
-            first: None,
-            tokens,
-            bits: 16.0,
-            bytes: tokens * 4 * d,
-            kind: kinds.number(name.to_owned()),
-            loss: None,
-        };
-        push(exact(kinds, "first tokens, exact", info.sinks));
-        info.prompt.iter().for_each(|page| push(of_page(page, (d, "prompt", loss), kinds)));
-        if info.dropped > 0 {
-            let kind = kinds.number("dropped from this head".to_owned());
-            push(MosaicPart { first: None, tokens: info.dropped, bits: 0.0, bytes: 0, kind, loss: None });
-        }
-        info.tail.iter().for_each(|page| push(of_page(page, (d, "newest", loss), kinds)));
-        if info.buffer > 0 {
-            push(exact(kinds, "update buffer, exact", info.buffer));
-        }
-        MosaicHead { layer: info.layer, head: info.head, parts }
-    };
-    cache.layered_heads().into_iter().map(of_head).collect()
-}
-
-fn of_page(page: &PageInfo, (d, place, loss): (usize, &str, f32), kinds: &mut Kinds) -> MosaicPart {
-    let spelt = |[eight, four, two]: [usize; 3]| format!("{eight}/{four}/{two}");
-    let (keys, values) = (spelt(page.keys.channels), spelt(page.values.channels));
-    let kind = kinds.number(format!("{place}: channels of 8/4/2 bits: keys {keys}, values {values}"));
-    let bits = (page.keys.bits() + page.values.bits()) as f32 / (2 * d) as f32;
-    MosaicPart { first: None, tokens: page.tokens, bits, bytes: page.bytes, kind, loss: Some(loss) }
-}
-
-/// Bits a scalar, where keys and values of so many scalars each take so many bytes.
-fn bits_of(bytes: usize, scalars: usize) -> f32 {
-    bytes as f32 * 8.0 / (2 * scalars).max(1) as f32
 }

@@ -100,20 +100,25 @@ impl Maker {
         self.recorder.register_gauge(&self.key(name, labels), &METADATA)
     }
 
-    /// Bytes by formats, and what answers had of their exact caches: of those formats that there are.
+    /// Bytes by formats, what became of prompts, and what answers had of their exact caches: of what there is.
     fn by_format(&self, figures: &Figures) {
         for name in KvFormat::names() {
             let bytes = figures.kv_by_format.get(name).copied().unwrap_or(0);
             let labels = [("part", "allocated"), ("format", name)];
             self.labelled(KV_BYTES, "Bytes for keys and values.", &labels).set(bytes as f64);
         }
+        let counter_of = |name, what: &'static str, labels: &[(&'static str, &str)]| {
+            self.recorder.describe_counter(KeyName::from_const_str(name), None, what.into());
+            self.recorder.register_counter(&self.key(name, labels), &METADATA)
+        };
+        for (strategy, count) in &figures.strategies {
+            let what = "Segments (packed) and pages (layered) that prompts were compressed into.";
+            counter_of("mosaickv_kv_segments_total", what, &[("strategy", strategy)]).absolute(*count);
+        }
         for (kv, shadowed) in &figures.shadowed {
             let format = kv.to_string();
             let labels = [("format", &*format)];
-            let counter = |name, what: &'static str| {
-                self.recorder.describe_counter(KeyName::from_const_str(name), None, what.into());
-                self.recorder.register_counter(&self.key(name, &labels), &METADATA)
-            };
+            let counter = |name, what| counter_of(name, what, &labels);
             counter(
                 "mosaickv_shadow_steps_total",
                 "Sampled tokens that were held against their exact caches.",

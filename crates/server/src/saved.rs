@@ -8,6 +8,7 @@
 use mosaickv_engine::Context;
 use mosaickv_kernels::saved::{Input, Malformed, write_numbers};
 use mosaickv_kv::{Calibration, KvCache, KvFormat, KvShape, ReadError};
+use mosaickv_model::{Model, calibrate};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -79,6 +80,19 @@ pub struct Home {
     pub vocab: usize,
     /// Bytes that all caches may take.
     pub kv_memory: usize,
+}
+
+impl Home {
+    /// Of a model whose weights' digest is this, or whatever else tells its contexts from another model's.
+    pub fn new(model: &Model, weights: String, kv_memory: usize) -> Home {
+        Home {
+            identity: Identity { weights, calibration: model.calibration.as_deref().map(calibrate::digest) },
+            shape: model.kv_shape(),
+            calibration: model.calibration.clone(),
+            vocab: model.config.vocab,
+            kv_memory,
+        }
+    }
 }
 
 /// Why a file can't be used.

@@ -117,6 +117,7 @@ mod tests {
             loss: 0.1,
             bytes: 1000,
             temporary: first > 0,
+            read: None,
         };
         let segments = [segment(0, 0, 0, 8), segment(0, 0, 500, 24), segment(1, 0, 0, 16)];
         let drawn = svg(&segments, 1000, 64).unwrap();

@@ -140,7 +140,13 @@ mod tests {
     }
 
     fn head(layer: usize, pages: &[(HalfInfo, HalfInfo)], dropped: usize) -> HeadInfo {
-        let page = |&(keys, values): &(HalfInfo, HalfInfo)| PageInfo { tokens: 64, keys, values, bytes: 0 };
+        let page = |&(keys, values): &(HalfInfo, HalfInfo)| PageInfo {
+            tokens: 64,
+            keys,
+            values,
+            bytes: 0,
+            read: None,
+        };
         HeadInfo {
             layer,
             head: 0,

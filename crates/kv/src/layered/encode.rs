@@ -5,8 +5,11 @@ use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
+use super::select::Reads;
 use super::window::Newest;
-use super::{Calibration, Dropping, HeadCalibration, Layered, LayeredHead, SINKS, Scales, Segment, fine};
+use super::{
+    Calibration, Dropping, HeadCalibration, Layered, LayeredHead, Places, SINKS, Scales, Segment, fine,
+};
 use crate::KvShape;
 use crate::exact::ExactHead;
 use crate::packed::rows;
@@ -40,7 +43,7 @@ pub(crate) fn compress(
     shape: KvShape,
     calibration: &Arc<Calibration>,
     prompts: Vec<Prompt>,
-    (settings, others): (Layered, usize),
+    (settings, others, keep): (Layered, usize, Places),
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
     assert!(tokens >= Layered::LEAST_TOKENS, "a prompt of {tokens} tokens: too few");
@@ -85,7 +88,7 @@ pub(crate) fn compress(
     }
     let mut made: Vec<Option<LayeredHead>> = jobs.iter().map(|_| None).collect();
     pool.for_each(&mut made, |i, made| {
-        *made = Some(jobs[i].encode(&scales[i], &stored[i], (tried[i].ratios(), settings)));
+        *made = Some(jobs[i].encode(&scales[i], &stored[i], (tried[i].ratios(), settings, keep)));
     });
     let mut made = made.into_iter().flatten();
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
@@ -239,7 +242,7 @@ impl Job<'_> {
         &self,
         scales: &Arc<Scales>,
         (profiles, plan): &Stored,
-        (distortion, settings): ([f32; 2], Layered),
+        (distortion, settings, keep): ([f32; 2], Layered, Places),
     ) -> LayeredHead {
         let d = self.shape.head_dim;
         let (keys, values) = self.rows();
@@ -257,6 +260,7 @@ impl Job<'_> {
             rate: plan.bytes / self.middle().len() as f32,
             distortion,
             asked: Asked::default(),
+            reads: Reads::default(),
             stay: self.newest.stay as u8,
             settings,
             buffer: None,
@@ -279,8 +283,9 @@ impl Job<'_> {
         }
         window.push((keys, values), (fine(d), fine(d)));
         window.shrink();
-        head.prompt = Arc::new(Segment { pages, dropped: middle.len() - plan.order.len() });
-        head.window = Arc::new(Segment { pages: window, dropped: 0 });
+        let dropped = middle.len() - plan.order.len();
+        head.prompt = Arc::new(Segment { pages, dropped, places: keep.of(middle.start, &plan.order) });
+        head.window = Arc::new(Segment::of(window));
         head
     }
 }

@@ -87,7 +87,7 @@ impl LayeredHead {
                 pages.push((&keys, &values), *of_page);
             }
             pages.shrink();
-            Segment { pages, dropped: segment.dropped }
+            Segment { pages, dropped: segment.dropped, places: segment.places.clone() }
         })
     }
 

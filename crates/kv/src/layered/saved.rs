@@ -1,6 +1,7 @@
-//! A layered head as it is written down.
+//! A layered head as it is written down: without the places of its tokens, and without how often they were read.
 
 use super::asked::Asked;
+use super::select::Reads;
 use super::tail::SWAP_AFTER;
 use super::{Calibration, Closing, Layered, LayeredHead, SINKS, Scales, Segment};
 use crate::KvShape;
@@ -26,7 +27,7 @@ impl Segment {
     fn read(input: &mut Input, head_dim: usize) -> Result<Segment, Malformed> {
         let dropped = input.count()?;
         Malformed::unless(dropped <= MOST_TOKENS, || format!("{dropped} tokens without bits"))?;
-        Ok(Segment { pages: Pages::read(input, head_dim)?, dropped })
+        Ok(Segment { dropped, ..Segment::of(Pages::read(input, head_dim)?) })
     }
 }
 
@@ -78,6 +79,7 @@ impl LayeredHead {
             rate,
             distortion: [of_keys, of_values],
             asked,
+            reads: Reads::default(),
             stay,
             settings,
             buffer,

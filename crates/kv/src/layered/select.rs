@@ -100,6 +100,51 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
     (least, least + tiles / ONE_IN)
 }
 
+/// How often steps read the pages that they may leave out.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reads {
+    /// Steps that selected.
+    steps: u32,
+    /// Tiles read of each page of the prompt, then of the tail.
+    tiles: Vec<u32>,
+}
+
+impl Reads {
+    /// Of the pages of the prompt and of the tail by their index there: the share of its tiles that a step read, as far as steps selected.
+    pub(crate) fn share(&self, page: usize) -> Option<f32> {
+        let tiles = *self.tiles.get(page)?;
+        (self.steps > 0).then(|| tiles as f32 / (self.steps as f32 * TILES as f32))
+    }
+
+    /// Bytes allocated.
+    pub(crate) fn bytes(&self) -> usize {
+        self.tiles.capacity() * size_of::<u32>()
+    }
+
+    /// A step that selected these, of so many pages of the prompt and of the tail.
+    fn add(&mut self, chosen: &Chosen, [of_prompt, of_tail]: [usize; 2]) {
+        self.steps = self.steps.saturating_add(1);
+        self.tiles.resize(of_prompt + of_tail, 0);
+        let (prompt, tail) = self.tiles.split_at_mut(of_prompt);
+        for (tiles, visits) in [prompt, tail].into_iter().zip(&chosen.visits) {
+            for (page, read) in visits {
+                let tiles = &mut tiles[*page as usize];
+                *tiles = tiles.saturating_add(read.count_ones());
+            }
+        }
+    }
+}
+
+impl LayeredHead {
+    /// Counts what a step has read, after it.
+    pub(crate) fn count_reads(&mut self, chosen: &Chosen) {
+        if self.settings.select.needed(self.in_pages()).is_some() {
+            let pages = [&self.prompt, &self.tail].map(|segment| segment.pages.pages().len());
+            self.reads.add(chosen, pages);
+        }
+    }
+}
+
 /// The tiles that a step reads: for each page its index in the prompt or the tail, and a bit for each tile.
 #[derive(Debug, Default)]
 pub(crate) struct Chosen {

@@ -13,7 +13,7 @@
 use super::asked::Asked;
 use super::encode::{channels, guard, lift, push};
 use super::plan::{Head, HeadPlan, plan};
-use super::{Dropping, LayeredHead, SINKS, Scales, Segment};
+use super::{Dropping, LayeredHead, Places, SINKS, Scales, Segment};
 use crate::KvBytes;
 use crate::exact::ARC_BYTES;
 use mosaickv_kernels::Pool;
@@ -49,6 +49,8 @@ struct Leaving {
     /// Position of the first token, and what was asked up to now.
     first: usize,
     asked: Asked,
+    /// As the head has it.
+    keep: Places,
     /// Bytes that they take at the prompt's rate, and that are left for them if the tail is to keep it.
     usual: f32,
     left: f32,
@@ -90,6 +92,9 @@ impl Closing {
         for (head, segment) in heads.iter_mut().zip(self.stored()) {
             let tail = Arc::make_mut(&mut head.tail);
             tail.dropped += segment.dropped;
+            if !segment.places.is_empty() {
+                tail.places = [&tail.places[..], &segment.places].concat().into();
+            }
             tail.pages.append(&segment.pages);
             tail.pages.shrink();
             head.leaving = Segment::empty(tail.pages.head_dim());
@@ -103,6 +108,7 @@ impl Closing {
         bytes.queries += self.heads.iter().map(|head| head.asked.bytes()).sum::<usize>();
         if let Some(stored) = self.stored.get() {
             bytes.lists += stored.capacity() * size_of::<Segment>();
+            bytes.lists += stored.iter().map(|segment| size_of_val(&*segment.places)).sum::<usize>();
             bytes.packed += stored.iter().map(|segment| segment.pages.bytes()).sum::<usize>();
         }
     }
@@ -132,7 +138,8 @@ impl Leaving {
         let mut pages = Pages::new(self.segment.pages.head_dim());
         push(&mut pages, rows, plan);
         pages.shrink();
-        Segment { pages, dropped: self.segment.tokens() - plan.order.len() }
+        let dropped = self.segment.tokens() - plan.order.len();
+        Segment { pages, dropped, places: self.keep.of(self.first, &plan.order) }
     }
 }
 
@@ -145,12 +152,21 @@ impl LayeredHead {
         let window = &mut Arc::make_mut(&mut self.window).pages;
         let pages = window.split_first(count);
         window.shrink();
-        self.leaving = Arc::new(Segment { pages, dropped: 0 });
+        self.leaving = Arc::new(Segment::of(pages));
         let tokens = self.leaving.tokens();
         let asked = self.asked.clone();
         self.asked.forget(first + tokens);
         let usual = self.rate * tokens as f32;
         let left = usual + self.rate * self.tail.tokens() as f32 - self.tail.pages.bytes() as f32;
-        Leaving { segment: self.leaving.clone(), scales: self.scales.clone(), first, asked, usual, left }
+        let keep = if self.prompt.places.is_empty() { Places::Forgotten } else { Places::Remembered };
+        Leaving {
+            segment: self.leaving.clone(),
+            scales: self.scales.clone(),
+            first,
+            asked,
+            keep,
+            usual,
+            left,
+        }
     }
 }

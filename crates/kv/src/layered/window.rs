@@ -127,8 +127,9 @@ impl LayeredHead {
         if more < SEGMENT { 0 } else { more }
     }
 
-    /// Remembers some of the steps' queries, after the attention of the newest token.
+    /// Remembers what was read, and some of the steps' queries, after the attention of the newest token.
     pub(crate) fn remember(&mut self, work: &Work) {
+        self.count_reads(&work.chosen);
         if self.buffer.as_ref().is_some_and(|buffer| buffer.tokens().is_multiple_of(EVERY)) {
             self.asked.push(self.tokens() - 1, &work.queries, |r| work.whole[0].log_sum(r));
         }

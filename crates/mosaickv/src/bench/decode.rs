@@ -9,7 +9,7 @@ use crate::demo::DOCUMENT;
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kernels::Pool;
-use mosaickv_kv::{Background, KvFormat, KvFormats, Layered, Timing};
+use mosaickv_kv::{Background, KvCache, KvFormat, KvFormats, Layered, Timing};
 use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
@@ -135,7 +135,15 @@ struct Run {
     missed: Option<String>,
 }
 
-/// Reads the prompt in each of `batch` sequences and generates `steps` tokens after it.
+/// One that has read the same, with pages of its own: a clone's are shared, and memory would have to bring them once for both.
+fn copy_of<'a>(first: &Sequence, (model, pool): (&'a Model, &'a Pool), kv: KvFormat) -> Result<Sequence<'a>> {
+    let mut bytes = vec![];
+    first.cache().write(&mut bytes)?;
+    let cache = KvCache::read(&bytes, model.kv_shape(), kv, model.calibration.clone())?;
+    Ok(Sequence::with_cache(model, pool, cache)?)
+}
+
+/// Has `batch` sequences that have read the prompt, and generates `steps` tokens after it.
 fn run(
     (model, pool): (&Model, &Pool),
     kv: KvFormat,
@@ -145,6 +153,12 @@ fn run(
     let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
     let (mut sequences, mut next, mut ttft) = (vec![], vec![], 0.0);
     for i in 0..batch {
+        if let Some(first) = sequences.first().filter(|_| kv.can_be_saved()) {
+            let copy = copy_of(first, (model, pool), kv)?;
+            sequences.push(copy.with_background(Arc::clone(&background), Timing::Live));
+            next.push(next[0]);
+            continue;
+        }
         let sequence = Sequence::new(model, pool, kv)?;
         let mut sequence = sequence.with_background(Arc::clone(&background), Timing::Live);
         let start = Instant::now();

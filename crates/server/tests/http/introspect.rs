@@ -149,6 +149,10 @@ fn metrics_tell_formats_apart() {
         sample(&metrics, &format!("mosaickv_kv_bytes{{{labels}}}")).unwrap()
     };
     assert!(bytes("packed") > 1000.0 && bytes("exact") > bytes("packed") && bytes("layered") == 0.0);
+    let segments = metrics.lines().filter(|line| line.starts_with("mosaickv_kv_segments_total{"));
+    let segments: Vec<&str> = segments.collect();
+    let is_packed = |line: &&str| line.contains("strategy=\"packed: ") && !line.ends_with(" 0");
+    assert!(!segments.is_empty() && segments.iter().all(is_packed), "{segments:?}");
     let of = |what: &str, format: &str| {
         sample(&metrics, &format!("mosaickv_shadow_{what}{{model_name=\"model\",format=\"{format}\"}}"))
     };

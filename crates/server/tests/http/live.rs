@@ -83,7 +83,23 @@ fn a_running_answer_is_looked_at_and_cancelled() {
                 next += tokens;
             }
         }
+        let is_read = |part: &Value| part["read"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share));
+        let has_reads = heads.iter().all(|head| head["parts"].as_array().unwrap().iter().any(is_read));
+        assert_eq!(has_reads, kv == "packed", "{kv}: {heads:?}");
         assert!(number("stored_bytes") > 0 && number("exact_bytes") > 0);
+        let path = format!("/v1/kv/mosaic/{}", request["id_task"]);
+        let one = server.get(&format!("{path}?layer=1&head=0")).json();
+        let of_one = one["heads"].as_array().unwrap();
+        assert_eq!((of_one.len(), &of_one[0]["layer"], &of_one[0]["head"]), (1, &json!(1), &json!(0)));
+        for (wrong, param) in [
+            ("layer=0", "head"),
+            ("head=0", "layer"),
+            ("layer=99&head=0", "layer"),
+            ("layer=x&head=0", "layer"),
+        ] {
+            let refused = server.get(&format!("{path}?{wrong}"));
+            refused.refused(400, "invalid_request_error", Some(param), None);
+        }
         let text = mosaic["text"].as_array().unwrap();
         assert_eq!((text.len() as u64, &mosaic["text_from"]), (tokens, &json!(0)));
         let slot = format!("/slots/{}?action=cancel", request["id"]);
