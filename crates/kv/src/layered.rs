@@ -137,7 +137,12 @@ pub(crate) struct Scales {
 
 impl Scales {
     /// Keys and values `[T, D]` in the channels of a head, less means and over spreads.
-    fn coordinates(&self, head: &HeadCalibration, keys: &[f32], values: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    pub(crate) fn coordinates(
+        &self,
+        head: &HeadCalibration,
+        keys: &[f32],
+        values: &[f32],
+    ) -> (Vec<f32>, Vec<f32>) {
         let (mut keys, mut values) = (encode::turned(keys, &head.keys), encode::turned(values, &head.values));
         encode::normalize(&mut keys, self.key_mean(), self.key_spread());
         encode::normalize(&mut values, self.value_mean(), self.value_spread());
