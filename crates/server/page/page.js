@@ -253,6 +253,7 @@ for (const id of ["if-ratio", "if-tokens"]) $(id).addEventListener("input", () =
 
 let shown = null;   // what was drawn
 let pointed = null; // { head, part }
+let refused = null; // the path of a context that can't be shown
 const ROW = 8, GAP = 2, LEFT = 64;
 
 async function showSources(requests) {
@@ -293,8 +294,14 @@ async function showMosaic() {
   if (kind === "task" && !(last && last.live.requests.some((request) => String(request.id_task) === rest[0]))) return;
   const name = encodeURIComponent(rest.join(" "));
   const path = kind === "task" ? `/v1/kv/mosaic/${name}` : `/v1/kv/contexts/${name}/mosaic`;
+  // A context stays as it is.
+  if (kind === "context" && (path === refused || (shown && shown.path === path))) return;
   const answer = await ask(path);
-  if (!answer.ok) return;
+  refused = answer.ok ? null : path;
+  if (!answer.ok) {
+    if (kind === "context") $("mosaic-figures").textContent = await reason(answer);
+    return;
+  }
   shown = Object.assign(await answer.json(), { path });
   drawMosaic();
 }

@@ -388,18 +388,6 @@ impl Contexts {
         self.lock().get(name).cloned().ok_or_else(|| ApiError::no_context(name, param))
     }
 
-    /// A context that is in memory, without reading a file for it.
-    pub fn in_memory(&self, name: &str, param: &str) -> Result<Option<Held>, ApiError> {
-        let named = self.get(name, param)?;
-        let known = match &*named.lock() {
-            Place::Kept(tokens, pin) => Some((tokens.clone(), pin.clone())),
-            Place::Saved(_, loose) => {
-                loose.as_ref().and_then(|(tokens, pin)| Some((tokens.clone(), pin.upgrade()?)))
-            }
-        };
-        Ok(known.map(|(tokens, pin)| Held { named, tokens, pin }))
-    }
-
     /// Keeps a context under a name; in a file, if there is a folder.
     fn insert(
         &self,

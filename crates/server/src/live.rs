@@ -248,12 +248,12 @@ pub async fn mosaic(
     made.await?.map(Json).ok_or_else(missing)
 }
 
-/// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is not read for this.
+/// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is loaded for this.
 #[utoipa::path(get, path = "/v1/kv/contexts/{name}/mosaic",
     params(("name" = String, Path, description = "The context's name"), WhichHead),
     responses(
         (status = 200, description = "The mosaic", body = Mosaic),
-        (status = "4XX", description = "There is no such context, or it is not in memory", body = ErrorBody),
+        (status = "4XX", description = "There is no such context, or its file cannot be used", body = ErrorBody),
         (status = "5XX", description = "A server that cannot answer now", body = ErrorBody),
     ))]
 pub async fn mosaic_of_context(
@@ -266,7 +266,7 @@ pub async fn mosaic_of_context(
     let _turn = MAKING.acquire().await;
     let made = aside(move || {
         let away = || ApiError::no_context(&name, "name");
-        let held = app.contexts().in_memory(&name, "name")?.ok_or_else(away)?;
+        let held = app.contexts().hold(&loaded, &name, "name")?;
         let (kv, prompt) = (held.named.kv, held.named.prompt);
         let found = loaded.service.find(kv, held.tokens.to_vec(), prompt);
         let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "name"))?.ok_or_else(away)?;

@@ -116,6 +116,10 @@ fn a_saved_context_is_there_after_a_restart() {
     // What a writer that was killed has left.
     std::fs::write(folder.path().join(".unfinished-abc"), b"MOSAICKV").unwrap();
     std::fs::write(folder.path().join("notes.txt"), b"no context").unwrap();
+    let seen = Server::start(with_folder(folder.path()), Settings::default());
+    let mosaic = seen.get(&format!("{PATH}/river/mosaic")).json();
+    assert_eq!(mosaic["tokens"], tokens, "{mosaic}");
+    drop(seen);
     // What it compresses together of other prompts does not matter to one that is compressed.
     let options = Options { most_exact: Some(5), ..with_folder(folder.path()) };
     let server = Server::start(options, Settings::default());
