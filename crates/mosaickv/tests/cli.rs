@@ -80,6 +80,13 @@ fn inspection_of_formats_that_choose_nothing_or_of_too_little() {
     };
     inspect(&["--kv", "q8_0"], &["q8_0", "only packed and layered"]);
     inspect(&["--kv", "packed"], &["too few"]);
+    inspect(&["--context", "x.context"], &["--file", "--context", "cannot be used with"]);
+    refused(&["inspect", "--model", &model], &["--file"]);
+    let saved = |path: &str, says: &[&str]| {
+        refused(&["inspect", "--model", &model, "--context", path], says);
+    };
+    saved(&text, &["text.txt", "no saved context"]);
+    saved("/no/such/file.context", &["/no/such/file.context", "No such file"]);
 }
 
 #[test]
