@@ -114,6 +114,7 @@ fi
 part "drain" "$work/venv/bin/python" "$here/drain.py" "$pid"
 stop
 
+rm -rf "$work/contexts"
 mkdir -p "$work/contexts"
 start --contexts "$work/contexts"
 part "saved picture" "$work/venv/bin/python" "$here/saved_picture.py" "$mosaickv" "$model" "$work/contexts" \

@@ -81,7 +81,7 @@ def _():
     for key in ["ArrowRight", "ArrowRight", "ArrowDown"]:
         page.keyboard.press(key)
     by_keyboard = text("#mosaic-part")
-    assert all(words in by_keyboard for words in ["Layer 0", "bits a scalar", "of which a step reads"]), by_keyboard
+    assert all(words in by_keyboard for words in ["Layer 0", "bits a scalar", "read at a step"]), by_keyboard
     page.hover("#mosaic", position={"x": 400, "y": 100})
     wait_for("another part", lambda: text("#mosaic-part") != by_keyboard, 10)
     wait_for("the mosaic to change", lambda: text("#mosaic-figures") != before, 30)

@@ -397,6 +397,7 @@ fn bytes_are_conserved_and_each_token_is_sent_once() {
             prefix_cache,
             floor,
             shadow_every,
+            remember_places: false,
         };
         let world = simulate(seed, settings);
         let figures = world.engine.figures();
@@ -442,6 +443,7 @@ fn first_come_is_first_served() {
         prefix_cache: PrefixCache::Off,
         floor: None,
         shadow_every: None,
+        remember_places: false,
     };
     let world = simulate(6, settings);
     let begun: Vec<usize> = world.clients.iter().map(|client| client.submitted).collect();

@@ -111,8 +111,8 @@ pub struct PageInfo {
     pub values: HalfInfo,
     /// Bytes allocated: keys, values and the header.
     pub bytes: usize,
-    /// The share of its tokens that a step read, of all the steps that selected; of pages that are always read and where no step
-    /// selected, none.
+    /// The share of its tokens that a step read, of the steps that selected since it came; of pages that are always read and where no
+    /// step selected, none.
     pub read: Option<f32>,
 }
 
@@ -185,11 +185,11 @@ impl KvCache {
 fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     let mut bytes = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
     of.count(&mut bytes);
-    let read = |page: usize| of.reads.share(page);
+    let read = |page: usize, tokens: usize| of.reads.share(page, tokens);
     let prompt = pages(&of.prompt.pages, read);
     let before = prompt.len();
-    let mut tail = pages(&of.tail.pages, |page| read(before + page));
-    tail.extend([&of.leaving, &of.window].into_iter().flat_map(|segment| pages(&segment.pages, |_| None)));
+    let mut tail = pages(&of.tail.pages, |page, tokens| read(before + page, tokens));
+    tail.extend([&of.leaving, &of.window].into_iter().flat_map(|segment| pages(&segment.pages, |_, _| None)));
     let in_pages: usize = prompt.iter().chain(&tail).map(|page| page.bytes).sum();
     HeadInfo {
         layer,
@@ -204,13 +204,13 @@ fn head_info((layer, head): (usize, usize), of: &LayeredHead) -> HeadInfo {
     }
 }
 
-fn pages(pages: &Pages, read: impl Fn(usize) -> Option<f32>) -> Vec<PageInfo> {
+fn pages(pages: &Pages, read: impl Fn(usize, usize) -> Option<f32>) -> Vec<PageInfo> {
     let page = |(i, page): (usize, &Page)| {
         let [keys, values] = pages.escapes(i);
         let (keys, values) = (HalfInfo::new(page.keys, keys), HalfInfo::new(page.values, values));
         let header = Pages::bytes_of_page(Profile::default(), Profile::default());
         let bytes = header + keys.bytes + values.bytes;
-        PageInfo { tokens: page.tokens(), keys, values, bytes, read: read(i) }
+        PageInfo { tokens: page.tokens(), keys, values, bytes, read: read(i, page.tokens()) }
     };
     pages.pages().iter().enumerate().map(page).collect()
 }

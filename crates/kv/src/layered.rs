@@ -35,7 +35,7 @@ pub(crate) use distortion::is_out_of_line;
 pub(crate) use encode::{Prompt, compress};
 pub(crate) use harder::{compress_harder, excess};
 pub(crate) use importance::Samples;
-use select::Reads;
+use select::PageReads;
 pub use select::Select;
 pub(crate) use tail::Closing;
 pub use target::{ByteCount, Target};
@@ -201,7 +201,7 @@ pub(crate) struct LayeredHead {
     /// What was asked of the window.
     asked: Asked,
     /// How often the pages of the prompt and the tail were read.
-    pub(crate) reads: Reads,
+    pub(crate) reads: PageReads,
     /// Pages that stay in the window when a segment closes.
     stay: u8,
     pub(crate) settings: Layered,

@@ -152,12 +152,12 @@ pub(crate) struct PackedHead {
     /// Not yet told.
     news: Vec<News>,
     /// Of each segment; the last ones may be missing.
-    reads: Vec<Reads>,
+    reads: Vec<SegmentReads>,
 }
 
 /// How often steps read a segment.
 #[derive(Clone, Copy, Debug, Default)]
-struct Reads {
+struct SegmentReads {
     steps: u32,
     /// The shares of its tokens that they read, added up.
     shares: f32,
@@ -313,14 +313,14 @@ impl PackedHead {
         assert_eq!(held, tokens, "temporary segments end where the closed one does");
         self.segments.splice(from..to, [Arc::new(segment)]);
         if from < self.reads.len() {
-            self.reads.splice(from..to.min(self.reads.len()), [Reads::default()]);
+            self.reads.splice(from..to.min(self.reads.len()), [SegmentReads::default()]);
         }
         self.growing.settled += 1;
     }
 
     /// Counts what a step has read, after it: the blocks that it `selected`.
     pub(crate) fn count_reads(&mut self, mut selected: &[u32]) {
-        self.reads.resize(self.segments.len(), Reads::default());
+        self.reads.resize(self.segments.len(), SegmentReads::default());
         let mut end = 0;
         for (segment, reads) in self.segments.iter().zip(&mut self.reads) {
             end += segment.blocks() as u32;
@@ -365,7 +365,7 @@ impl PackedHead {
         bytes.lists += self.segments.capacity() * size_of::<Arc<Segment>>()
             + self.growing.closed.capacity() * size_of::<usize>()
             + self.news.capacity() * size_of::<News>()
-            + self.reads.capacity() * size_of::<Reads>();
+            + self.reads.capacity() * size_of::<SegmentReads>();
         let mut last: Option<&Segment> = None;
         for segment in &self.segments {
             bytes.packed += segment.packed_bytes();

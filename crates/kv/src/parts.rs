@@ -68,6 +68,7 @@ impl KvCache {
     /// Of one head, with the places of its tokens; `None` if there is no such head.
     pub fn parts_of_head(&self, layer: usize, head: usize) -> Option<Parts> {
         let mut parts = self.parts_of(Some((layer, head)));
+        // Other formats tell all of them.
         parts.heads.retain(|of| (of.layer, of.head) == (layer, head));
         (!parts.heads.is_empty()).then_some(parts)
     }
@@ -75,32 +76,33 @@ impl KvCache {
     /// How many segments of the packed format, or pages of the layered one, are kept in which way: told so coarsely that any number of
     /// caches has few ways.
     pub fn strategies(&self) -> BTreeMap<String, u64> {
-        let mut counts = BTreeMap::new();
-        let mut count = |name: String| *counts.entry(name).or_insert(0) += 1;
         let d = self.shape().head_dim;
-        for segment in self.segments() {
-            let SegmentInfo { kept, group, block, .. } = segment;
-            count(format!("packed: {kept} of {d} elements, groups of {group}, blocks of {block}"));
+        let mut segments: BTreeMap<(usize, usize, usize), u64> = BTreeMap::new();
+        for SegmentInfo { kept, group, block, .. } in self.segments() {
+            *segments.entry((kept, group, block)).or_default() += 1;
         }
+        let mut pages = [0u64; 5];
         for page in self.layered_heads().iter().flat_map(|head| head.prompt.iter().chain(&head.tail)) {
             let bits = (page.keys.bits() + page.values.bits()) as f32 / (2 * d) as f32;
-            let steps = [0.0, 1.0, 2.0, 4.0, 8.0];
-            let range = steps.windows(2).find(|range| bits < range[1]).unwrap_or(&[8.0, 8.0]);
-            count(match *range {
-                [from, to] if from < to => format!("layered: {from} to {to} bits a scalar"),
-                _ => "layered: 8 bits a scalar".to_owned(),
-            });
+            pages[[1.0, 2.0, 4.0, 8.0].iter().filter(|from| bits >= **from).count()] += 1;
         }
-        counts
+        let name_of = |(kept, group, block)| {
+            format!("packed: {kept} of {d} elements, groups of {group}, blocks of {block}")
+        };
+        let ranges = ["less than 1 bit", "1 to 2 bits", "2 to 4 bits", "4 to 8 bits", "8 bits"];
+        let of_pages = ranges.iter().zip(pages).filter(|(_, count)| *count > 0);
+        let of_pages = of_pages.map(|(range, count)| (format!("layered: {range} a scalar"), count));
+        segments.into_iter().map(|(of, count)| (name_of(of), count)).chain(of_pages).collect()
     }
 
-    fn parts_of(&self, with_places: Option<(usize, usize)>) -> Parts {
+    fn parts_of(&self, alone: Option<(usize, usize)>) -> Parts {
         let mut kinds = Kinds::default();
         let (order, heads) = match self.format() {
             KvFormat::Packed(_) if self.is_compressed() => (Order::Position, packed(self, &mut kinds)),
             KvFormat::Layered(_) if self.is_compressed() => {
-                let info = self.layered_heads().into_iter();
-                let heads = info.map(|info| layered(self, info, with_places, &mut kinds)).collect();
+                let is_wanted = |info: &HeadInfo| alone.is_none_or(|head| head == (info.layer, info.head));
+                let info = self.layered_heads().into_iter().filter(is_wanted);
+                let heads = info.map(|info| layered(self, info, alone.is_some(), &mut kinds)).collect();
                 (Order::Importance, heads)
             }
             format => (Order::Position, alike(self, format, &mut kinds)),
@@ -196,17 +198,11 @@ fn packed(cache: &KvCache, kinds: &mut Kinds) -> Vec<HeadParts> {
     heads
 }
 
-fn layered(
-    cache: &KvCache,
-    info: HeadInfo,
-    with_places: Option<(usize, usize)>,
-    kinds: &mut Kinds,
-) -> HeadParts {
+fn layered(cache: &KvCache, info: HeadInfo, with_places: bool, kinds: &mut Kinds) -> HeadParts {
     let d = cache.shape().head_dim;
-    let wanted = with_places == Some((info.layer, info.head));
-    let places = if wanted { cache.places(info.layer, info.head) } else { None };
-    let has_places = places.is_some();
-    let mut places = places.unwrap_or_default().into_iter();
+    let remembered = if with_places { cache.places(info.layer, info.head) } else { None };
+    let has_places = remembered.is_some();
+    let mut of_pages = remembered.unwrap_or_default().into_iter();
     let (loss, all) = (info.distortion.into_iter().fold(0.0, f32::max), cache.tokens() as u32);
     let mut parts: Vec<Part> = vec![];
     let mut push = |part: Part| match parts.last_mut() {
@@ -221,14 +217,14 @@ fn layered(
     let sinks = kinds.exact("first tokens, exact", info.sinks, d);
     push(Part { places: run(0..SINKS as u32), ..sinks });
     for page in &info.prompt {
-        let places = places.next().unwrap_or_default();
+        let places = of_pages.next().unwrap_or_default();
         push(Part { places, ..kinds.page(page, (d, "prompt", loss)) });
     }
     if info.dropped > 0 {
         push(kinds.nothing("dropped from this head", info.dropped));
     }
     for page in &info.tail {
-        let places = places.next().unwrap_or_default();
+        let places = of_pages.next().unwrap_or_default();
         push(Part { places, ..kinds.page(page, (d, "newest", loss)) });
     }
     if info.buffer > 0 {

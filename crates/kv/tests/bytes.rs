@@ -40,10 +40,12 @@ fn bytes_reported_are_bytes_allocated() {
     // The model's, not a cache's.
     let calibration = calibration();
     for format in FORMATS.map(|text| text.parse::<KvFormat>().unwrap()) {
-        for (prompt, more) in [(2, 0), (70, 0), (1000, 0), (1000, 200)] {
+        let long = matches!(format, KvFormat::Layered(_)).then_some((2300, 700));
+        for (prompt, more) in [(2, 0), (70, 0), (1000, 0), (1000, 200)].into_iter().chain(long) {
             let before = dhat::HeapStats::get().curr_bytes;
             let cache = KvCache::new(shape, format).unwrap();
-            let mut cache = cache.with_calibration(calibration.clone()).unwrap();
+            // Which only the layered format does.
+            let mut cache = cache.with_calibration(calibration.clone()).unwrap().remember_places();
             let tokens: Vec<f32> = (0..prompt).flat_map(row).collect();
             for layer in 0..3 {
                 cache.append(&pool, layer, &tokens, &tokens).unwrap();
@@ -56,6 +58,8 @@ fn bytes_reported_are_bytes_allocated() {
                 cache.between_steps();
             }
             drop(tokens);
+            let places = cache.places(0, 0).map(|pages| pages.concat().len());
+            assert_eq!(places.is_some_and(|places| places > 2000), prompt > 2000, "{places:?} places");
             let allocated = dhat::HeapStats::get().curr_bytes - before;
             let reported = cache.bytes().total();
             // The cache's own header is on this test's stack, everything else on the heap.

@@ -20,15 +20,15 @@ use std::path::{Path, PathBuf};
     mosaickv inspect --model smollm2-135m --file book.txt\n  \
     mosaickv inspect --model smollm2-135m --file book.txt --kv packed:segment=1024 --svg mosaic.svg --json\n  \
     mosaickv inspect --model smollm2-135m --file book.txt --kv layered:8 --svg profiles.svg --png profiles.png\n  \
-    mosaickv inspect --model smollm2-135m --context contexts/book.kv --svg book.svg")]
+    mosaickv inspect --model smollm2-135m --context contexts/book.context --svg book.svg")]
 pub struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// The text to read
     #[arg(long, value_name = "DOC", required_unless_present = "context")]
     file: Option<PathBuf>,
-    /// A context that a server has saved, in place of a text: nothing is computed
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["file", "kv", "kv_budget", "allow_drop", "select", "tokens"])]
+    /// A context that a server has saved, in place of a text: nothing is read again, and --kv says nothing
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["file", "kv_budget", "allow_drop", "select", "tokens"])]
     context: Option<PathBuf>,
     /// A layered format, or a packed one (smaller segments show more) [default: layered]
     #[arg(long, env = "MOSAICKV_KV")]
@@ -85,11 +85,17 @@ pub fn inspect(args: &InspectArgs) -> Result<()> {
 
 /// The cache of a saved context of the model.
 fn of_context(args: &InspectArgs, path: &Path) -> Result<KvCache> {
+    let longest = std::fs::metadata(path)
+        .with_context(|| format!("cannot read the context {}", path.display()))?
+        .len() as usize;
     let weights = calibrate::weights_name(&fetch::resolve(&args.model.model)?)?;
     let (model, _) = args.model.load(&args.model.threads.pool(), &[KvFormat::Layered(Layered::default())])?;
-    let longest = std::fs::metadata(path).map_or(0, |file| file.len() as usize);
     let read = saved::read(path, &Home::new(&model, weights, longest));
-    Ok(read.with_context(|| format!("cannot read the context {}", path.display()))?.1.cache)
+    let read = read.with_context(|| {
+        let path = path.display();
+        format!("cannot read the context {path}; a server that had --calibration wants the same here")
+    });
+    Ok(read?.1.cache)
 }
 
 /// Prints what the cache chose, and draws it if that was asked for.

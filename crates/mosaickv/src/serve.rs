@@ -57,8 +57,8 @@ pub struct ServeArgs {
     /// of it is in /metrics as mosaickv_shadow_*
     #[arg(long, env = "MOSAICKV_SHADOW", default_value = "0", value_name = "SHARE", value_parser = share)]
     shadow: f64,
-    /// Remember which tokens are in which pages of the layered format, so that the page at / can show their texts: takes 4 bytes more for
-    /// each token of each layer and KV head
+    /// Remember which tokens are in which pages of the layered format, so that the page at / can show their texts (not of what is
+    /// read from files): takes 4 bytes more for each token of each layer and KV head, beside what the format was asked to take
     #[arg(long, env = "MOSAICKV_REMEMBER_PLACES")]
     remember_places: bool,
     /// What later tokens of a long prompt attend to: exact reads all of it before it is compressed, compressed:4096 its first 4,096

@@ -181,7 +181,7 @@ async function tick() {
   showQuality(live.shadows);
   showWhatIf(live);
   await showSources(live.requests);
-  if (ticks++ % MOSAIC_EVERY === 0) await showMosaic();
+  if (ticks++ % MOSAIC_EVERY === 0) showMosaic().catch(() => {});
 }
 
 async function loop() {
@@ -253,7 +253,7 @@ for (const id of ["if-ratio", "if-tokens"]) $(id).addEventListener("input", () =
 
 let shown = null;   // what was drawn
 let pointed = null; // { head, part }
-let refused = null; // the path of a context that can't be shown
+let asked = null;   // the path of what is to be shown
 const ROW = 8, GAP = 2, LEFT = 64;
 
 async function showSources(requests) {
@@ -285,28 +285,39 @@ async function showSources(requests) {
   }
 }
 
-$("source").addEventListener("change", showMosaic);
+$("source").addEventListener("change", () => {
+  asked = null;
+  showMosaic();
+});
 
 async function showMosaic() {
   const [kind, ...rest] = $("source").value.split(" ");
   if (!kind) return;
   // Of an answer that has ended, what was seen last stays.
-  if (kind === "task" && !(last && last.live.requests.some((request) => String(request.id_task) === rest[0]))) return;
+  if (kind === "task" && !runs(rest[0])) return;
   const name = encodeURIComponent(rest.join(" "));
   const path = kind === "task" ? `/v1/kv/mosaic/${name}` : `/v1/kv/contexts/${name}/mosaic`;
-  // A context stays as it is.
-  if (kind === "context" && (path === refused || (shown && shown.path === path))) return;
+  // A context stays as it is, and so does the reason why one can't be shown, until it is chosen anew.
+  if (kind === "context" && asked === path) return;
+  asked = path;
   const answer = await ask(path);
-  refused = answer.ok ? null : path;
-  if (!answer.ok) {
-    if (kind === "context") $("mosaic-figures").textContent = await reason(answer);
-    return;
+  const got = answer.ok ? await answer.json() : await reason(answer);
+  // Another one was chosen meanwhile.
+  if (asked !== path) return;
+  if (answer.ok) {
+    shown = Object.assign(got, { path });
+    drawMosaic();
+  } else if (kind === "context") {
+    shown = pointed = null;
+    $("mosaic").getContext("2d").reset();
+    $("mosaic-figures").textContent = got;
+    $("mosaic-part").textContent = $("mosaic-text").textContent = "";
   }
-  shown = Object.assign(await answer.json(), { path });
-  drawMosaic();
 }
 
-function drawMosaic() {
+const runs = (task) => last && last.live.requests.some((request) => String(request.id_task) === task);
+
+function drawMosaic(isNew) {
   const canvas = $("mosaic"), ratio = window.devicePixelRatio || 1;
   const width = Math.max(320, canvas.parentElement.clientWidth), height = shown.heads.length * ROW + 18;
   canvas.width = width * ratio;
@@ -345,7 +356,7 @@ function drawMosaic() {
   const says = `${shown.format}: ${count(shown.tokens)} tokens in ${bytes(shown.stored_bytes)} of ${bytes(shown.exact_bytes)} (${times}x less)`;
   $("mosaic-figures").textContent = says;
   canvas.setAttribute("aria-label", `Mosaic of ${shown.heads.length} heads, ${says}`);
-  if (pointed) tell();
+  if (pointed) tell(isNew);
 }
 
 // What steps often select is bright; what they always read, or nobody has counted, is not faded.
@@ -363,43 +374,63 @@ function places(head, width, each) {
   });
 }
 
-function tell() {
+// Says what the part is that is pointed at; aloud only if somebody has just pointed.
+function tell(isNew) {
   const head = shown.heads[pointed.row], part = head && head.parts[pointed.part];
   if (!part) { pointed = null; return; }
   const where = part.first === null ? "" : `, from token ${count(part.first)}`;
   const loss = part.loss === undefined ? "" : `, loss ${part.loss.toPrecision(2)}`;
-  const read = part.read === undefined ? "" : `, of which a step reads ${(100 * part.read).toFixed(1)} %`;
+  const read = part.read === undefined ? "" : `, ${(100 * part.read).toFixed(1)} % of them read at a step`;
+  $("mosaic-part").setAttribute("aria-live", isNew ? "polite" : "off");
   $("mosaic-part").textContent =
-    `Layer ${head.layer}, KV head ${head.head}: ${count(part.tokens)} tokens${where}, ${part.bits.toFixed(2)} bits a scalar, ${bytes(part.bytes)}${read}; ${shown.kinds[part.kind]}${loss}`;
-  const text = part.first === null ? textOf(placed(pointed.row, pointed.part)) : textOf([...Array(part.tokens).keys()].map((i) => part.first + i));
-  const isUnknown = part.first === null && head.placed && !head.placed.some((places) => places.length);
-  $("mosaic-text").textContent = isUnknown ? "Which tokens these are is remembered by servers that are started with --remember-places." :
-    text.length > 1200 ? `${text.slice(0, 600)} … ${text.slice(-600)}` : text;
+    `Layer ${head.layer}, KV head ${head.head}: ${count(part.tokens)} tokens${where}${read}, ${part.bits.toFixed(2)} bits a scalar, ${bytes(part.bytes)}; ${shown.kinds[part.kind]}${loss}`;
+  if (part.first !== null) {
+    say(textOf([...Array(part.tokens).keys()].map((i) => part.first + i)));
+  } else if (!shown.text) {
+    say("");
+  } else if (!head.isPlaced) {
+    placeTokens(pointed.row);
+  } else if (head.parts.some((part) => part.places)) {
+    say(textOf(part.places || []));
+  } else {
+    say("Which tokens these are is remembered by a server that is started with --remember-places, of what it has read itself.");
+  }
 }
 
-// Tokens that follow each other together, others apart.
+function say(text) {
+  $("mosaic-text").textContent = text.length > 1200 ? `${text.slice(0, 600)} … ${text.slice(-600)}` : text;
+}
+
+// Tokens that follow each other together, others apart; without those whose texts are not there.
 function textOf(places) {
-  const known = shown.text || [];
-  return places.map((place, i) => {
-    const follows = i === 0 || place === places[i - 1] + 1;
-    return (follows ? "" : " · ") + (known[place - shown.text_from] || "");
+  const known = places.filter((place) => shown.text && shown.text[place - shown.text_from] !== undefined);
+  return known.map((place, i) => {
+    const follows = i === 0 || place === known[i - 1] + 1;
+    return (follows ? "" : " · ") + shown.text[place - shown.text_from];
   }).join("");
 }
 
-// Where the tokens of a part are: asked for a head at a time, and only while somebody points at it.
-function placed(row, part) {
-  if (!shown.text) return [];
-  const head = shown.heads[row];
-  if (!head.isAsked) {
-    head.isAsked = true;
-    const of = shown, path = `${shown.path}?layer=${head.layer}&head=${head.head}`;
-    ask(path).then((answer) => answer.ok && answer.json()).then((one) => {
-      if (!one) return;
-      head.placed = one.heads[0].parts.map((part) => part.places || []);
-      if (shown === of && pointed && pointed.row === row) tell();
-    });
+// Asks where the tokens of a head are, while somebody points at it. The head is then shown as it is by now.
+async function placeTokens(row) {
+  const of = shown, head = of.heads[row];
+  if (head.isAsked) return;
+  head.isAsked = true;
+  const isTask = of.path.startsWith("/v1/kv/mosaic/");
+  if (isTask && !runs(of.path.split("/").pop())) {
+    say("The answer has ended.");
+    return;
   }
-  return (head.placed || [])[part] || [];
+  try {
+    const answer = await ask(`${of.path}?layer=${head.layer}&head=${head.head}`);
+    if (!answer.ok) throw new Error(await reason(answer));
+    const one = await answer.json();
+    const number = (name) => (of.kinds.includes(name) ? of.kinds.indexOf(name) : of.kinds.push(name) - 1);
+    head.parts = one.heads[0].parts.map((part) => ({ ...part, kind: number(one.kinds[part.kind]) }));
+    head.isPlaced = true;
+    if (shown === of) drawMosaic();
+  } catch {
+    head.isAsked = false;
+  }
 }
 
 function point(event) {
@@ -412,12 +443,19 @@ function point(event) {
   places(head, box.width, (part, i, left, wide) => { if (x >= left && x <= left + Math.max(wide, 1)) found = i; });
   if (found !== null && !(pointed && pointed.row === row && pointed.part === found)) {
     pointed = { row, part: found };
-    drawMosaic();
+    drawMosaic(true);
   }
+}
+
+function lookAway() {
+  pointed = null;
+  if (shown) drawMosaic();
 }
 
 $("mosaic").addEventListener("pointermove", point);
 $("mosaic").addEventListener("pointerdown", point);
+$("mosaic").addEventListener("pointerleave", (event) => event.pointerType === "mouse" && lookAway());
+$("mosaic").addEventListener("blur", lookAway);
 $("mosaic").addEventListener("keydown", (event) => {
   const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
   if (!move || !shown) return;
@@ -426,7 +464,7 @@ $("mosaic").addEventListener("keydown", (event) => {
   const row = Math.min(shown.heads.length - 1, Math.max(0, from.row + move[0]));
   const part = Math.min(shown.heads[row].parts.length - 1, Math.max(0, from.part + move[1]));
   pointed = { row, part };
-  drawMosaic();
+  drawMosaic(true);
 });
 
 function drawLegend() {

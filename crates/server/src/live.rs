@@ -100,8 +100,8 @@ pub struct Mosaic {
     pub kinds: Vec<String>,
     /// By layer and KV head.
     pub heads: Vec<MosaicHead>,
-    /// The tokens' texts; of long contexts those of the newest tokens. None where others than the asker may have keys, of answers with a
-    /// cache_salt, and beside one head alone.
+    /// The tokens' texts; of long contexts those of the newest tokens. None beside one head alone, of answers where others than the asker
+    /// may have keys, and of answers with a cache_salt.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub text: Vec<String>,
     /// The first token that `text` has.
@@ -156,7 +156,10 @@ pub struct WhichHead {
 
 impl WhichHead {
     fn from(query: Result<Query<WhichHead>, QueryRejection>) -> Result<WhichHead, ApiError> {
-        query.map(|Query(which)| which).map_err(|rejection| ApiError::invalid("layer", rejection.body_text()))
+        query.map(|Query(which)| which).map_err(|rejection| {
+            let says = rejection.body_text();
+            ApiError::invalid(if says.contains("head") { "head" } else { "layer" }, says)
+        })
     }
 
     fn is_none(self) -> bool {
@@ -174,7 +177,8 @@ impl WhichHead {
         match (self.layer, self.head) {
             (None, None) => Ok(look.cache.parts()),
             (Some(layer), Some(head)) => {
-                look.cache.parts_of_head(layer, head).ok_or_else(|| missing("layer"))
+                let wrong = if layer < shape.layers { "head" } else { "layer" };
+                look.cache.parts_of_head(layer, head).ok_or_else(|| missing(wrong))
             }
             (Some(_), None) => Err(missing("head")),
             (None, Some(_)) => Err(missing("layer")),
@@ -248,13 +252,14 @@ pub async fn mosaic(
     made.await?.map(Json).ok_or_else(missing)
 }
 
-/// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is loaded for this.
+/// The mosaic of a context that was read once, to be asked many times. One that is in its file alone is loaded for this, in place of
+/// prefixes that nobody needs if there are no bytes left.
 #[utoipa::path(get, path = "/v1/kv/contexts/{name}/mosaic",
     params(("name" = String, Path, description = "The context's name"), WhichHead),
     responses(
         (status = 200, description = "The mosaic", body = Mosaic),
-        (status = "4XX", description = "There is no such context, or its file cannot be used", body = ErrorBody),
-        (status = "5XX", description = "A server that cannot answer now", body = ErrorBody),
+        (status = "4XX", description = "There is no such context", body = ErrorBody),
+        (status = "5XX", description = "Its file cannot be used, or a server that cannot answer now", body = ErrorBody),
     ))]
 pub async fn mosaic_of_context(
     State(app): State<App>,
@@ -263,10 +268,14 @@ pub async fn mosaic_of_context(
 ) -> Result<Json<Mosaic>, ApiError> {
     let loaded = app.ready()?.clone();
     let which = WhichHead::from(which)?;
+    let (name, held) = aside({
+        let (app, loaded) = (app.clone(), loaded.clone());
+        move || app.contexts().hold(&loaded, &name, "name").map(|held| (name, held))
+    })
+    .await?;
     let _turn = MAKING.acquire().await;
     let made = aside(move || {
         let away = || ApiError::no_context(&name, "name");
-        let held = app.contexts().hold(&loaded, &name, "name")?;
         let (kv, prompt) = (held.named.kv, held.named.prompt);
         let found = loaded.service.find(kv, held.tokens.to_vec(), prompt);
         let kept = found.map_err(|refused| ApiError::refused(&refused, 0, "name"))?.ok_or_else(away)?;
@@ -333,15 +342,19 @@ fn few(parts: Vec<MosaicPart>) -> Vec<MosaicPart> {
     let joined = parts.chunks(together).map(|parts| {
         let sum = |of: fn(&MosaicPart) -> usize| parts.iter().map(of).sum::<usize>();
         let (tokens, bytes) = (sum(|part| part.tokens), sum(|part| part.bytes));
-        let mean = |of: fn(&MosaicPart) -> f32| {
-            parts.iter().map(|part| of(part) * part.tokens as f32).sum::<f32>() / tokens.max(1) as f32
+        let mean = |of: fn(&MosaicPart) -> Option<f32>| {
+            let known = parts.iter().filter_map(|part| Some((of(part)?, part.tokens as f32)));
+            let (sum, tokens) = known.fold((0.0, 0.0), |all, (x, n)| (all.0 + x * n, all.1 + n));
+            (tokens > 0.0).then_some(sum / tokens)
         };
+        let mut places: Vec<u32> = parts.iter().flat_map(|part| part.places.iter().copied()).collect();
+        places.sort_unstable();
         MosaicPart {
             tokens,
             bytes,
-            bits: mean(|part| part.bits),
-            read: parts[0].read.map(|_| mean(|part| part.read.unwrap_or(0.0))),
-            places: parts.iter().flat_map(|part| part.places.iter().copied()).collect(),
+            bits: mean(|part| Some(part.bits)).unwrap_or(0.0),
+            read: mean(|part| part.read),
+            places,
             ..parts[0]
         }
     });

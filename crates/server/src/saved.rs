@@ -105,7 +105,7 @@ pub enum SavedError {
     #[error("{0}")]
     Unusable(String),
     /// It is another model's.
-    #[error("it was made with {got:?}, and this server has {wanted:?}")]
+    #[error("it was made with {got:?}, and here is {wanted:?}")]
     OtherModel {
         /// The file's.
         got: Identity,
@@ -244,7 +244,7 @@ fn parse(json: &[u8], home: &Home) -> Result<Header, SavedError> {
     let header: Header = serde_json::from_slice(json)
         .map_err(|error| SavedError::Unusable(format!("its header cannot be read: {error}")))?;
     if header.codec != CODEC {
-        let why = format!("it has the version {}, and this server reads {CODEC}", header.codec);
+        let why = format!("it has the version {}, and version {CODEC} is read", header.codec);
         return Err(SavedError::Unusable(why));
     }
     let is_layered = header.kv.starts_with("layered");

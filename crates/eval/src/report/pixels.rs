@@ -1,6 +1,7 @@
 //! A drawing in pixels, for where SVG can't be shown.
 
 use resvg::tiny_skia::{Color, Pixmap, Transform};
+use resvg::usvg::fontdb::{Database, Family, Query};
 use resvg::usvg::{Options, Tree};
 
 /// Pixels of a unit of the drawing, each way.
@@ -12,13 +13,17 @@ pub fn png(svg: &str) -> Result<Vec<u8>, String> {
     let mut options = Options::default();
     let fonts = options.fontdb_mut();
     fonts.load_system_fonts();
-    if fonts.is_empty() {
-        tracing::warn!("a picture without texts: this system has no fonts");
-    }
-    // The family that drawings name need not be there.
-    let family = fonts.faces().next().and_then(|face| Some(face.families.first()?.0.clone()));
-    if let Some(family) = family {
-        fonts.set_sans_serif_family(family);
+    // What this system calls sans-serif, else a family that is likely to be there.
+    let has =
+        |fonts: &Database, family| fonts.query(&Query { families: &[family], ..Query::default() }).is_some();
+    if !has(fonts, Family::SansSerif) {
+        let names = ["DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial"];
+        match names.into_iter().find(|name| has(fonts, Family::Name(name))) {
+            Some(name) => fonts.set_sans_serif_family(name),
+            None => {
+                tracing::warn!("a picture without texts: no font of this system is known to be one for texts")
+            }
+        }
     }
     let tree = Tree::from_str(svg, &options).map_err(|error| format!("the drawing is no SVG: {error}"))?;
     let (width, height) = (tree.size().width() * SCALE, tree.size().height() * SCALE);

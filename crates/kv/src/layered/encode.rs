@@ -5,7 +5,7 @@ use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
-use super::select::Reads;
+use super::select::PageReads;
 use super::window::Newest;
 use super::{
     Calibration, Dropping, HeadCalibration, Layered, LayeredHead, Places, SINKS, Scales, Segment, fine,
@@ -260,7 +260,7 @@ impl Job<'_> {
             rate: plan.bytes / self.middle().len() as f32,
             distortion,
             asked: Asked::default(),
-            reads: Reads::default(),
+            reads: PageReads::default(),
             stay: self.newest.stay as u8,
             settings,
             buffer: None,

@@ -56,12 +56,13 @@ impl LayeredHead {
         [&self.prompt, &self.tail]
     }
 
-    /// Bytes of the pages that were planned, and of all else.
+    /// Bytes of the pages that were planned, and of all else but what nobody plans for: the places of tokens.
     fn bytes_of_pages(&self) -> (usize, usize) {
         let mut all = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
         self.count(&mut all);
-        let pages = self.planned().map(|segment| segment.pages.bytes()).into_iter().sum();
-        (pages, all.total() - pages)
+        let pages: usize = self.planned().map(|segment| segment.pages.bytes()).into_iter().sum();
+        let places: usize = self.planned().map(|segment| size_of_val(&*segment.places)).into_iter().sum();
+        (pages, all.total() - pages - places)
     }
 
     fn again(&self) -> Again {

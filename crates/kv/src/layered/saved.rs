@@ -1,7 +1,7 @@
 //! A layered head as it is written down: without the places of its tokens, and without how often they were read.
 
 use super::asked::Asked;
-use super::select::Reads;
+use super::select::PageReads;
 use super::tail::SWAP_AFTER;
 use super::{Calibration, Closing, Layered, LayeredHead, SINKS, Scales, Segment};
 use crate::KvShape;
@@ -79,7 +79,7 @@ impl LayeredHead {
             rate,
             distortion: [of_keys, of_values],
             asked,
-            reads: Reads::default(),
+            reads: PageReads::default(),
             stay,
             settings,
             buffer,

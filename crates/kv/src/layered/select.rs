@@ -102,33 +102,44 @@ pub(crate) fn bounds(tiles: usize) -> (usize, usize) {
 
 /// How often steps read the pages that they may leave out.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Reads {
+pub(crate) struct PageReads {
     /// Steps that selected.
     steps: u32,
-    /// Tiles read of each page of the prompt, then of the tail.
-    tiles: Vec<u32>,
+    /// Of each page of the prompt, then of the tail.
+    pages: Vec<PageRead>,
 }
 
-impl Reads {
-    /// Of the pages of the prompt and of the tail by their index there: the share of its tiles that a step read, as far as steps selected.
-    pub(crate) fn share(&self, page: usize) -> Option<f32> {
-        let tiles = *self.tiles.get(page)?;
-        (self.steps > 0).then(|| tiles as f32 / (self.steps as f32 * TILES as f32))
+/// How often a page was read.
+#[derive(Clone, Copy, Debug)]
+struct PageRead {
+    /// Its tiles, added up over steps.
+    tiles: u32,
+    /// Steps that had selected before it came.
+    since: u32,
+}
+
+impl PageReads {
+    /// The share of its tokens that a step read, as far as steps selected: of a page of so many tokens by its index among those of the
+    /// prompt and the tail.
+    pub(crate) fn share(&self, page: usize, tokens: usize) -> Option<f32> {
+        let PageRead { tiles, since } = *self.pages.get(page)?;
+        let could = (self.steps - since) as usize * tokens.div_ceil(TILE_TOKENS);
+        (could > 0).then(|| tiles as f32 / could as f32)
     }
 
     /// Bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
-        self.tiles.capacity() * size_of::<u32>()
+        self.pages.capacity() * size_of::<PageRead>()
     }
 
     /// A step that selected these, of so many pages of the prompt and of the tail.
     fn add(&mut self, chosen: &Chosen, [of_prompt, of_tail]: [usize; 2]) {
+        self.pages.resize(of_prompt + of_tail, PageRead { tiles: 0, since: self.steps });
         self.steps = self.steps.saturating_add(1);
-        self.tiles.resize(of_prompt + of_tail, 0);
-        let (prompt, tail) = self.tiles.split_at_mut(of_prompt);
-        for (tiles, visits) in [prompt, tail].into_iter().zip(&chosen.visits) {
+        let (prompt, tail) = self.pages.split_at_mut(of_prompt);
+        for (pages, visits) in [prompt, tail].into_iter().zip(&chosen.visits) {
             for (page, read) in visits {
-                let tiles = &mut tiles[*page as usize];
+                let tiles = &mut pages[*page as usize].tiles;
                 *tiles = tiles.saturating_add(read.count_ones());
             }
         }

@@ -36,7 +36,7 @@ pub struct DecodeArgs {
     kv: Option<KvFormats>,
     #[command(flatten)]
     budget: BudgetArgs,
-    /// Sequences that decode together, one number or several; each reads the prompt into a cache of its own
+    /// Sequences that decode together, one number or several; each has read the prompt, in pages of its own
     #[arg(long, value_delimiter = ',', default_values_t = [1])]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: Vec<u16>,
@@ -135,12 +135,22 @@ struct Run {
     missed: Option<String>,
 }
 
-/// One that has read the same, with pages of its own: a clone's are shared, and memory would have to bring them once for both.
-fn copy_of<'a>(first: &Sequence, (model, pool): (&'a Model, &'a Pool), kv: KvFormat) -> Result<Sequence<'a>> {
+/// So many that have read the same, each with pages of its own: a clone's are shared, and memory would have to bring them once for all.
+fn copies<'a>(
+    first: &Sequence,
+    (model, pool): (&'a Model, &'a Pool),
+    kv: KvFormat,
+    count: usize,
+) -> Result<Vec<Sequence<'a>>> {
     let mut bytes = vec![];
-    first.cache().write(&mut bytes)?;
-    let cache = KvCache::read(&bytes, model.kv_shape(), kv, model.calibration.clone())?;
-    Ok(Sequence::with_cache(model, pool, cache)?)
+    if count > 0 {
+        first.cache().write(&mut bytes)?;
+    }
+    let copy = |_| {
+        let cache = KvCache::read(&bytes, model.kv_shape(), kv, model.calibration.clone())?;
+        Ok(Sequence::with_cache(model, pool, cache)?)
+    };
+    (0..count).map(copy).collect()
 }
 
 /// Has `batch` sequences that have read the prompt, and generates `steps` tokens after it.
@@ -152,13 +162,8 @@ fn run(
 ) -> Result<Run> {
     let background = Arc::new(Background::new(1, MOST_RAW_BYTES));
     let (mut sequences, mut next, mut ttft) = (vec![], vec![], 0.0);
-    for i in 0..batch {
-        if let Some(first) = sequences.first().filter(|_| kv.can_be_saved()) {
-            let copy = copy_of(first, (model, pool), kv)?;
-            sequences.push(copy.with_background(Arc::clone(&background), Timing::Live));
-            next.push(next[0]);
-            continue;
-        }
+    let reads = if kv.can_be_saved() { 1 } else { batch };
+    for i in 0..reads {
         let sequence = Sequence::new(model, pool, kv)?;
         let mut sequence = sequence.with_background(Arc::clone(&background), Timing::Live);
         let start = Instant::now();
@@ -167,6 +172,10 @@ fn run(
             ttft = start.elapsed().as_secs_f64();
         }
         sequences.push(sequence);
+    }
+    for copy in copies(&sequences[0], (model, pool), kv, batch - reads)? {
+        sequences.push(copy.with_background(Arc::clone(&background), Timing::Live));
+        next.push(next[0]);
     }
     let missed = budget::missed(sequences[0].cache());
     let read = |all: &[Sequence]| all.iter().map(|sequence| sequence.cache().bytes_read()).sum::<u64>();
