@@ -157,19 +157,18 @@ impl KvCache {
     pub fn places(&self, layer: usize, head: usize) -> Option<Vec<Vec<u32>>> {
         let Layer::Layered(heads) = self.layers.get(layer)? else { return None };
         let of = heads.get(head)?;
-        if of.prompt.places.is_empty() {
-            return None;
-        }
+        of.prompt.places.as_ref()?;
         let mut out = vec![];
         let mut first = SINKS as u32;
         for segment in of.segments() {
             let end = first + segment.tokens() as u32;
             let in_order: Vec<u32>;
-            let mut rest = if segment.dropped > 0 || !segment.places.is_empty() {
-                &segment.places[..]
-            } else {
-                in_order = (first..end).collect();
-                &in_order
+            let mut rest = match &segment.places {
+                Some(places) => &places[..],
+                None => {
+                    in_order = (first..end).collect();
+                    &in_order
+                }
             };
             for page in segment.pages.pages() {
                 let (of_page, others) = rest.split_at(page.tokens());

@@ -88,10 +88,10 @@ pub(crate) enum Places {
 
 impl Places {
     /// Those of tokens that are counted from `first`.
-    fn of(self, first: usize, order: &[u32]) -> Box<[u32]> {
+    fn of(self, first: usize, order: &[u32]) -> Option<Box<[u32]>> {
         match self {
-            Places::Forgotten => [].into(),
-            Places::Remembered => order.iter().map(|t| first as u32 + t).collect(),
+            Places::Forgotten => None,
+            Places::Remembered => Some(order.iter().map(|t| first as u32 + t).collect()),
         }
     }
 }
@@ -101,8 +101,8 @@ pub(crate) struct Segment {
     pub(crate) pages: Pages,
     /// Tokens that are in no page.
     pub(crate) dropped: usize,
-    /// Positions of the pages' tokens, in their order; of none unless they are remembered.
-    pub(crate) places: Box<[u32]>,
+    /// Positions of the pages' tokens, in their order, if they are remembered.
+    pub(crate) places: Option<Box<[u32]>>,
 }
 
 impl Segment {
@@ -111,7 +111,7 @@ impl Segment {
 
     /// Of pages in the order of their tokens, of which none was dropped.
     fn of(pages: Pages) -> Segment {
-        Segment { pages, dropped: 0, places: [].into() }
+        Segment { pages, dropped: 0, places: None }
     }
 
     /// Without tokens, of vectors of `d` channels.
@@ -121,7 +121,12 @@ impl Segment {
 
     /// What it takes beside its pages' bytes.
     fn list_bytes(&self) -> usize {
-        Segment::BYTES + size_of_val(&*self.places)
+        Segment::BYTES + self.place_bytes()
+    }
+
+    /// Those of the places.
+    fn place_bytes(&self) -> usize {
+        self.places.as_deref().map_or(0, size_of_val)
     }
 
     pub(crate) fn tokens(&self) -> usize {

@@ -317,7 +317,7 @@ mod tests {
                 let mut seen = 0;
                 for (page, (profile, got)) in places.iter().zip(decoded) {
                     assert!(page.len() <= PAGE_TOKENS && got.len() == page.len() * D);
-                    if profile.eight + profile.four == 0 {
+                    if profile.groups() == 0 {
                         continue;
                     }
                     // The first group, which has most bits.
@@ -327,7 +327,7 @@ mod tests {
                     };
                     let shift = if page.contains(&(keys.len() as u32 / ROW as u32 - 1)) { 0 } else { 1 };
                     let (here, beside) = (error(raw(0, page)), error(raw(shift, page)));
-                    assert!(shift == 0 || here < 0.1 * beside, "head {g}: {here}, beside {beside}");
+                    assert!(shift == 0 || here < 0.3 * beside, "head {g}: {here}, beside {beside}");
                     seen += 1;
                 }
                 assert!(seen > 20, "{seen} pages could be told");

@@ -11,7 +11,7 @@ use clap::Args;
 use mosaickv_eval::report::{mosaic, pixels, profiles};
 use mosaickv_kv::{KvCache, KvFormat, Layered};
 use mosaickv_model::{Sequence, Specials};
-use mosaickv_server::saved::{self, Home};
+use mosaickv_server::saved::{self, Home, SavedError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -91,10 +91,11 @@ fn of_context(args: &InspectArgs, path: &Path) -> Result<KvCache> {
     let weights = calibrate::weights_name(&fetch::resolve(&args.model.model)?)?;
     let (model, _) = args.model.load(&args.model.threads.pool(), &[KvFormat::Layered(Layered::default())])?;
     let read = saved::read(path, &Home::new(&model, weights, longest));
-    let read = read.with_context(|| {
-        let path = path.display();
-        format!("cannot read the context {path}; a server that had --calibration wants the same here")
-    });
+    let hint = match &read {
+        Err(SavedError::OtherModel { .. }) => "; give the --model and the --calibration that its server had",
+        _ => "",
+    };
+    let read = read.with_context(|| format!("cannot read the context {}{hint}", path.display()));
     Ok(read?.1.cache)
 }
 

@@ -188,6 +188,9 @@ pub fn read(path: &Path, home: &Home) -> Result<(Header, Context), SavedError> {
     }
     let mut bytes = Vec::with_capacity(length as usize);
     file.take(most).read_to_end(&mut bytes)?;
+    if !bytes.starts_with(MAGIC) {
+        return Err(SavedError::Unusable("it is no saved context".to_owned()));
+    }
     let (rest, sum) = bytes
         .split_last_chunk::<32>()
         .ok_or_else(|| SavedError::Unusable(format!("it has {} bytes", bytes.len())))?;

@@ -61,7 +61,7 @@ impl LayeredHead {
         let mut all = KvBytes { lists: size_of::<LayeredHead>(), ..KvBytes::default() };
         self.count(&mut all);
         let pages: usize = self.planned().map(|segment| segment.pages.bytes()).into_iter().sum();
-        let places: usize = self.planned().map(|segment| size_of_val(&*segment.places)).into_iter().sum();
+        let places: usize = self.planned().map(|segment| segment.place_bytes()).into_iter().sum();
         (pages, all.total() - pages - places)
     }
 

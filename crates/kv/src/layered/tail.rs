@@ -92,8 +92,9 @@ impl Closing {
         for (head, segment) in heads.iter_mut().zip(self.stored()) {
             let tail = Arc::make_mut(&mut head.tail);
             tail.dropped += segment.dropped;
-            if !segment.places.is_empty() {
-                tail.places = [&tail.places[..], &segment.places].concat().into();
+            if let Some(places) = &segment.places {
+                let before = tail.places.as_deref().unwrap_or_default();
+                tail.places = Some([before, places].concat().into());
             }
             tail.pages.append(&segment.pages);
             tail.pages.shrink();
@@ -108,7 +109,7 @@ impl Closing {
         bytes.queries += self.heads.iter().map(|head| head.asked.bytes()).sum::<usize>();
         if let Some(stored) = self.stored.get() {
             bytes.lists += stored.capacity() * size_of::<Segment>();
-            bytes.lists += stored.iter().map(|segment| size_of_val(&*segment.places)).sum::<usize>();
+            bytes.lists += stored.iter().map(Segment::place_bytes).sum::<usize>();
             bytes.packed += stored.iter().map(|segment| segment.pages.bytes()).sum::<usize>();
         }
     }
@@ -158,7 +159,7 @@ impl LayeredHead {
         self.asked.forget(first + tokens);
         let usual = self.rate * tokens as f32;
         let left = usual + self.rate * self.tail.tokens() as f32 - self.tail.pages.bytes() as f32;
-        let keep = if self.prompt.places.is_empty() { Places::Forgotten } else { Places::Remembered };
+        let keep = if self.prompt.places.is_some() { Places::Remembered } else { Places::Forgotten };
         Leaving {
             segment: self.leaving.clone(),
             scales: self.scales.clone(),
