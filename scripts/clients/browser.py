@@ -105,7 +105,7 @@ def _():
     asks.start()
 
     def source():
-        return page.locator("#source option", has_text="layered:8").filter(has_not_text="as it was")
+        return page.locator("#source option", has_text="layered").filter(has_not_text="as it was")
 
     wait_for("its mosaic to choose from", lambda: source().count() == 1, 120)
     page.select_option("#source", source().get_attribute("value"))
