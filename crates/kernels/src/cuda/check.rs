@@ -45,7 +45,7 @@ impl Random {
 
     /// Below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        (u64::from(self.bits()) * end as u64 >> 32) as usize
+        ((u64::from(self.bits()) * end as u64) >> 32) as usize
     }
 
     /// About normal: a sum of even numbers.

@@ -225,7 +225,7 @@ impl Device for Driver {
         let threads = kernel.threads as i32;
         // SAFETY: the function is the module's.
         let count =
-            unsafe { result::function::max_active_block_per_multiprocessor(function, threads, shared) };
+            unsafe { result::occupancy::max_active_block_per_multiprocessor(function, threads, shared) };
         let count = count.map_err(failed(kernel.name))?;
         if count < 1 {
             let why = format!("a multiprocessor has no room for {threads} threads and {shared} bytes");
