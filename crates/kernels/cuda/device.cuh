@@ -70,6 +70,8 @@ DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// A product by itself, not as a part of a multiply-add.
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 DEVICE int round_to_int(float x) { return __float2int_rn(x); }
 DEVICE int floor_to_int(float x) { return __float2int_rd(x); }

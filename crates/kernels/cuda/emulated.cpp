@@ -23,6 +23,10 @@ const Entry ENTRIES[] = {
     ENTRY(layered_attend_128, LayeredParameters),
     ENTRY(layered_finish_64, LayeredParameters),
     ENTRY(layered_finish_128, LayeredParameters),
+    ENTRY(layered_count_64, EncodeParameters),
+    ENTRY(layered_count_128, EncodeParameters),
+    ENTRY(layered_encode_64, EncodeParameters),
+    ENTRY(layered_encode_128, EncodeParameters),
 };
 }  // namespace
 
@@ -36,3 +40,7 @@ extern "C" int mosaickv_emulated_launch(const char* name, int blocks, int thread
     }
     return 1;
 }
+
+// Memory that ends where a page ends; `bytes` is a multiple of 16. Null if there is none.
+extern "C" unsigned char* mosaickv_emulated_alloc(size_t bytes) { return emulation::guarded_alloc(bytes); }
+extern "C" void mosaickv_emulated_free(unsigned char* at, size_t bytes) { emulation::guarded_free(at, bytes); }

@@ -1,11 +1,11 @@
 // Runs kernels on the host: one block after the other, each thread a fiber.
 //
-// Barriers and whatever lanes do together switch fibers; lanes must do the same thing together, or the program ends with a message.
+// Memory ends where its pages do: an access beyond an allocation, or beyond the shared memory that a launch asks for, is a fault. Barriers and whatever lanes do together switch fibers; lanes must do the same thing together, or the program ends with a message.
 // Shared memory holds garbage when a block begins; asynchronous copies land when they are waited for, not before. Fragment layouts of
 // the tensor cores are those of the PTX manual, element by element.
 //
 // What this cannot catch: races between threads (they run one at a time, in a fixed order between barriers), the order of memory
-// accesses, alignment that only the GPU asks for, `approx` instructions' last bits, launch limits, and speed.
+// accesses, `approx` instructions' last bits, launch limits, and speed.
 #pragma once
 
 #include <csetjmp>
@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -37,6 +38,18 @@ constexpr int LANES = 32;
 constexpr size_t STACK = 96 << 10;
 
 enum class Together { None, Sync, Shuffle, ShuffleXor, ShuffleUp, Any, Transpose, Halves, Bytes, Weights };
+
+// Bytes, a multiple of 16, before a page that can't be touched.
+inline size_t whole_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+inline unsigned char* guarded_alloc(size_t bytes) {
+    size_t whole = whole_pages(bytes);
+    void* at = mmap(nullptr, whole + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED || mprotect((char*)at + whole, 4096, PROT_NONE) != 0) return nullptr;
+    return (unsigned char*)at + whole - bytes;
+}
+inline void guarded_free(unsigned char* at, size_t bytes) {
+    munmap(at + bytes - whole_pages(bytes), whole_pages(bytes) + 4096);
+}
 
 struct Copy {
     void* to;
@@ -63,7 +76,7 @@ struct Warp {
 
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
-inline std::vector<unsigned char> shared;
+inline unsigned char* shared;
 inline jmp_buf scheduler;
 inline ucontext_t home;
 inline int current, threads, block, blocks;
@@ -123,8 +136,7 @@ inline void together(Together what, const uint32_t* words, int count, F look) {
 }
 
 inline void run_block(size_t shared_bytes) {
-    // Past the bytes that were asked for there are none that can be used.
-    shared.assign(shared_bytes + 128, 0xcd);
+    std::memset(shared, 0xcd, shared_bytes);
     arrived = 0;
     for (int i = 0; i < threads; i++) {
         Fiber& fiber = fibers[i];
@@ -169,7 +181,11 @@ inline void launch(void (*kernel)(const void*), int grid, int block_size, size_t
     if (threads % LANES != 0) fail("a block that is not made of whole warps");
     if ((int)fibers.size() < threads) fibers.resize(threads);
     warps.resize(threads / LANES);
+    shared_bytes = (shared_bytes + 15) / 16 * 16;
+    shared = guarded_alloc(shared_bytes);
+    if (!shared) fail("no memory");
     for (block = 0; block < grid; block++) run_block(shared_bytes);
+    guarded_free(shared, shared_bytes);
 }
 
 // Byte `i` of a word.
@@ -203,10 +219,7 @@ inline void multiply(Together what, C (&c)[4], const uint32_t (&words)[6], A of_
 
 }  // namespace emulation
 
-DEVICE unsigned char* shared_memory() {
-    auto at = (uintptr_t)emulation::shared.data();
-    return (unsigned char*)((at + 127) / 128 * 128);
-}
+DEVICE unsigned char* shared_memory() { return emulation::shared; }
 DEVICE void follow() {}
 DEVICE int thread_index() { return emulation::current; }
 DEVICE int block_index() { return emulation::block; }
@@ -263,6 +276,7 @@ DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 
 DEVICE float exp2_fast(float x) { return std::exp2(x); }
 DEVICE float log2_fast(float x) { return std::log2(x); }
+DEVICE float product(float a, float b) { return a * b; }
 DEVICE float bits_to_float(uint32_t x) {
     float y;
     std::memcpy(&y, &x, 4);

@@ -232,8 +232,6 @@ DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int i
     const uint2* pages = reinterpret_cast<const uint2*>(head.pages);
     const uint8_t* from = head.leading + lane / 4 * 16;
     SharedAddress ring = shared_address(&shared.ring[warp][0][0][lane]);
-    SketchQueries queries = sketch_queries<D>(p, index);
-    queries.tables = read_tables(shared.tables);
     uint8_t* codes = p.codes + ((int64_t)index * p.tile_stride + (int64_t)first * TILES) * p.rows_stored;
     // Lane i has what describes page i of 32, and of the 32 after those.
     auto describe = [&](int at) { return at + lane < end ? pages[at + lane] : uint2{0, 0}; };
@@ -245,6 +243,9 @@ DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int i
         copies_end_group();
     };
     for (int i = 0; i < STAGES - 1; i++) ask(i);
+    // Meanwhile.
+    SketchQueries queries = sketch_queries<D>(p, index);
+    queries.tables = read_tables(shared.tables);
     for (int start = first; start < end; start += WARP) {
         for (int i = 0; i < WARP && start + i < end; i++) {
             wait_for_copies<STAGES - 2>();

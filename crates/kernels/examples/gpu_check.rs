@@ -27,13 +27,14 @@ const BATCHES: [usize; 3] = [1, 4, 8];
 const KNOWN: usize = 68;
 /// Pages that are made anew; more are copies of them.
 const DISTINCT: usize = 512;
-const CHECKS: [&str; 8] = [
+const CHECKS: [&str; 9] = [
     "exact",
     "exact-long",
     "layered-all",
     "layered-profiles",
     "layered-selected",
     "layered-long",
+    "layered-encode",
     "layered-selected-overlapped",
     "layered-long-overlapped",
 ];
@@ -277,6 +278,13 @@ fn run_check(name: &str) -> Result<()> {
                 show_exact(name, shape, check::exact(&gpu, seed, shape, &lengths, PARTS));
             }
         }
+        "layered-encode" => {
+            for d in [64, 128] {
+                let case = Case { escapes: 30, ..case(shape(1, 1, 1, d), &[1, 63, 5000]) };
+                let outcome = check::encoding(&gpu, seed, &case).map(|()| 0.0);
+                show_exact(name, case.shape, outcome);
+            }
+        }
         _ => {
             for case in cases(name)? {
                 let of =
@@ -308,8 +316,9 @@ fn show_exact(name: &str, shape: Shape, outcome: std::result::Result<f64, impl s
     }
 }
 
-fn cases(name: &str) -> Result<Vec<Case>> {
-    let case = |shape: Shape, lengths: &[usize]| Case {
+/// All is read, all profiles occur.
+fn case(shape: Shape, lengths: &[usize]) -> Case {
+    Case {
         shape,
         lengths: lengths.to_vec(),
         known: vec![],
@@ -318,7 +327,10 @@ fn cases(name: &str) -> Result<Vec<Case>> {
         choice: Choice::all(),
         spread: 3.0,
         escapes: 100,
-    };
+    }
+}
+
+fn cases(name: &str) -> Result<Vec<Case>> {
     Ok(match name {
         "layered-all" => {
             let sizes = [(4, 128), (1, 64), (3, 64), (8, 128)];

@@ -1,4 +1,4 @@
-//! The same formats on a GPU: `exact` and `layered` attention for one token of each of some sequences.
+//! The same formats on a GPU: `exact` and `layered` attention for one token of each of some sequences, and layered pages out of vectors.
 //!
 //! The kernels are CUDA C++ in this crate's folder `cuda`. With feature `cuda` they are compiled for GPUs and loaded through the driver at run time
 //! ([`driver`]), with `cuda-emulated` for the host, where tests run them thread by thread ([`emulated`]). A [`Gpu`] is one or the
@@ -13,6 +13,7 @@ mod device;
 pub mod driver;
 #[cfg(feature = "cuda-emulated")]
 pub mod emulated;
+pub mod encode;
 pub mod exact;
 pub mod layered;
 pub(crate) mod parameters;

@@ -45,7 +45,7 @@ pub trait Device: fmt::Debug + Send + Sync {
     fn name(&self) -> String;
     /// Multiprocessors.
     fn multiprocessors(&self) -> usize;
-    /// Address of `bytes` bytes, aligned to 256.
+    /// Address of `bytes` bytes, a multiple of 16, aligned to 16 at least.
     fn alloc(&self, bytes: usize) -> Result<u64, Error>;
     /// Gives them back.
     ///

@@ -3,7 +3,6 @@
 //! What that cannot catch, `cuda/emulation.h` says: races, the order of memory accesses, and speed.
 
 use super::device::{Device, Error, Gpu, Kernel, aligned};
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
@@ -24,6 +23,8 @@ unsafe extern "C" {
         shared_bytes: usize,
         parameters: *const c_void,
     ) -> c_int;
+    fn mosaickv_emulated_alloc(bytes: usize) -> *mut u8;
+    fn mosaickv_emulated_free(at: *mut u8, bytes: usize);
 }
 
 impl Emulated {
@@ -32,10 +33,6 @@ impl Emulated {
         assert!(multiprocessors > 0, "a device without multiprocessors");
         Gpu::new(Emulated { multiprocessors })
     }
-}
-
-fn layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, 256).expect("an allocation of a sensible size")
 }
 
 impl Device for Emulated {
@@ -48,10 +45,10 @@ impl Device for Emulated {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
-        // SAFETY: `Gpu::alloc` asks for at least one byte.
-        let at = unsafe { alloc(layout(bytes)) };
+        // SAFETY: it only allocates.
+        let at = unsafe { mosaickv_emulated_alloc(bytes) };
         if at.is_null() {
-            handle_alloc_error(layout(bytes));
+            return Err(Error::Memory { wanted: bytes, why: "the system has none".into() });
         }
         // SAFETY: so many bytes were allocated. Nothing may rely on what they hold.
         unsafe { at.write_bytes(0xcd, bytes) };
@@ -60,7 +57,7 @@ impl Device for Emulated {
 
     unsafe fn free(&self, address: u64, bytes: usize) {
         // SAFETY: by the caller's promise it comes from `alloc`.
-        unsafe { dealloc(address as *mut u8, layout(bytes)) }
+        unsafe { mosaickv_emulated_free(address as *mut u8, bytes) }
     }
 
     unsafe fn write(&self, to: u64, from: &[u8]) -> Result<(), Error> {

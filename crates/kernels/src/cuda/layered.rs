@@ -95,6 +95,15 @@ pub struct Scales {
     pub value_spread: Vec<f16>,
 }
 
+impl Scales {
+    /// One after the other.
+    fn upload(&self, gpu: &Gpu, head_dim: usize) -> Result<Buffer, Error> {
+        let all = [&self.key_mean, &self.key_spread, &self.value_mean, &self.value_spread];
+        assert!(all.iter().all(|x| x.len() == head_dim), "means and spreads are not of {head_dim} channels");
+        gpu.upload(&all.map(|x| &x[..]).concat())
+    }
+}
+
 /// Rotations `[D, D]` of one head of the model, which all sequences share.
 #[derive(Debug)]
 pub struct Rotations {
@@ -167,21 +176,47 @@ impl Head {
                 ..*tile
             }));
         }
-        let Scales { key_mean, key_spread, value_mean, value_spread } = scales;
-        let scales = [key_mean, key_spread, value_mean, value_spread];
-        assert!(scales.iter().all(|x| x.len() == d), "means and spreads are not of {d} channels");
         Ok(Head {
             leading: again(&bytes.leading)?,
             lines: again(&bytes.lines)?,
             escapes: again(bytemuck::cast_slice(&bytes.escapes))?,
             pages: gpu.upload(&described.0)?,
             tiles: gpu.upload(&described.1)?,
-            scales: gpu.upload(&scales.map(|x| &x[..]).concat())?,
+            scales: scales.upload(gpu, d)?,
             head_dim: d,
             page_count,
             selectable,
             most_bytes: bytes.most,
         })
+    }
+
+    /// Of pages that were encoded on the device: what lies apart, other lines, escapes, what describes pages and tiles.
+    pub(super) fn of_parts(
+        gpu: &Gpu,
+        [leading, lines, escapes, pages, tiles]: [Buffer; 5],
+        (page_count, selectable, most_bytes): (usize, usize, usize),
+        scales: &Scales,
+    ) -> Result<Head, Error> {
+        assert!(selectable <= page_count, "{selectable} of {page_count} pages to choose from");
+        let head_dim = scales.key_mean.len();
+        let scales = scales.upload(gpu, head_dim)?;
+        Ok(Head {
+            leading,
+            lines,
+            escapes,
+            pages,
+            tiles,
+            scales,
+            head_dim,
+            page_count,
+            selectable,
+            most_bytes,
+        })
+    }
+
+    /// What [`of_parts`](Head::of_parts) has, for comparisons.
+    pub(super) fn parts(&self) -> [&Buffer; 5] {
+        [&self.leading, &self.lines, &self.escapes, &self.pages, &self.tiles]
     }
 
     /// Bytes in the device's memory: of what lies apart, of other lines, of all else.

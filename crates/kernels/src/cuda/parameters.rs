@@ -137,4 +137,33 @@ pub(crate) struct LayeredParameters {
     pub slices: i32,
 }
 
-plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 232);
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EncodePage {
+    pub leading: u32,
+    pub lines: u32,
+    pub first: u32,
+    pub keys: [u8; 3],
+    pub values: [u8; 3],
+    pub tokens: u8,
+    pub unused: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EncodeParameters {
+    pub keys: u64,
+    pub values: u64,
+    pub order: u64,
+    pub pages: u64,
+    pub counts: u64,
+    pub leading: u64,
+    pub lines: u64,
+    pub escapes: u64,
+    pub sketch_pages: u64,
+    pub tiles: u64,
+    pub page_count: i32,
+    pub unused: i32,
+}
+
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 232, EncodePage: 20, EncodeParameters: 88);

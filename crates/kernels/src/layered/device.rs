@@ -25,6 +25,17 @@ pub(crate) fn bytes_of_tile(keys: Profile, values: Profile) -> usize {
     SKETCH * 2 * LINE + (within.lines_of_tile() + values.lines_of_tile()) * LINE
 }
 
+/// Lines of a page of these profiles: those apart, and those of its tiles.
+pub(crate) fn lines_of_page(keys: Profile, values: Profile) -> [usize; 2] {
+    let [apart, within] = keys.split(SKETCH);
+    [apart.lines(), TILES * (within.lines_of_tile() + values.lines_of_tile())]
+}
+
+/// Groups of 8, 4 and 2 bits.
+pub(crate) fn counts(profile: Profile) -> [u8; 3] {
+    [profile.eight, profile.four, profile.two]
+}
+
 /// Where word `word` of a group that lies apart goes: 8 words for each 4 tokens and bit, in units of 4 words.
 pub(super) fn place(width: Width, word: usize) -> usize {
     let (line, token) = (word / 16, word % 16);
@@ -49,10 +60,6 @@ fn turned(lines: &[Line], width: Width, out: &mut Vec<u8>) {
             out[start + place(width, i * 16 + j) * 4..][..4].copy_from_slice(word);
         }
     }
-}
-
-fn counts(profile: Profile) -> [u8; 3] {
-    [profile.eight, profile.four, profile.two]
 }
 
 /// The pages as a GPU wants them.

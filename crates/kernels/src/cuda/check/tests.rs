@@ -114,6 +114,16 @@ fn chosen_tiles_are_those_that_are_needed() {
 }
 
 #[test]
+fn pages_are_encoded_to_the_bit() {
+    for (i, d) in [64, 128].into_iter().enumerate() {
+        for escapes in [0, 5, 100] {
+            let of = Case { escapes, ..case(shape(1, 1, 1, d), &[1, 63, 700]) };
+            encoding(&Emulated::gpu(1), i as u64, &of).unwrap();
+        }
+    }
+}
+
+#[test]
 fn what_a_sequence_gets_does_not_depend_on_the_others() {
     let gpu = Emulated::gpu(3);
     let (mut random, d) = (Random::new(7), 64);
