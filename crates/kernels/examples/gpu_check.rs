@@ -498,7 +498,7 @@ fn time_exact(
     // Large inputs serve all steps: they do not stay in the cache.
     let sets = if bytes > 1 << 30 { 1 } else { wanted };
     if sets * bytes + (2 << 30) > free {
-        return Err(format!("{} GB wanted, {} GB are free", sets * bytes >> 30, free >> 30).into());
+        return Err(format!("{} GB wanted, {} GB are free", (sets * bytes) >> 30, free >> 30).into());
     }
     let pool = Pool::new(&gpu, pages * sets, (of.kv_heads, of.head_dim))?;
     fill(pool.data(), 3)?;
@@ -583,7 +583,7 @@ fn time_layered(driver: &Driver, of: Shape, context: usize) -> Result<String> {
     let sets = if leading * of.heads() > 1 << 30 { 1 } else { wanted };
     let (free, _) = driver.memory()?;
     if sets * stored + (2 << 30) > free {
-        return Err(format!("{} GB wanted, {} GB are free", sets * stored >> 30, free >> 30).into());
+        return Err(format!("{} GB wanted, {} GB are free", (sets * stored) >> 30, free >> 30).into());
     }
     drop(first);
     let heads: Result<Vec<Head>> = (0..sets * of.heads()).map(|_| Ok(upload()?)).collect();
