@@ -11,7 +11,7 @@ static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredPar
 static_assert(sizeof(ExactShared<64>) == 2048 + 1024 + 8448 && sizeof(ExactShared<128>) == 2048 + 2048 + 16640, "shared memory");
 static_assert(sizeof(FinishShared) == 5248 && sizeof(TurnShared) == 3328 && sizeof(LayeredFinishShared) == 8320, "shared memory");
 static_assert(sizeof(EncodeShared<64>) == 4096 + 64 && sizeof(EncodeShared<128>) == 8192 + 64, "shared memory");
-static_assert(sizeof(SketchShared) == 75792, "shared memory, of which three blocks fit");
+static_assert(sizeof(SketchShared) == 43024, "shared memory, of which five blocks fit");
 static_assert(sizeof(SelectShared) == 3148, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<64>, slots) == 17280, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<128>, slots) == 28032, "shared memory");

@@ -1,17 +1,23 @@
 // How much would each tile of 16 tokens be attended to, as far as the first four groups of its keys tell?
 //
-// A warp takes a page at a time: 64 tokens by 32 channels by 8 queries are four products. Lane (g, t), g = lane / 4, t = lane % 4, has group
-// t of tokens g and g + 8 of each tile, in units of 16 bytes that it copies four pages ahead to shared memory of its own. A tile's weight
-// is the sum of its tokens' 2^score; kept is its logarithm, as a byte in steps of a quarter octave, and how many tiles have which.
-// Counts are integers: the pages can be shared out evenly among blocks without a change of the result.
+// A warp copies pages ahead to shared memory of its own, where lane (g, t), g = lane / 4, t = lane % 4, finds group t of tokens g and g + 8
+// of each tile in units of 16 bytes. 16 tokens by 32 channels by 8 queries are a product (`Wide`); up to 4 queries leave half of its columns
+// empty, and there two tiles share one, 16 channels of each at a time, so that two pages take as many sums as one does
+// otherwise (`Narrow`). A tile's weight is the sum of its tokens' 2^score; kept is its logarithm, as a byte in steps of a
+// quarter octave, and how many tiles have which. Counts are integers: the pages can be shared out evenly among blocks without a change of the result.
 #pragma once
 
 #include "exact.cuh"
 #include "levels.cuh"
 
-constexpr int SKETCH_WARPS = 8;
+constexpr int SKETCH_WARPS = 4;
 constexpr int SKETCH_THREADS = SKETCH_WARPS * WARP;
-constexpr int STAGES = 4;
+// Rounds whose bytes a warp has room for, and pages of those at most.
+constexpr int STAGES = 2;
+constexpr int ROUND_PAGES = 2;
+// Runs of 128 bytes that a page takes at most.
+constexpr int PAGE_RUNS = 16;
+constexpr int RUN = 128;
 constexpr int BINS = 256;
 // Steps an octave, and the code of a weight of 1: from 2^-36 to 2^28.
 constexpr float CODES_PER_OCTAVE = 4;
@@ -23,18 +29,34 @@ constexpr uint32_t MAGIC_BITS = 0x4b400000;
 constexpr float MAGIC = 12582912.0f;
 
 struct SketchShared {
-    uint4 ring[SKETCH_WARPS][STAGES][4][WARP];
+    uint8_t ring[SKETCH_WARPS][STAGES][ROUND_PAGES][PAGE_RUNS][RUN];
     uint32_t ends[MOST_HEADS];
     uint32_t histogram[ROWS][BINS];
     uint4 tables;
 };
 
+// Up to 8 rows: columns of a product are rows, four products are a page's tiles.
+struct Wide {
+    static constexpr int PAGES = 1;
+};
+DEVICE int row_of(Wide, int column) { return column; }
+// Of column `column` of sum `sum`: the tile, of those of a round.
+DEVICE int tile_of(Wide, int sum, int) { return sum; }
+
+// Up to 4: columns 4 to 7 are the same rows and another tile, four products are two pages' tiles.
+struct Narrow {
+    static constexpr int PAGES = 2;
+};
+DEVICE int row_of(Narrow, int column) { return column % 4; }
+DEVICE int tile_of(Narrow, int sum, int column) { return 2 * sum + column / 4; }
+
+// Four sums of a round: 16 tokens and 8 columns each.
+constexpr int SUMS = 4;
+
 // The queries of one head as a lane needs them.
 struct SketchQueries {
-    uint32_t natural[2];  // channels 0 to 3 and 4 to 7 of group t
-    uint32_t in_turn[2];  // 0, 4, 1, 5 and 2, 6, 3, 7
+    uint32_t in_turn[2];  // channels 0, 4, 1, 5 and 2, 6, 3, 7 of group t
     float scale[2], offset[2];  // of columns 2t, 2t + 1
-    Tables tables;
 };
 
 // The logarithm of a row's weight of the tokens that are attended to in any case; 0 if there are none.
@@ -53,19 +75,17 @@ DEVICE float known_weight(const LayeredParameters& p, int head, int row) {
     return top == NONE ? 0 : top + log2_fast(sum);
 }
 
-template <int D>
+template <int D, class Way>
 DEVICE SketchQueries sketch_queries(const LayeredParameters& p, int head) {
     int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
     SketchQueries out;
     // Rows that do not exist have bytes of 0.
-    const uint32_t* bytes = p.bytes + ((int64_t)head * ROWS + g) * (D / 4) + 2 * t;
-    out.natural[0] = bytes[0];
-    out.natural[1] = bytes[1];
+    const uint32_t* bytes = p.bytes + ((int64_t)head * ROWS + row_of(Way(), g)) * (D / 4) + 2 * t;
     out.in_turn[0] = first_in_turn(bytes[0], bytes[1]);
     out.in_turn[1] = last_in_turn(bytes[0], bytes[1]);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        int row = 2 * t + i;
+        int row = row_of(Way(), 2 * t + i);
         out.scale[i] = 0;
         out.offset[i] = 0;
         if (row < p.rows) {
@@ -83,8 +103,7 @@ struct TwoTiles {
     uint32_t more_low[2][2], more_high[2][2];
 };
 
-DEVICE void unpack_fours(const Tables& tables, TwoTiles& out, const uint4* units, int half) {
-    uint4 unit = units[half * WARP];
+DEVICE void unpack_fours(const Tables& tables, TwoTiles& out, const uint4& unit) {
     uint32_t words[2][2] = {{unit.x, unit.y}, {unit.z, unit.w}};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -96,18 +115,23 @@ DEVICE void unpack_fours(const Tables& tables, TwoTiles& out, const uint4* units
     }
 }
 
-// The first two tiles or, `half` 1, the last two; `runs` are those of the lane's group.
-DEVICE void unpack_tiles(const Tables& tables, TwoTiles& out, const uint4* units, uint32_t runs, int half) {
+// Where unit `g` of run `run` of a page is. Units change places within a run, so that lanes that read together use all banks.
+DEVICE int unit_at(int run, int g) { return run * RUN + (g ^ (run & 6)) * 16; }
+
+// The first two tiles or, `half` 1, the last two; the lane's group has `runs` from `run` on.
+DEVICE void unpack_tiles(const Tables& tables, TwoTiles& out, const uint8_t* bytes, int run, uint32_t runs, int half) {
+    int g = thread_index() % WARP / 4;
+    auto unit_of = [&](int more) { return *reinterpret_cast<const uint4*>(bytes + unit_at(run + more, g)); };
     if (runs == 2) {
-        unpack_fours(tables, out, units, half);
+        unpack_fours(tables, out, unit_of(half));
         return;
     }
     uint4 eights[2] = {};
     if (runs == 4) {
-        eights[0] = units[half * 2 * WARP];
-        eights[1] = units[(half * 2 + 1) * WARP];
+        eights[0] = unit_of(half * 2);
+        eights[1] = unit_of(half * 2 + 1);
     } else if (runs == 1) {
-        uint4 unit = units[0];
+        uint4 unit = unit_of(0);
         uint32_t words[2] = {half ? unit.z : unit.x, half ? unit.w : unit.y};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -127,25 +151,25 @@ DEVICE void unpack_tiles(const Tables& tables, TwoTiles& out, const uint4* units
     }
 }
 
-// Of a lane's weights of four tiles and two columns, summed over rows: one tile and column. Lane (g, t) gets tile g / 2, column 2t + g % 2.
-DEVICE float sum_rows(const float (&weights)[TILES][2]) {
+// Of a lane's weights of four sums and two columns, summed over tokens: one sum and column. Lane (g, t) gets sum g / 2, column 2t + g % 2.
+DEVICE float sum_rows(const float (&weights)[SUMS][2]) {
     int lane = thread_index() % WARP;
-    bool last_tiles = lane & 16, odd_tile = lane & 8, odd_column = lane & 4;
+    bool last_sums = lane & 16, odd_sum = lane & 8, odd_column = lane & 4;
     float halved[2][2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
         for (int column = 0; column < 2; column++) {
-            float kept = last_tiles ? weights[2 + i][column] : weights[i][column];
-            float given = last_tiles ? weights[i][column] : weights[2 + i][column];
+            float kept = last_sums ? weights[2 + i][column] : weights[i][column];
+            float given = last_sums ? weights[i][column] : weights[2 + i][column];
             halved[i][column] = kept + shuffle_xor(given, 16);
         }
     }
     float quartered[2];
 #pragma unroll
     for (int column = 0; column < 2; column++) {
-        float kept = odd_tile ? halved[1][column] : halved[0][column];
-        float given = odd_tile ? halved[0][column] : halved[1][column];
+        float kept = odd_sum ? halved[1][column] : halved[0][column];
+        float given = odd_sum ? halved[0][column] : halved[1][column];
         quartered[column] = kept + shuffle_xor(given, 8);
     }
     float kept = odd_column ? quartered[1] : quartered[0];
@@ -153,24 +177,26 @@ DEVICE float sum_rows(const float (&weights)[TILES][2]) {
     return kept + shuffle_xor(given, 4);
 }
 
-// The runs of the lane's group, of those of a page.
+// Of a page's runs: those of the lane's group, of the groups before it, and all.
 DEVICE uint32_t runs_of_lane(uint32_t page) { return page >> (thread_index() % 4 * 4) & 15; }
+DEVICE uint32_t runs_before_lane(uint32_t page) {
+    // A sum of at most three numbers of four bits, in the highest of a product.
+    return (page & ((1u << (thread_index() % 4 * 4)) - 1)) * 0x1111 >> 12 & 15;
+}
+DEVICE uint32_t runs_of_page(uint32_t page) { return (page & 15) + (page >> 4 & 15) + (page >> 8 & 15) + (page >> 12 & 15); }
 
-// Asks for a page's units of the lane's group; `to` is the lane's place in the stage.
-DEVICE void ask_for_page(const uint8_t* from, SharedAddress to, uint32_t leading, uint32_t page) {
-    uint32_t runs = runs_of_lane(page);
-    // Of the groups before it: a sum of at most three numbers of four bits, in the highest of a product.
-    uint32_t before = (page & ((1u << (thread_index() % 4 * 4)) - 1)) * 0x1111 >> 12 & 15;
-    from += (int64_t)leading * 64 + before * 128;
-    if (runs > 0) copy_later<0, 0>(to, from);
-    if (runs > 1) copy_later<WARP * 16, 128>(to, from);
-    if (runs > 2) {
-        copy_later<2 * WARP * 16, 256>(to, from);
-        copy_later<3 * WARP * 16, 384>(to, from);
-    }
+// Asks for `runs` runs from `from` on, which is a lane's own; `to` is the page's place.
+DEVICE void ask_for_page(const uint8_t* from, SharedAddress to, int runs) {
+    int lane = thread_index() % WARP, run = lane / 8;
+    SharedAddress even = to + unit_at(run, lane % 8), odd = to + unit_at(run + 4, lane % 8) - 4 * RUN;
+    if (run < runs) copy_later<0, 0>(even, from);
+    if (run + 4 < runs) copy_later<4 * RUN, 4 * RUN>(odd, from);
+    if (runs <= 8) return;
+    if (run + 8 < runs) copy_later<8 * RUN, 8 * RUN>(even, from);
+    if (run + 12 < runs) copy_later<12 * RUN, 12 * RUN>(odd, from);
 }
 
-// Adds up a tile's weights of rows `token` and `token + 8`, of which the page has the first `tokens`.
+// Adds up the weights of a sum's rows `token` and `token + 8`, of which the page has the first `tokens`.
 template <bool PLAIN>
 DEVICE void weigh_scores(const SketchQueries& q, const int (&scores)[4], int token, int tokens, float (&out)[2]) {
     float of[4];
@@ -183,78 +209,127 @@ DEVICE void weigh_scores(const SketchQueries& q, const int (&scores)[4], int tok
     out[1] = of[1] + of[3];
 }
 
-// The weight of one of a page's tiles for one column, as `sum_rows` leaves them. PLAIN: all groups have 4 bits, and no token is missing.
-template <bool PLAIN>
-DEVICE float weigh_page(const SketchQueries& q, const uint4* units, uint32_t page) {
-    int g = thread_index() % WARP / 4, tokens = page >> 16;
-    uint32_t runs = runs_of_lane(page);
-    bool in_turn = PLAIN || runs == 2, fours = PLAIN || (page & ALL_FOUR) != 0;
-    uint32_t b0 = in_turn ? q.in_turn[0] : q.natural[0], b1 = in_turn ? q.in_turn[1] : q.natural[1];
-    float weights[TILES][2];
+// Scores of two tiles: two sums.
+DEVICE void score_tiles(Wide, const TwoTiles& of, bool fours, uint32_t b0, uint32_t b1, int (&scores)[2][4]) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        TwoTiles of;
-        if (PLAIN) {
-            unpack_fours(q.tables, of, units, half);
-        } else {
-            unpack_tiles(q.tables, of, units, runs, half);
-        }
+    for (int i = 0; i < 2; i++) {
+        multiply_bytes_from(scores[i], MAGIC_BITS, of.low[i][0], of.low[i][1], of.high[i][0], of.high[i][1], b0, b1);
+        if (fours) multiply_bytes(scores[i], of.more_low[i][0], of.more_low[i][1], of.more_high[i][0], of.more_high[i][1], b0, b1);
+    }
+}
+
+// Or one, with half of the channels first.
+DEVICE void score_tiles(Narrow, const TwoTiles& of, bool fours, uint32_t b0, uint32_t b1, int (&scores)[1][4]) {
+    bool first = thread_index() % WARP < WARP / 2;
+    uint32_t low[2] = {first ? b0 : 0, first ? 0 : b0}, high[2] = {first ? b1 : 0, first ? 0 : b1};
+    multiply_bytes_from(scores[0], MAGIC_BITS, of.low[0][0], of.low[0][1], of.low[1][0], of.low[1][1], low[0], low[1]);
+    multiply_bytes(scores[0], of.high[0][0], of.high[0][1], of.high[1][0], of.high[1][1], high[0], high[1]);
+    if (!fours) return;
+    multiply_bytes(scores[0], of.more_low[0][0], of.more_low[0][1], of.more_low[1][0], of.more_low[1][1], low[0], low[1]);
+    multiply_bytes(scores[0], of.more_high[0][0], of.more_high[0][1], of.more_high[1][0], of.more_high[1][1], high[0], high[1]);
+}
+
+// The weight of one of a round's tiles for one row, as `sum_rows` leaves them. PLAIN: all groups have 4 bits, and no token is missing.
+template <class Way, bool PLAIN>
+DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uint8_t* bytes, const uint32_t (&pages)[Way::PAGES]) {
+    constexpr int OF_HALF = SUMS / Way::PAGES / 2;
+    int g = thread_index() % WARP / 4, t = thread_index() % 4;
+    float weights[SUMS][2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            int scores[4];
-            multiply_bytes_from(scores, MAGIC_BITS, of.low[i][0], of.low[i][1], of.high[i][0], of.high[i][1], b0, b1);
-            if (fours) multiply_bytes(scores, of.more_low[i][0], of.more_low[i][1], of.more_high[i][0], of.more_high[i][1], b0, b1);
-            weigh_scores<PLAIN>(q, scores, (half * 2 + i) * TILE_TOKENS + g, tokens, weights[half * 2 + i]);
+    for (int i = 0; i < Way::PAGES; i++) {
+        uint32_t page = pages[i], runs = runs_of_lane(page);
+        int before = runs_before_lane(page), tokens = page >> 16 & 0xff;
+        bool in_turn = PLAIN || runs == 2, fours = PLAIN || (page & ALL_FOUR) != 0;
+        // Elsewhere channels 0 to 3 and 4 to 7.
+        uint32_t b0 = in_turn ? q.in_turn[0] : pick_bytes(q.in_turn[0], q.in_turn[1], 0x6420);
+        uint32_t b1 = in_turn ? q.in_turn[1] : pick_bytes(q.in_turn[0], q.in_turn[1], 0x7531);
+        const uint8_t* of_page = bytes + i * PAGE_RUNS * RUN;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            TwoTiles of;
+            if (PLAIN) {
+                unpack_fours(tables, of, *reinterpret_cast<const uint4*>(of_page + unit_at(2 * t, g) + half * RUN));
+            } else {
+                unpack_tiles(tables, of, of_page, before, runs, half);
+            }
+            int scores[OF_HALF][4];
+            score_tiles(Way(), of, fours, b0, b1, scores);
+#pragma unroll
+            for (int j = 0; j < OF_HALF; j++) {
+                int sum = (i * 2 + half) * OF_HALF + j;
+                int token = (tile_of(Way(), sum, 2 * t) - i * TILES) * TILE_TOKENS + g;
+                weigh_scores<PLAIN>(q, scores[j], token, tokens, weights[sum]);
+            }
         }
     }
     return sum_rows(weights);
 }
 
-// The codes of a page's tiles.
-DEVICE void sketch_page(const LayeredParameters& p, SketchShared& shared, const SketchQueries& q, const uint4* units, uint32_t page,
-                        uint8_t* codes) {
+// The codes of the tiles of a round's pages, of which `left` exist.
+template <class Way>
+DEVICE void sketch_round(const LayeredParameters& p, SketchShared& shared, const SketchQueries& q, const uint8_t* bytes,
+                         const uint32_t (&pages)[Way::PAGES], int left, uint8_t* codes) {
     int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
-    bool plain = (page & 0xffffff) == (ALL_FOUR | PAGE_TOKENS << 16);
-    float weight = plain ? weigh_page<true>(q, units, page) : weigh_page<false>(q, units, page);
-    int column = 2 * t + g % 2, tile = g / 2;
+    bool plain = true;
+#pragma unroll
+    for (int i = 0; i < Way::PAGES; i++) plain &= (pages[i] & 0xffffff) == (ALL_FOUR | PAGE_TOKENS << 16);
+    Tables tables = read_tables(shared.tables);
+    float weight = plain ? weigh_round<Way, true>(tables, q, bytes, pages) : weigh_round<Way, false>(tables, q, bytes, pages);
+    int column = 2 * t + g % 2, row = row_of(Way(), column), tile = tile_of(Way(), g / 2, column);
     // No weight at all has a logarithm that is not finite.
     float steps = log2_fast(weight) * CODES_PER_OCTAVE + CODE_OF_ONE;
     int code = floor_to_int(max_of(0.0f, steps < BINS - 1 ? steps : BINS - 1));
-    if (column < p.rows_stored) codes[tile * p.rows_stored + column] = column < p.rows ? code : 0;
-    if (column < p.rows && code > 0) add_shared(&shared.histogram[column][code], 1);
+    if (row < p.rows_stored && tile < left * TILES) codes[tile * p.rows_stored + row] = row < p.rows ? code : 0;
+    if (row < p.rows && code > 0) add_shared(&shared.histogram[row][code], 1);
 }
 
 // Pages `first` to `end` of a head, by one warp.
-template <int D>
+template <int D, class Way>
 DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int index, int first, int end) {
-    int lane = thread_index() % WARP, warp = thread_index() / WARP;
+    constexpr int PAGES = Way::PAGES;
+    int lane = thread_index() % WARP, warp = thread_index() / WARP, count = end - first;
     const Head& head = p.heads[index];
-    const uint2* pages = reinterpret_cast<const uint2*>(head.pages);
-    const uint8_t* from = head.leading + lane / 4 * 16;
-    SharedAddress ring = shared_address(&shared.ring[warp][0][0][lane]);
-    uint8_t* codes = p.codes + ((int64_t)index * p.tile_stride + (int64_t)first * TILES) * p.rows_stored;
-    // Lane i has what describes page i of 32, and of the 32 after those.
-    auto describe = [&](int at) { return at + lane < end ? pages[at + lane] : uint2{0, 0}; };
-    uint2 now = describe(first), next = describe(first + WARP);
-    auto ask = [&](int i) {
-        bool later = i / WARP != 0;
-        uint32_t leading = shuffle(later ? next.x : now.x, i % WARP), page = shuffle(later ? next.y : now.y, i % WARP);
-        ask_for_page(from, ring + i % STAGES * int(sizeof(shared.ring[0][0])), leading, page);
+    const uint2* described = reinterpret_cast<const uint2*>(head.pages) + first + lane;
+    const uint8_t *from = head.leading + lane * 16, *ring = &shared.ring[warp][0][0][0][0];
+    SharedAddress room = shared_address(ring);
+    uint32_t tile = index * p.tile_stride + first * TILES;
+    // Lane i has what describes page i of 32, and of the 32 after those; the highest byte gets how many runs there are.
+    auto describe = [&](int at) {
+        if (at + lane >= count) return uint2{0, 0};
+        uint2 x = described[at];
+        return uint2{x.x, (x.y & 0xffffff) | runs_of_page(x.y) << 24};
+    };
+    uint2 now = describe(0), next = describe(WARP);
+    // `in` is the round of those of the first 32 pages.
+    auto ask = [&](int in) {
+#pragma unroll
+        for (int i = 0; i < PAGES; i++) {
+            int at = in * PAGES + i;
+            bool later = at / WARP != 0;
+            uint32_t leading = shuffle(later ? next.x : now.x, at % WARP), page = shuffle(later ? next.y : now.y, at % WARP);
+            ask_for_page(from + (int64_t)leading * 64, room + (in % STAGES * ROUND_PAGES + i) * PAGE_RUNS * RUN, page >> 24);
+        }
         copies_end_group();
     };
-    for (int i = 0; i < STAGES - 1; i++) ask(i);
+    for (int round = 0; round < STAGES; round++) ask(round);
     // Meanwhile.
-    SketchQueries queries = sketch_queries<D>(p, index);
-    queries.tables = read_tables(shared.tables);
-    for (int start = first; start < end; start += WARP) {
-        for (int i = 0; i < WARP && start + i < end; i++) {
-            wait_for_copies<STAGES - 2>();
-            sketch_page(p, shared, queries, &shared.ring[warp][i % STAGES][0][lane], shuffle(now.y, i), codes);
-            codes += TILES * p.rows_stored;
-            ask(i + STAGES - 1);
+    SketchQueries queries = sketch_queries<D, Way>(p, index);
+    for (int done = 0; done < count; done += PAGES) {
+        int in = done % WARP / PAGES;
+        wait_for_copies<STAGES - 1>();
+        sync_warp();
+        uint32_t pages[PAGES];
+#pragma unroll
+        for (int i = 0; i < PAGES; i++) pages[i] = shuffle(now.y, in * PAGES + i);
+        sketch_round<Way>(p, shared, queries, ring + in % STAGES * ROUND_PAGES * PAGE_RUNS * RUN, pages,
+                          min_of(PAGES, count - done), p.codes + (int64_t)(tile + done * TILES) * p.rows_stored);
+        // Others may still read what is asked for anew.
+        sync_warp();
+        ask(in + STAGES);
+        if (in == WARP / PAGES - 1) {
+            now = next;
+            next = describe(done + PAGES + WARP);
         }
-        now = next;
-        next = describe(start + 2 * WARP);
     }
     wait_for_copies<0>();
 }
@@ -281,7 +356,8 @@ DEVICE void sketch_of(const LayeredParameters& p) {
         uint32_t end = shared.ends[index] < to ? shared.ends[index] : to;
         int count = end - from, first = from - before + (int64_t)count * warp / SKETCH_WARPS;
         int last = from - before + (int64_t)count * (warp + 1) / SKETCH_WARPS;
-        if (first < last) sketch_pages<D>(p, shared, index, first, last);
+        if (first < last && p.rows > 4) sketch_pages<D, Wide>(p, shared, index, first, last);
+        if (first < last && p.rows <= 4) sketch_pages<D, Narrow>(p, shared, index, first, last);
         sync_block();
         for (int at = thread_index(); at < p.rows * BINS; at += SKETCH_THREADS) {
             uint32_t& of_bin = (&shared.histogram[0][0])[at];
@@ -293,11 +369,11 @@ DEVICE void sketch_of(const LayeredParameters& p) {
     }
 }
 
-KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, 3) {
+KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, 5) {
     follow();
     sketch_of<64>(p);
 }
-KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, 3) {
+KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, 5) {
     follow();
     sketch_of<128>(p);
 }

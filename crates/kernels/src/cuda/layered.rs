@@ -24,7 +24,7 @@ const ALL_TILES: u32 = 1 << 31;
 const TURN: [Kernel; 2] =
     [Kernel { name: "layered_turn_64", threads: 512 }, Kernel { name: "layered_turn_128", threads: 512 }];
 const SKETCH: [Kernel; 2] =
-    [Kernel { name: "layered_sketch_64", threads: 256 }, Kernel { name: "layered_sketch_128", threads: 256 }];
+    [Kernel { name: "layered_sketch_64", threads: 128 }, Kernel { name: "layered_sketch_128", threads: 128 }];
 const WANT: Kernel = Kernel { name: "layered_want", threads: 256 };
 const LIST: Kernel = Kernel { name: "layered_list", threads: 256 };
 const ATTEND: [Kernel; 2] =
@@ -33,7 +33,7 @@ const FINISH: [Kernel; 2] =
     [Kernel { name: "layered_finish_64", threads: 512 }, Kernel { name: "layered_finish_128", threads: 512 }];
 
 const TURN_SHARED: usize = 4 * (256 + 512 + 32 + 32);
-const SKETCH_SHARED: usize = 8 * 4 * 4 * 32 * 16 + MOST_HEADS * 4 + MOST_ROWS * BINS * 4 + 16;
+const SKETCH_SHARED: usize = 4 * 2 * 2 * 16 * 128 + MOST_HEADS * 4 + MOST_ROWS * BINS * 4 + 16;
 const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256) + 4 * (256 + 512);
 const SELECT_SHARED: usize = 4 * (8 + 8 + 3 * BINS + 1 + 2);
 
