@@ -14,6 +14,9 @@ constexpr int PAGE_TOKENS = 64;
 constexpr int TILE_TOKENS = 16;
 constexpr int TILES = PAGE_TOKENS / TILE_TOKENS;
 
+// Numbers that a step keeps of a row.
+constexpr int STEP = 3;
+
 // Attention states of parts of a head's tokens: slot `head * slots + part`, R rows each.
 struct States {
     float* max;          // [B * G * slots, R]
@@ -107,7 +110,7 @@ struct LayeredParameters {
     const uint32_t* exact_lengths; // [B]
     float* turned;                 // [B * G, 8, D]: queries in the pages' channels
     uint32_t* bytes;               // [B * G, 8, D / 4]: the same as bytes
-    float* steps;                  // [B * G, 8, 2]: what products of bytes are multiplied by, and what is added
+    float* steps;                  // [B * G, 8, STEP]: what products of bytes are multiplied by, what is added, and what weights are relative to
     uint8_t* codes;                // [B * G, tile_stride, rows_stored]: logarithms of tiles' weights
     uint32_t* histogram;           // [B * G, 8, 256]: how many tiles have which; zeros before and after a step
     uint8_t* wanted;               // [B * G, tile_stride]: how much each tile is

@@ -59,22 +59,6 @@ struct SketchQueries {
     float scale[2], offset[2];  // of columns 2t, 2t + 1
 };
 
-// The logarithm of a row's weight of the tokens that are attended to in any case; 0 if there are none.
-DEVICE float known_weight(const LayeredParameters& p, int head, int row) {
-    if (p.exact.slots == 0) return 0;
-    int parts = parts_of(p.exact_lengths[head / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
-    float top = NONE, sum = 0;
-    for (int i = 0; i < parts; i++) {
-        int64_t at = ((int64_t)head * p.exact.slots + i) * p.rows + row;
-        float max = p.exact.max[at];
-        if (max == NONE) continue;
-        float higher = max_of(top, max);
-        sum = (top == NONE ? 0 : sum * exp2_fast(top - higher)) + p.exact.sum[at] * exp2_fast(max - higher);
-        top = higher;
-    }
-    return top == NONE ? 0 : top + log2_fast(sum);
-}
-
 template <int D, class Way>
 DEVICE SketchQueries sketch_queries(const LayeredParameters& p, int head) {
     int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
@@ -89,9 +73,9 @@ DEVICE SketchQueries sketch_queries(const LayeredParameters& p, int head) {
         out.scale[i] = 0;
         out.offset[i] = 0;
         if (row < p.rows) {
-            const float* step = p.steps + ((int64_t)head * ROWS + row) * 2;
+            const float* step = p.steps + ((int64_t)head * ROWS + row) * STEP;
             out.scale[i] = step[0];
-            out.offset[i] = step[1] - known_weight(p, head, row) - MAGIC * step[0];
+            out.offset[i] = step[1] - step[2] - MAGIC * step[0];
         }
     }
     return out;

@@ -14,23 +14,34 @@ struct TurnShared {
     float sums[WARP];
 };
 
-// Element `c` of the rotated vector in `shared.vector`, for all threads with `c = thread % D`.
-template <int D, class Shared>
-DEVICE float rotated(Shared& shared, float* parts, const uint16_t* matrix) {
-    constexpr int SLICES = TURN_THREADS / D, ROWS_OF_SLICE = D / SLICES;
+// A thread's share of a matrix, for column `thread % D`. It is asked for first: all of it is on the way while other things are waited for.
+template <int D>
+struct Share {
+    static constexpr int SLICES = TURN_THREADS / D, SLICE_ROWS = D / SLICES;
+    uint16_t of[SLICE_ROWS];
+};
+template <int D>
+DEVICE Share<D> share_of(const uint16_t* matrix) {
+    Share<D> out;
+    matrix += (thread_index() / D * Share<D>::SLICE_ROWS) * D + thread_index() % D;
+#pragma unroll
+    for (int i = 0; i < Share<D>::SLICE_ROWS; i++) out.of[i] = matrix[i * D];
+    return out;
+}
+
+// Element `c` of the rotated vector, for all threads with `c = thread % D`.
+template <int D>
+DEVICE float rotated(const float* vector, float* parts, const Share<D>& share) {
     int c = thread_index() % D, slice = thread_index() / D;
     float x = 0;
-#pragma unroll 8
-    for (int i = 0; i < ROWS_OF_SLICE; i++) {
-        int n = slice * ROWS_OF_SLICE + i;
-        x += shared[n] * half_to_float(matrix[n * D + c]);
-    }
+#pragma unroll
+    for (int i = 0; i < Share<D>::SLICE_ROWS; i++) x += vector[slice * Share<D>::SLICE_ROWS + i] * half_to_float(share.of[i]);
     sync_block();
     parts[thread_index()] = x;
     sync_block();
     x = 0;
 #pragma unroll
-    for (int i = 0; i < SLICES; i++) x += parts[i * D + c];
+    for (int i = 0; i < Share<D>::SLICES; i++) x += parts[i * D + c];
     return x;
 }
 
@@ -53,6 +64,22 @@ DEVICE void sum_and_top(TurnShared& shared, float x, float y, float& sum, float&
     }
 }
 
+// The logarithm of a row's weight of the tokens that are attended to in any case; 0 if there are none.
+DEVICE float known_weight(const LayeredParameters& p, int head, int row) {
+    if (p.exact.slots == 0) return 0;
+    int parts = parts_of(p.exact_lengths[head / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
+    float top = NONE, sum = 0;
+    for (int i = 0; i < parts; i++) {
+        int64_t at = ((int64_t)head * p.exact.slots + i) * p.rows + row;
+        float max = p.exact.max[at];
+        if (max == NONE) continue;
+        float higher = max_of(top, max);
+        sum = (top == NONE ? 0 : sum * exp2_fast(top - higher)) + p.exact.sum[at] * exp2_fast(max - higher);
+        top = higher;
+    }
+    return top == NONE ? 0 : top + log2_fast(sum);
+}
+
 // Queries, times the scale, in the pages' channels and times their spreads: as numbers, and as bytes in steps of one scale a row.
 template <int D>
 DEVICE void layered_turn_of(const LayeredParameters& p) {
@@ -63,16 +90,20 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
     if (row >= p.rows) {
         if (c < D) p.turned[at * D + c] = 0;
         if (c < D / 4) p.bytes[at * (D / 4) + c] = 0;
-        if (c < 2) p.steps[at * 2 + c] = 0;
+        if (c < STEP) p.steps[at * STEP + c] = 0;
         return;
     }
+    Share<D> share = share_of<D>(head.query_rotation);
+    int channel = c % D;
+    float mean = half_to_float(head.key_mean[channel]), spread = half_to_float(head.key_spread[channel]);
     const uint16_t* query = p.queries + ((int64_t)head_index * p.rows + row) * D;
     if (c < D) shared.vector[c] = half_to_float(query[c]) * p.scale;
     sync_block();
-    float x = rotated<D>(shared.vector, shared.parts, head.query_rotation);
-    int channel = c % D;
-    float offset, top, of_mean = x * half_to_float(head.key_mean[channel]);
-    x *= half_to_float(head.key_spread[channel]);
+    // By another warp than the one that writes what else a step needs.
+    if (c == TURN_THREADS - WARP) p.steps[at * STEP + 2] = known_weight(p, head_index, row);
+    float x = rotated<D>(shared.vector, shared.parts, share);
+    float offset, top, of_mean = x * mean;
+    x *= spread;
     sum_and_top<D>(shared, of_mean, x < 0 ? -x : x, offset, top);
     float step = top / 127;
     float by = step > 1e-38f ? 1 / step : 0;
@@ -81,8 +112,8 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
         reinterpret_cast<int8_t*>(p.bytes)[at * D + c] = (int8_t)round_to_int(x * by);
     }
     if (c == 0) {
-        p.steps[at * 2] = step * LEVEL_UNIT;
-        p.steps[at * 2 + 1] = offset;
+        p.steps[at * STEP] = step * LEVEL_UNIT;
+        p.steps[at * STEP + 1] = offset;
     }
 }
 
@@ -98,13 +129,15 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     auto& shared = *reinterpret_cast<LayeredFinishShared*>(shared_memory());
     int index = block_index() / p.rows, row = block_index() % p.rows, c = thread_index() % D;
     const Head& head = p.heads[index];
+    Share<D> share = share_of<D>(head.output_rotation);
+    float mean = half_to_float(head.value_mean[c]), spread = half_to_float(head.value_spread[c]);
     int count = p.counts[index] & ~ALL_TILES, parts = parts_of(count, p.states.slots, p.least_part, 8);
     float max, sum;
     float x = merge_row<D>(p.states, shared.merged, (int64_t)index * p.states.slots, parts, p.rows, row, max, sum);
     sync_block();
-    if (thread_index() < D) shared.vector[c] = x * half_to_float(head.value_spread[c]) + sum * half_to_float(head.value_mean[c]);
+    if (thread_index() < D) shared.vector[c] = x * spread + sum * mean;
     sync_block();
-    x = rotated<D>(shared.vector, shared.parts, head.output_rotation);
+    x = rotated<D>(shared.vector, shared.parts, share);
     if (p.exact.slots > 0) {
         int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
         float other_max, other_sum;

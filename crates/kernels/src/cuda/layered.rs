@@ -19,6 +19,8 @@ pub(super) const CODES_PER_OCTAVE: f64 = 4.0;
 pub(super) const CODE_OF_ONE: f64 = 144.0;
 
 const BINS: usize = 256;
+/// As `cuda/parameters.cuh` has it.
+const STEP: usize = 3;
 const ALL_TILES: u32 = 1 << 31;
 
 const TURN: [Kernel; 2] =
@@ -299,7 +301,7 @@ impl Layered {
             heads: gpu.alloc(heads * size_of::<parameters::Head>())?,
             turned: gpu.alloc(heads * MOST_ROWS * d * 4)?,
             bytes: gpu.alloc(heads * MOST_ROWS * d)?,
-            steps: gpu.alloc(heads * MOST_ROWS * 2 * 4)?,
+            steps: gpu.alloc(heads * MOST_ROWS * STEP * 4)?,
             codes: gpu.alloc(heads * tile_stride * rows_stored(shape.rows))?,
             histogram,
             wanted: gpu.alloc(heads * tile_stride)?,
@@ -410,7 +412,7 @@ impl Layered {
     /// As `LayeredShared` in `cuda/layered.cuh`.
     fn attend_shared(&self) -> usize {
         let d = self.shape.head_dim;
-        let warp = 4 * (32 * MOST_ROWS + MOST_ROWS * d);
+        let warp = 2 * 16 * 32 + 4 * (32 * MOST_ROWS + MOST_ROWS * d);
         let fixed = 4 * (MOST_HEADS + MOST_ROWS * d + d * 2) + 4 * warp + 2 * 4 * MOST_ROWS * 4 + 16;
         fixed.next_multiple_of(128) + 4 * 4 * self.slot_bytes
     }
@@ -461,8 +463,8 @@ impl Layered {
     /// Queries as the last step turned them, in units of octaves: numbers `[B * G, 8, D]`, and what is added to scores `[B * G, 8]`.
     pub fn turned(&self) -> Result<(Vec<f32>, Vec<f32>), Error> {
         let count = self.shape.heads() * MOST_ROWS;
-        let steps: Vec<f32> = self.steps.read(count * 2)?;
-        let offsets = steps.chunks_exact(2).map(|step| step[1]).collect();
+        let steps: Vec<f32> = self.steps.read(count * STEP)?;
+        let offsets = steps.chunks_exact(STEP).map(|step| step[1]).collect();
         Ok((self.turned.read(count * self.shape.head_dim)?, offsets))
     }
 
