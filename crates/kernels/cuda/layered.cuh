@@ -135,6 +135,7 @@ DEVICE void ask_for_tile(const Head& head, const Described& tile, unsigned char*
         copy_later<0, 0>(shared_address(slot + group * 128 + (unit ^ (2 * group)) * 16), from);
     }
     const uint8_t* from = head.lines + (int64_t)tile.lines * 64;
+#pragma unroll 1
     for (int at = lane; at < lines_of(tile) * 4; at += WARP) copy_later<SKETCH * 128, 0>(shared_address(slot + at * 16), from + at * 16);
 }
 
@@ -267,6 +268,7 @@ DEVICE void score_tiles(const LayeredShared<D>& shared, const Tables& tables, co
 // Calls `f(escape, slot token)` for each of a tile's escapes, which all lanes get; `ahead` has the first ones, one a lane.
 template <class F>
 DEVICE void each_escape(const Escape* escapes, uint32_t first, int count, uint32_t ahead, const Described& tile, int slot, F f) {
+#pragma unroll 1
     for (int i = 0; i < count; i++) {
         uint32_t word = i < AHEAD ? shuffle(ahead, i) : reinterpret_cast<const uint32_t*>(escapes)[first + i];
         int token = (word & 0xff) + (slot - index_of(tile)) * TILE_TOKENS, channel = word >> 8 & 0xff;
@@ -326,6 +328,7 @@ template <int D, bool NARROW>
 DEVICE void weigh_alike(const Tables& tables, LayeredWarp<D>& own, const Weights& weights, const uint8_t* lines, int word,
                         const Counts& values) {
     int group = 0;
+#pragma unroll 1
     for (int i = 0; i < values.eight; i += 2) {
         bool both = i + 1 < values.eight;
         Levels a = levels_of(tables, lines, word, 8, 0), b = levels_of(tables, lines + (both ? 128 : 0), word, 8, 0);
@@ -333,7 +336,7 @@ DEVICE void weigh_alike(const Tables& tables, LayeredWarp<D>& own, const Weights
         lines += both ? 256 : 128;
         group += both ? 2 : 1;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < values.four; i += 2) {
         bool both = i + 1 < values.four;
         Levels a = levels_of(tables, lines, word, 4, 0), b = levels_of(tables, lines + (both ? 64 : 0), word, 4, 0);
@@ -341,7 +344,7 @@ DEVICE void weigh_alike(const Tables& tables, LayeredWarp<D>& own, const Weights
         lines += both ? 128 : 64;
         group += both ? 2 : 1;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < values.two; i += 2) {
         Levels a = levels_of(tables, lines, word, 2, 0), b = levels_of(tables, lines, word, 2, 4);
         weigh_groups<D, NARROW>(own, weights, a, b, group, group + 1, true, false);
@@ -383,10 +386,10 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
     if (escapes) {
         for (int at = lane; at < PAIR_TOKENS * ROWS; at += WARP) (&own.tokens[0][0])[at] = 0;
         sync_warp();
-#pragma unroll
+#pragma unroll 1
         for (int slot = 0; slot < 2; slot++) {
             const Described& tile = pair[slot];
-            each_escape(head.escapes, tile.key_escapes, key_escapes_of(tile), ahead[slot][0], tile, slot,
+            each_escape(head.escapes, tile.key_escapes, key_escapes_of(tile), slot ? ahead[1][0] : ahead[0][0], tile, slot,
                         [&](int token, int channel, float rest) {
                             if (lane < ROWS) own.tokens[token][lane] += shared.queries[lane][channel] * rest;
                         });
@@ -432,7 +435,7 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
     }
     if (any_lane(risen)) {
         float2* sums = reinterpret_cast<float2*>(&own.sums[0][lane]);
-#pragma unroll
+#pragma unroll 1
         for (int group = 0; group < D / 8; group++) {
             float2 x = sums[group * WARP];
             sums[group * WARP] = float2{x.x * old[0], x.y * old[1]};
@@ -450,10 +453,10 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
             }
         }
         sync_warp();
-#pragma unroll
+#pragma unroll 1
         for (int slot = 0; slot < 2; slot++) {
             const Described& tile = pair[slot];
-            each_escape(head.escapes, tile.value_escapes, value_escapes_of(tile), ahead[slot][1], tile, slot,
+            each_escape(head.escapes, tile.value_escapes, value_escapes_of(tile), slot ? ahead[1][1] : ahead[0][1], tile, slot,
                         [&](int token, int channel, float rest) {
                             if (lane < (NARROW ? ROWS / 2 : ROWS)) sum_of<D>(own, lane, channel) += own.tokens[token][lane] * rest;
                         });
@@ -506,32 +509,32 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
         sync_warp();
     };
     auto pair_at = [&](int pair) { return &own.described[pair * 2 / DESCRIBED % 2][pair * 2 % DESCRIBED]; };
-    uint32_t ahead[2][2] = {{0, 0}, {0, 0}}, later[2][2];
-    // Asks for two tiles. Past the end: tiles without tokens, of which nothing is asked for.
-    auto ask = [&](int pair) {
-        const Described* tiles = pair_at(pair);
-        const uint32_t* escapes = reinterpret_cast<const uint32_t*>(head.escapes);
-#pragma unroll
-        for (int slot = 0; slot < 2; slot++) {
-            const Described& tile = tiles[slot];
-            ask_for_tile(head, tile, room + (pair % 2 * 2 + slot) * p.slot_bytes);
-            later[slot][0] = lane < key_escapes_of(tile) ? escapes[tile.key_escapes + lane] : 0;
-            later[slot][1] = lane < value_escapes_of(tile) ? escapes[tile.value_escapes + lane] : 0;
-        }
-        copies_end_group();
-    };
-    describe_from(first);
-    ask(0);
+    uint32_t ahead[2][2], later[2][2] = {{0, 0}, {0, 0}};
     int pairs = (end - first + 1) / 2;
-    for (int pair = 0; pair < pairs; pair++) {
+    // Machine code is fetched anew in each step, which takes longer than to run it once: nothing stands here twice.
+#pragma unroll 1
+    for (int pair = -1; pair < pairs; pair++) {
 #pragma unroll
         for (int slot = 0; slot < 2; slot++) {
             ahead[slot][0] = later[slot][0];
             ahead[slot][1] = later[slot][1];
         }
-        int after = 2 * (pair + 1);
-        if (after % DESCRIBED == 0) describe_from(first + after);
-        ask(pair + 1);
+        // Asks for the next two tiles. Past the end: tiles without tokens, of which nothing is asked for.
+        int next = pair + 1;
+        if (2 * next % DESCRIBED == 0) describe_from(first + 2 * next);
+        const Described* tiles = pair_at(next);
+        const uint32_t* escapes = reinterpret_cast<const uint32_t*>(head.escapes);
+#pragma unroll 1
+        for (int slot = 0; slot < 2; slot++) {
+            const Described& tile = tiles[slot];
+            ask_for_tile(head, tile, room + (next % 2 * 2 + slot) * p.slot_bytes);
+            later[0][0] = later[1][0];
+            later[0][1] = later[1][1];
+            later[1][0] = lane < key_escapes_of(tile) ? escapes[tile.key_escapes + lane] : 0;
+            later[1][1] = lane < value_escapes_of(tile) ? escapes[tile.value_escapes + lane] : 0;
+        }
+        copies_end_group();
+        if (pair < 0) continue;
         wait_for_copies<1>();
         sync_warp();
         fold_tiles<D, NARROW>(shared, own, fold, head, room + pair % 2 * 2 * p.slot_bytes, p.slot_bytes, pair_at(pair), ahead, scale, offset);

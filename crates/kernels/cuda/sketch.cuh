@@ -295,6 +295,7 @@ DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int i
         }
         copies_end_group();
     };
+#pragma unroll 1
     for (int round = 0; round < STAGES; round++) ask(round);
     // Meanwhile.
     SketchQueries queries = sketch_queries<D, Way>(p, index);

@@ -22,6 +22,7 @@ template <class F>
 DEVICE void count_parts(uint32_t* ends, int count, F parts) {
     if (thread_index() < WARP) {
         uint32_t before = 0;
+#pragma unroll 1
         for (int first = 0; first < count; first += WARP) {
             int i = first + thread_index();
             uint32_t sum = i < count ? parts(i) : 0;
