@@ -13,5 +13,5 @@ static_assert(sizeof(FinishShared) == 5248 && sizeof(TurnShared) == 3328 && size
 static_assert(sizeof(EncodeShared<64>) == 4096 + 64 && sizeof(EncodeShared<128>) == 8192 + 64, "shared memory");
 static_assert(sizeof(SketchShared) == 43024, "shared memory, of which five blocks fit");
 static_assert(sizeof(SelectShared) == 3148, "shared memory");
-static_assert(__builtin_offsetof(LayeredShared<64>, slots) == 21376, "shared memory");
-static_assert(__builtin_offsetof(LayeredShared<128>, slots) == 32128, "shared memory");
+static_assert(__builtin_offsetof(LayeredShared<64>, slots) == 19328, "shared memory");
+static_assert(__builtin_offsetof(LayeredShared<128>, slots) == 30080, "shared memory");

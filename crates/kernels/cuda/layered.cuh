@@ -19,7 +19,7 @@
 constexpr int AHEAD = WARP;
 constexpr int PAIR_TOKENS = 2 * TILE_TOKENS;
 // Tiles that a warp describes at a time.
-constexpr int DESCRIBED = 16;
+constexpr int DESCRIBED = 8;
 // Octaves that scores may be over what sums are relative to before these are brought in line.
 constexpr float SLACK = 16;
 // What weights are multiplied by to become integers.
@@ -62,7 +62,7 @@ struct LayeredShared {
     float max[EXACT_WARPS][ROWS];
     float sum[EXACT_WARPS][ROWS];
     uint4 tables;
-    // [EXACT_WARPS, 2 pairs, 2 tiles, slot_bytes]
+    // [EXACT_WARPS, room_bytes]
     alignas(128) unsigned char slots[1];
 };
 
@@ -84,6 +84,8 @@ DEVICE int groups_of(const Counts& counts) { return counts.eight + counts.four +
 DEVICE int tokens_of(const Described& tile) { return tile.values >> 24; }
 DEVICE int index_of(const Described& tile) { return tile.apart >> 16 & 3; }
 DEVICE int lines_of(const Described& tile) { return tile.apart >> 24; }
+// Bytes that are copied of it.
+DEVICE int bytes_of(const Described& tile) { return tokens_of(tile) > 0 ? SKETCH * 128 + lines_of(tile) * 64 : 0; }
 DEVICE int key_lines_of(const Described& tile) { return tile.within >> 24; }
 DEVICE int key_escapes_of(const Described& tile) { return tile.escapes & 0xffff; }
 DEVICE int value_escapes_of(const Described& tile) { return tile.escapes >> 16; }
@@ -100,6 +102,8 @@ DEVICE Counts keys_within(const Tile& tile) {
 }
 
 DEVICE Described describe(const Tile& tile) {
+    // A page's last tiles may have no tokens.
+    if ((tile.profiles[1] >> 16 & 0xff) == 0) return Described{};
     Counts keys = keys_of(tile), within = keys_within(tile), values = values_of(tile);
     uint32_t runs = 0;
 #pragma unroll
@@ -361,7 +365,7 @@ DEVICE void weigh_tiles(const Tables& tables, LayeredWarp<D>& own, const unsigne
     // What is read of a tile that is not there weighs nothing.
     bool alone = bytes[1] >> 24 == 0;
     int of_keys = key_lines_of(pair[alone ? 0 : t >> 1]);
-    const uint8_t* lines = slots + (t >> 1) * slot_bytes + SKETCH * 128 + of_keys * 64;
+    const uint8_t* lines = slots + (alone ? 0 : t >> 1) * slot_bytes + SKETCH * 128 + of_keys * 64;
     int word = t % 2 * 8 + g;
     Counts first = counts_of(bytes[0]), second = counts_of(bytes[1]);
     if (alone || (bytes[0] & 0xffffff) == (bytes[1] & 0xffffff)) {
@@ -489,7 +493,7 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
     const Head& head = p.heads[index];
     const uint32_t* list = p.list + (int64_t)index * p.list_stride;
     LayeredWarp<D>& own = shared.warps[warp];
-    unsigned char* room = shared.slots + (int64_t)warp * 4 * p.slot_bytes;
+    unsigned char* room = shared.slots + warp * p.room_bytes;
     float scale[2], offset[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -509,7 +513,26 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
         sync_warp();
     };
     auto pair_at = [&](int pair) { return &own.described[pair * 2 / DESCRIBED % 2][pair * 2 % DESCRIBED]; };
+    // What two tiles take, and where: by turns from the room's start on and up to its end.
+    auto bytes_at = [&](const Described* tiles) { return bytes_of(tiles[0]) + bytes_of(tiles[1]); };
+    auto place_at = [&](int pair, const Described* tiles) { return room + (pair % 2 ? p.room_bytes - bytes_at(tiles) : 0); };
     uint32_t ahead[2][2], later[2][2] = {{0, 0}, {0, 0}};
+    // Past the end: tiles without tokens, of which nothing is asked for.
+    auto ask = [&](int pair) {
+        const Described* tiles = pair_at(pair);
+        const uint32_t* escapes = reinterpret_cast<const uint32_t*>(head.escapes);
+        unsigned char* to = place_at(pair, tiles);
+#pragma unroll 1
+        for (int slot = 0; slot < 2; slot++) {
+            const Described& tile = tiles[slot];
+            ask_for_tile(head, tile, to);
+            to += bytes_of(tile);
+            later[0][0] = later[1][0];
+            later[0][1] = later[1][1];
+            later[1][0] = lane < key_escapes_of(tile) ? escapes[tile.key_escapes + lane] : 0;
+            later[1][1] = lane < value_escapes_of(tile) ? escapes[tile.value_escapes + lane] : 0;
+        }
+    };
     int pairs = (end - first + 1) / 2;
     // Machine code is fetched anew in each step, which takes longer than to run it once: nothing stands here twice.
 #pragma unroll 1
@@ -519,25 +542,20 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
             ahead[slot][0] = later[slot][0];
             ahead[slot][1] = later[slot][1];
         }
-        // Asks for the next two tiles. Past the end: tiles without tokens, of which nothing is asked for.
         int next = pair + 1;
         if (2 * next % DESCRIBED == 0) describe_from(first + 2 * next);
-        const Described* tiles = pair_at(next);
-        const uint32_t* escapes = reinterpret_cast<const uint32_t*>(head.escapes);
+        const Described* tiles = pair_at(pair < 0 ? 0 : pair);
+        // The next two tiles are asked for before these are folded in, or afterwards if they don't fit beside them.
+        bool fits = pair < 0 || bytes_at(tiles) + bytes_at(pair_at(next)) <= p.room_bytes;
 #pragma unroll 1
-        for (int slot = 0; slot < 2; slot++) {
-            const Described& tile = tiles[slot];
-            ask_for_tile(head, tile, room + (next % 2 * 2 + slot) * p.slot_bytes);
-            later[0][0] = later[1][0];
-            later[0][1] = later[1][1];
-            later[1][0] = lane < key_escapes_of(tile) ? escapes[tile.key_escapes + lane] : 0;
-            later[1][1] = lane < value_escapes_of(tile) ? escapes[tile.value_escapes + lane] : 0;
+        for (int after = 0; after < 2; after++) {
+            if (fits == (after == 0)) ask(next);
+            copies_end_group();
+            if (after || pair < 0) continue;
+            wait_for_copies<1>();
+            sync_warp();
+            fold_tiles<D, NARROW>(shared, own, fold, head, place_at(pair, tiles), bytes_of(tiles[0]), tiles, ahead, scale, offset);
         }
-        copies_end_group();
-        if (pair < 0) continue;
-        wait_for_copies<1>();
-        sync_warp();
-        fold_tiles<D, NARROW>(shared, own, fold, head, room + pair % 2 * 2 * p.slot_bytes, p.slot_bytes, pair_at(pair), ahead, scale, offset);
     }
     wait_for_copies<0>();
 }
@@ -606,11 +624,11 @@ DEVICE void layered_attend_of(const LayeredParameters& p) {
     }
 }
 
-KERNEL(layered_attend_64, LayeredParameters, EXACT_THREADS, 3) {
+KERNEL(layered_attend_64, LayeredParameters, EXACT_THREADS, 4) {
     follow();
     layered_attend_of<64>(p);
 }
-KERNEL(layered_attend_128, LayeredParameters, EXACT_THREADS, 3) {
+KERNEL(layered_attend_128, LayeredParameters, EXACT_THREADS, 4) {
     follow();
     layered_attend_of<128>(p);
 }

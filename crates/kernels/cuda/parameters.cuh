@@ -123,7 +123,7 @@ struct LayeredParameters {
     float scale;                   // of scores, log2(e) included
     int32_t sequences, kv_heads, rows, rows_stored;
     int32_t tile_stride, list_stride;
-    int32_t slot_bytes;            // room for what attention reads of a tile, a multiple of 128
+    int32_t room_bytes;            // room of a warp for what attention reads of tiles: two of them at least, a multiple of 128
     int32_t least_part;            // tiles, a multiple of 8
     int32_t exact_least_part;      // tokens
     int32_t slices;                // of 1,024 pages that a head may have

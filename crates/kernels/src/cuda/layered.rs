@@ -409,12 +409,17 @@ impl Layered {
         unsafe { self.gpu.launch(kernel, grid, &parameters) }
     }
 
+    /// Two tiles of the largest and three quarters of one: of most sizes four tiles.
+    fn room_bytes(&self) -> usize {
+        (self.slot_bytes * 11 / 4).next_multiple_of(128)
+    }
+
     /// As `LayeredShared` in `cuda/layered.cuh`.
     fn attend_shared(&self) -> usize {
         let d = self.shape.head_dim;
-        let warp = 2 * 16 * 32 + 4 * (32 * MOST_ROWS + MOST_ROWS * d);
+        let warp = 2 * 8 * 32 + 4 * (32 * MOST_ROWS + MOST_ROWS * d);
         let fixed = 4 * (MOST_HEADS + MOST_ROWS * d + d * 2) + 4 * warp + 2 * 4 * MOST_ROWS * 4 + 16;
-        fixed.next_multiple_of(128) + 4 * 4 * self.slot_bytes
+        fixed.next_multiple_of(128) + 4 * self.room_bytes()
     }
 
     fn parameters(
@@ -453,7 +458,7 @@ impl Layered {
             rows_stored: rows_stored(shape.rows) as i32,
             tile_stride: self.tile_stride as i32,
             list_stride: self.list_stride as i32,
-            slot_bytes: self.slot_bytes as i32,
+            room_bytes: self.room_bytes() as i32,
             least_part: self.least_part as i32,
             exact_least_part: exact_least_part as i32,
             slices: slices(self.tile_stride) as i32,

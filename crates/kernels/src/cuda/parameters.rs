@@ -131,7 +131,7 @@ pub(crate) struct LayeredParameters {
     pub rows_stored: i32,
     pub tile_stride: i32,
     pub list_stride: i32,
-    pub slot_bytes: i32,
+    pub room_bytes: i32,
     pub least_part: i32,
     pub exact_least_part: i32,
     pub slices: i32,
