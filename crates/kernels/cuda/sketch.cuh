@@ -249,7 +249,7 @@ DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uin
     return sum_rows(weights);
 }
 
-// The codes of the tiles of a round's pages, of which `left` exist.
+// The codes of the tiles of a round's pages, of which at most `left` exist.
 template <class Way>
 DEVICE void sketch_round(const LayeredParameters& p, SketchShared& shared, const SketchQueries& q, const uint8_t* bytes,
                          const uint32_t (&pages)[Way::PAGES], int left, uint8_t* codes) {
@@ -267,20 +267,29 @@ DEVICE void sketch_round(const LayeredParameters& p, SketchShared& shared, const
     if (row < p.rows && code > 0) add_shared(&shared.histogram[row][code], 1);
 }
 
-// Pages `first` to `end` of a head, by one warp.
+// Pages of one profile follow each other in a head, and those with codes of 8 bits take longer. Blocks and warps therefore take pages in another order: in
+// turn two from each of STRANDS parts of the head. That some don't exist in the last part does no harm.
+constexpr int STRANDS = 16;
+// Pairs of a strand, and places in this order, of a head with so many pages.
+DEVICE int strand_of(int pages) { return (pages + 2 * STRANDS - 1) / (2 * STRANDS); }
+DEVICE int places_of(int pages) { return strand_of(pages) * STRANDS * 2; }
+DEVICE int page_at(int place, int strand) { return ((place / 2 % STRANDS) * strand + place / 2 / STRANDS) * 2 + place % 2; }
+
+// Places `first` to `end` of a head, both even, by one warp.
 template <int D, class Way>
 DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int index, int first, int end) {
     constexpr int PAGES = Way::PAGES;
     int lane = thread_index() % WARP, warp = thread_index() / WARP, count = end - first;
     const Head& head = p.heads[index];
-    const uint2* described = reinterpret_cast<const uint2*>(head.pages) + first + lane;
+    const uint2* described = reinterpret_cast<const uint2*>(head.pages);
+    int selectable = head.selectable, strand = strand_of(selectable);
     const uint8_t *from = head.leading + lane * 16, *ring = &shared.ring[warp][0][0][0][0];
     SharedAddress room = shared_address(ring);
-    uint32_t tile = index * p.tile_stride + first * TILES;
     // Lane i has what describes page i of 32, and of the 32 after those; the highest byte gets how many runs there are.
     auto describe = [&](int at) {
-        if (at + lane >= count) return uint2{0, 0};
-        uint2 x = described[at];
+        int page = page_at(first + at + lane, strand);
+        if (at + lane >= count || page >= selectable) return uint2{0, 0};
+        uint2 x = described[page];
         return uint2{x.x, (x.y & 0xffffff) | runs_of_page(x.y) << 24};
     };
     uint2 now = describe(0), next = describe(WARP);
@@ -306,8 +315,9 @@ DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int i
         uint32_t pages[PAGES];
 #pragma unroll
         for (int i = 0; i < PAGES; i++) pages[i] = shuffle(now.y, in * PAGES + i);
-        sketch_round<Way>(p, shared, queries, ring + in % STAGES * ROUND_PAGES * PAGE_RUNS * RUN, pages,
-                          min_of(PAGES, count - done), p.codes + (int64_t)(tile + done * TILES) * p.rows_stored);
+        int page = page_at(first + done, strand);
+        sketch_round<Way>(p, shared, queries, ring + in % STAGES * ROUND_PAGES * PAGE_RUNS * RUN, pages, selectable - page,
+                          p.codes + ((int64_t)index * p.tile_stride + page * TILES) * p.rows_stored);
         // Others may still read what is asked for anew.
         sync_warp();
         ask(in + STAGES);
@@ -328,19 +338,19 @@ template <int D>
 DEVICE void sketch_of(const LayeredParameters& p) {
     auto& shared = *reinterpret_cast<SketchShared*>(shared_memory());
     int heads = p.sequences * p.kv_heads, warp = thread_index() / WARP;
-    count_parts(shared.ends, heads, [&](int i) { return chooses(p, p.heads[i]) ? p.heads[i].selectable : 0; });
+    count_parts(shared.ends, heads, [&](int i) { return chooses(p, p.heads[i]) ? places_of(p.heads[i].selectable) : 0; });
     for (int at = thread_index(); at < ROWS * BINS; at += SKETCH_THREADS) (&shared.histogram[0][0])[at] = 0;
     if (thread_index() == 0) write_tables(shared.tables);
     sync_block();
-    // An even share of all pages, which may be of several heads.
-    int64_t all = shared.ends[heads - 1];
-    uint32_t from = all * block_index() / grid_blocks(), to = all * (block_index() + 1) / grid_blocks();
+    // An even share of all pairs of pages, which may be of several heads.
+    int64_t all = shared.ends[heads - 1] / 2;
+    uint32_t from = all * block_index() / grid_blocks() * 2, to = all * (block_index() + 1) / grid_blocks() * 2;
     while (from < to) {
         int index = head_of(shared.ends, heads, from);
         uint32_t before = index > 0 ? shared.ends[index - 1] : 0;
         uint32_t end = shared.ends[index] < to ? shared.ends[index] : to;
-        int count = end - from, first = from - before + (int64_t)count * warp / SKETCH_WARPS;
-        int last = from - before + (int64_t)count * (warp + 1) / SKETCH_WARPS;
+        int pairs = (end - from) / 2, first = from - before + pairs * warp / SKETCH_WARPS * 2;
+        int last = from - before + pairs * (warp + 1) / SKETCH_WARPS * 2;
         if (first < last && p.rows > 4) sketch_pages<D, Wide>(p, shared, index, first, last);
         if (first < last && p.rows <= 4) sketch_pages<D, Narrow>(p, shared, index, first, last);
         sync_block();
