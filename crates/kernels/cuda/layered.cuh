@@ -184,9 +184,7 @@ DEVICE void apart_rows(const Tables& tables, const unsigned char* slot, uint32_t
                 four_bits(tables, words[i], out[u][i].low, out[u][i].more_low);
                 four_bits(tables, words[i] >> 16, out[u][i].high, out[u][i].more_high);
             } else {
-                uint32_t a = two_bits(words[i] >> shift), b = two_bits(words[i] >> (shift + 2));
-                out[u][i].low = first_in_turn(a, b);
-                out[u][i].high = last_in_turn(a, b);
+                two_bits_in_turn(words[i], shift, out[u][i].low, out[u][i].high);
             }
         }
     }
@@ -209,23 +207,21 @@ DEVICE void line_rows(const Tables& tables, const uint8_t* lines, const Place& p
         }
         return;
     }
-    uint32_t others[2][2] = {};
-    if (place.width == 8) {
+    if (place.width == 2) {
 #pragma unroll
         for (int u = 0; u < 2; u++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) others[u][i] = words[2 * u + 8 * i + 16] ^ FLIP;
+            for (int i = 0; i < 2; i++) two_bits_in_turn(of[u][i], place.shift, out[u][i].low, out[u][i].high);
         }
+        return;
     }
 #pragma unroll
     for (int u = 0; u < 2; u++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            bool eight = place.width == 8;
-            uint32_t a = eight ? of[u][i] ^ FLIP : two_bits(of[u][i] >> place.shift);
-            uint32_t b = eight ? others[u][i] : two_bits(of[u][i] >> (place.shift + 2));
-            out[u][i].low = first_in_turn(a, b);
-            out[u][i].high = last_in_turn(a, b);
+            uint32_t other = words[2 * u + 8 * i + 16];
+            out[u][i].low = first_in_turn(of[u][i], other) ^ FLIP;
+            out[u][i].high = last_in_turn(of[u][i], other) ^ FLIP;
         }
     }
 }

@@ -49,6 +49,16 @@ DEVICE uint32_t two_bits(uint32_t codes) {
 DEVICE uint32_t first_in_turn(uint32_t a, uint32_t b) { return pick_bytes(a, b, 0x5140); }
 DEVICE uint32_t last_in_turn(uint32_t a, uint32_t b) { return pick_bytes(a, b, 0x7362); }
 
+// Levels of 2 bits, as above.
+constexpr uint32_t TWO_BITS = 0x280cf4d8;
+// Of each byte the codes at bits `shift` and `shift + 2`, in turn: of the first two bytes, and of the last two. A byte permutation looks four up, whose
+// selector has a code in each four bits.
+DEVICE void two_bits_in_turn(uint32_t codes, int shift, uint32_t& low, uint32_t& high) {
+    uint32_t x = codes >> shift, selector = (x & 0x03030303) | (x << 2 & 0x30303030);
+    low = pick_bytes(TWO_BITS, TWO_BITS, selector);
+    high = pick_bytes(TWO_BITS, TWO_BITS, selector >> 16);
+}
+
 DEVICE Levels no_levels() { return Levels{0, 0, 0, 0}; }
 
 // A word of each of a tile's two blocks of a group, as tile lines have them: eight codes, in turn one of the first block and one of
@@ -65,9 +75,7 @@ DEVICE Levels levels_of(const Tables& tables, const uint8_t* line, int word, int
         out.low = first_in_turn(first, second) ^ FLIP;
         out.high = last_in_turn(first, second) ^ FLIP;
     } else {
-        uint32_t a = two_bits(first >> shift), b = two_bits(first >> (shift + 2));
-        out.low = first_in_turn(a, b);
-        out.high = last_in_turn(a, b);
+        two_bits_in_turn(first, shift, out.low, out.high);
     }
     return out;
 }
