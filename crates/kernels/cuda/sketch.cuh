@@ -268,12 +268,16 @@ DEVICE void sketch_round(const LayeredParameters& p, SketchShared& shared, const
 }
 
 // Pages of one profile follow each other in a head, and those with codes of 8 bits take longer. Blocks and warps therefore take pages in another order: in
-// turn two from each of STRANDS parts of the head. That some don't exist in the last part does no harm.
+// turn CHUNK from each of STRANDS parts of the head. That some don't exist in the last part does no harm.
 constexpr int STRANDS = 16;
-// Pairs of a strand, and places in this order, of a head with so many pages.
-DEVICE int strand_of(int pages) { return (pages + 2 * STRANDS - 1) / (2 * STRANDS); }
-DEVICE int places_of(int pages) { return strand_of(pages) * STRANDS * 2; }
-DEVICE int page_at(int place, int strand) { return ((place / 2 % STRANDS) * strand + place / 2 / STRANDS) * 2 + place % 2; }
+constexpr int CHUNK = 8;
+// Chunks of a strand, and places in this order, of a head with so many pages.
+DEVICE int strand_of(int pages) { return (pages + CHUNK * STRANDS - 1) / (CHUNK * STRANDS); }
+DEVICE int places_of(int pages) { return strand_of(pages) * STRANDS * CHUNK; }
+DEVICE int page_at(int place, int strand) {
+    int chunk = place / CHUNK;
+    return (chunk % STRANDS * strand + chunk / STRANDS) * CHUNK + place % CHUNK;
+}
 
 // Places `first` to `end` of a head, both even, by one warp.
 template <int D, class Way>
