@@ -620,11 +620,18 @@ DEVICE void layered_attend_of(const LayeredParameters& p) {
     }
 }
 
-KERNEL(layered_attend_64, LayeredParameters, EXACT_THREADS, 4) {
+// Blocks that fit on a multiprocessor: Ampere's have less shared memory.
+#if __CUDA_ARCH__ >= 900
+#define ATTEND_BLOCKS 4
+#else
+#define ATTEND_BLOCKS 3
+#endif
+
+KERNEL(layered_attend_64, LayeredParameters, EXACT_THREADS, ATTEND_BLOCKS) {
     follow();
     layered_attend_of<64>(p);
 }
-KERNEL(layered_attend_128, LayeredParameters, EXACT_THREADS, 4) {
+KERNEL(layered_attend_128, LayeredParameters, EXACT_THREADS, ATTEND_BLOCKS) {
     follow();
     layered_attend_of<128>(p);
 }
