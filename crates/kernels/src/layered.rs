@@ -26,6 +26,8 @@ use std::ops::Range;
 mod attend;
 mod choose;
 mod credit;
+#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+pub(crate) mod device;
 mod encode;
 pub mod oracle;
 mod queries;

@@ -1,0 +1,159 @@
+//! The kernels, emulated, at odd sizes.
+
+use super::*;
+use crate::cuda::emulated::Emulated;
+
+fn shape(sequences: usize, kv_heads: usize, rows: usize, head_dim: usize) -> Shape {
+    Shape { sequences, kv_heads, rows, head_dim }
+}
+
+/// Weights of exact attention are rounded to f16, those of layered attention to 16 bits of the largest of 32.
+const EXACT_ERROR: f64 = 1e-3;
+const LAYERED_ERROR: f64 = 1e-3;
+
+#[test]
+fn exact_attention_agrees_with_the_oracle() {
+    for (i, (rows, head_dim)) in [(1, 64), (3, 128), (4, 128), (8, 64)].into_iter().enumerate() {
+        for (j, (blocks, parts)) in [(1, 1), (3, 2), (7, 5)].into_iter().enumerate() {
+            let gpu = Emulated::gpu(blocks);
+            let lengths = [1, 63, 0, 64, 65, 129 + 40 * i, 17];
+            let of = &lengths[j..j + 4];
+            let error = exact(&gpu, (10 * i + j) as u64, shape(4, 2, rows, head_dim), of, parts).unwrap();
+            assert!(error < EXACT_ERROR, "{rows} rows of {head_dim}, {of:?}: off by {error:.1e}");
+        }
+    }
+}
+
+fn profile(eight: u8, four: u8, two: u8) -> Profile {
+    Profile { eight, four, two }
+}
+
+/// All widths, groups without bits, and whole pages of nothing.
+fn profiles(d: usize) -> Vec<(Profile, Profile)> {
+    let all = (d / GROUP) as u8;
+    let pairs = [
+        (profile(0, 0, 0), profile(0, 0, 0)),
+        (profile(all, 0, 0), profile(all, 0, 0)),
+        (profile(0, all, 0), profile(0, 0, all)),
+        (profile(0, 0, all), profile(0, all, 0)),
+        (profile(1, 2, 3), profile(1, 1, 2)),
+        (profile(0, 3, 3), profile(0, 0, 4)),
+        (profile(2, 1, 1), profile(0, 1, 6)),
+        (profile(1, 1, 0), profile(1, 0, 3)),
+        (profile(0, 0, 1), profile(3, 2, 1)),
+    ];
+    pairs.into_iter().map(|(keys, values)| storable(d, keys, values)).collect()
+}
+
+fn case(shape: Shape, lengths: &[usize]) -> Case {
+    Case {
+        shape,
+        lengths: lengths.to_vec(),
+        known: vec![],
+        always: 0,
+        profiles: profiles(shape.head_dim),
+        choice: Choice::all(),
+        spread: 3.0,
+        escapes: 100,
+    }
+}
+
+#[test]
+fn layered_attention_to_all_agrees_with_the_oracle() {
+    for (i, (rows, head_dim)) in [(4, 128), (1, 64), (3, 64), (8, 128)].into_iter().enumerate() {
+        let lengths = [[1, 300], [65, 16], [127, 0], [530, 64]][i];
+        let gpu = Emulated::gpu(1 + 2 * i);
+        let mut of = case(shape(2, 1, rows, head_dim), &lengths);
+        of.escapes = [100, 0, 3, 30][i];
+        let with_known = Case { known: vec![70, 5], ..of.clone() };
+        for of in [of, with_known] {
+            let outcome = layered(&gpu, i as u64, &of).unwrap();
+            assert!(outcome.error < LAYERED_ERROR, "{rows} rows of {head_dim}: {outcome:?}");
+            assert_eq!(outcome.tiles.0, outcome.tiles.1);
+        }
+    }
+}
+
+#[test]
+fn each_profile_by_itself_agrees_with_the_oracle() {
+    for d in [64, 128] {
+        for (i, of_pages) in profiles(d).into_iter().enumerate() {
+            let of = Case { profiles: vec![of_pages], ..case(shape(1, 1, 4, d), &[100]) };
+            let outcome = layered(&Emulated::gpu(2), i as u64, &of).unwrap();
+            assert!(outcome.error < LAYERED_ERROR, "{of_pages:?} of {d}: {outcome:?}");
+        }
+    }
+}
+
+#[test]
+fn chosen_tiles_are_those_that_are_needed() {
+    let choices = [
+        (Needed::Mass(0.9), 0, 1),
+        (Needed::Mass(0.9), 5, 4),
+        (Needed::Mass(0.9999), 3, 9),
+        (Needed::Mass(0.3), 40, 3),
+        (Needed::Relative(0.05), 1, 2),
+        (Needed::Relative(0.9), 10, 7),
+    ];
+    for (i, (needed, least_tiles, one_in)) in choices.into_iter().enumerate() {
+        let (rows, d) = [(4, 128), (1, 64), (8, 64), (3, 128)][i % 4];
+        let choice = Choice { needed: Some(needed), from_tokens: 200, least_tiles, one_in };
+        let mut of = case(shape(3, 1, rows, d), &[900, 130, 401 + i]);
+        of.choice = choice;
+        of.always = i % 3;
+        of.spread = [3.0, 8.0, 0.5][i % 3];
+        // Sketches of pages without bits say nothing.
+        of.profiles.remove(0);
+        if i % 2 == 0 {
+            of.known = vec![10, 0, 90];
+        }
+        let outcome = layered(&Emulated::gpu(3), i as u64, &of).unwrap();
+        assert!(outcome.error < LAYERED_ERROR, "{needed:?}: {outcome:?}");
+        assert!(outcome.tiles.0 < outcome.tiles.1, "{needed:?}: {outcome:?}");
+    }
+}
+
+#[test]
+fn pages_are_encoded_to_the_bit() {
+    for (i, d) in [64, 128].into_iter().enumerate() {
+        for escapes in [0, 5, 100] {
+            let of = Case { escapes, ..case(shape(1, 1, 1, d), &[1, 63, 700]) };
+            encoding(&Emulated::gpu(1), i as u64, &of).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_a_sequence_gets_does_not_depend_on_the_others() {
+    let gpu = Emulated::gpu(3);
+    let (mut random, d) = (Random::new(7), 64);
+    let tokens: Vec<(Vec<f16>, Vec<f16>)> =
+        [300, 150, 40].iter().map(|n| (random.halves(n * d, 1.0), random.halves(n * d, 1.0))).collect();
+    let queries = random.halves(3 * 2 * d, 1.0);
+    let run = |which: &[usize]| -> Vec<Vec<f32>> {
+        let shape = shape(which.len(), 1, 2, d);
+        let pool = exact::Pool::new(&gpu, 16, (1, d)).unwrap();
+        let mut step = exact::Exact::new(&gpu, shape, 5, (3, 64)).unwrap();
+        let (mut sequences, mut of_queries, mut next) = (vec![], vec![], 0u32);
+        for &i in which {
+            let (keys, values) = &tokens[i];
+            let count = (keys.len() / d).div_ceil(64) as u32;
+            let of_pages = keys.chunks(64 * d).zip(values.chunks(64 * d));
+            for (page, (keys, values)) in (next..).zip(of_pages) {
+                pool.write((page as usize, 0), keys, values).unwrap();
+            }
+            sequences.push((keys.len() / d, (next..next + count).collect()));
+            next += count;
+            of_queries.extend_from_slice(&queries[i * 2 * d..][..2 * d]);
+        }
+        step.set(&sequences).unwrap();
+        let (on_device, out) =
+            (gpu.upload(&of_queries).unwrap(), gpu.alloc(which.len() * 2 * d * 4).unwrap());
+        step.attend(&pool, &on_device, 0.1).unwrap();
+        step.finish(&out).unwrap();
+        out.read::<f32>(which.len() * 2 * d).unwrap().chunks_exact(2 * d).map(<[f32]>::to_vec).collect()
+    };
+    let all = run(&[0, 1, 2]);
+    assert_eq!(run(&[1]), all[1..2]);
+    assert_eq!(run(&[2, 0]), [all[2].clone(), all[0].clone()]);
+}

@@ -1,0 +1,211 @@
+//! What is a GPU to those who use it? Memory and launches.
+
+use bytemuck::{AnyBitPattern, NoUninit};
+use std::fmt;
+use std::sync::Arc;
+
+/// What went wrong on the way to or on the device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// There is no driver, or no device.
+    #[error("no CUDA device: {0}")]
+    NoDevice(String),
+    /// The device's memory is full.
+    #[error("{wanted} bytes of GPU memory can't be had: {why}")]
+    Memory {
+        /// Bytes.
+        wanted: usize,
+        /// The driver's words.
+        why: String,
+    },
+    /// A call of the driver failed.
+    #[error("CUDA: {call}: {why}")]
+    Call {
+        /// What was asked for.
+        call: String,
+        /// The driver's words.
+        why: String,
+    },
+}
+
+/// A kernel of the module, and how it is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its name.
+    pub name: &'static str,
+    /// Threads of a block.
+    pub threads: usize,
+}
+
+/// Memory and launches: the driver's, or emulated ones.
+///
+/// Work is done in the order in which it is asked for.
+pub trait Device: fmt::Debug + Send + Sync {
+    /// What it is called.
+    fn name(&self) -> String;
+    /// Multiprocessors.
+    fn multiprocessors(&self) -> usize;
+    /// Address of `bytes` bytes, a multiple of 16, aligned to 16 at least.
+    fn alloc(&self, bytes: usize) -> Result<u64, Error>;
+    /// Gives them back.
+    ///
+    /// # Safety
+    /// `address` comes from `alloc`, and nothing uses the memory any more.
+    unsafe fn free(&self, address: u64, bytes: usize);
+    /// Copies bytes to the device.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at `to`.
+    unsafe fn write(&self, to: u64, from: &[u8]) -> Result<(), Error>;
+    /// Copies bytes from the device, after all that was asked for before.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at `from`.
+    unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<(), Error>;
+    /// Copies bytes on the device.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at both, and they do not overlap.
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error>;
+    /// Fills memory with one byte.
+    ///
+    /// # Safety
+    /// So many bytes are allocated at `to`.
+    unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<(), Error>;
+    /// How many blocks of a kernel a multiprocessor holds, at least 1.
+    fn resident(&self, kernel: Kernel, shared: usize) -> Result<usize, Error>;
+    /// Launches a kernel.
+    ///
+    /// # Safety
+    /// `parameters` are the bytes of its structure, and whatever it finds there is allocated and as the kernel wants it.
+    unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        blocks: usize,
+        shared: usize,
+        parameters: &[u8],
+    ) -> Result<(), Error>;
+}
+
+/// The bytes of a structure, aligned as it is.
+pub(super) fn aligned(parameters: &[u8]) -> Vec<u64> {
+    let word = |bytes: &[u8]| u64::from_ne_bytes(std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(0)));
+    parameters.chunks(8).map(word).collect()
+}
+
+/// A device that many share.
+#[derive(Clone, Debug)]
+pub struct Gpu(Arc<dyn Device>);
+
+impl Gpu {
+    /// That is this device.
+    pub fn new(device: impl Device + 'static) -> Gpu {
+        Gpu(Arc::new(device))
+    }
+
+    /// What it is called.
+    pub fn name(&self) -> String {
+        self.0.name()
+    }
+
+    /// Memory of at least one byte, which holds anything.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
+        let bytes = bytes.max(1).next_multiple_of(16);
+        Ok(Buffer { address: self.0.alloc(bytes)?, gpu: self.clone(), bytes })
+    }
+
+    /// Memory that holds `numbers`.
+    pub fn upload<T: NoUninit>(&self, numbers: &[T]) -> Result<Buffer, Error> {
+        let buffer = self.alloc(size_of_val(numbers))?;
+        buffer.write(0, numbers)?;
+        Ok(buffer)
+    }
+
+    /// Blocks that fill the device with a kernel.
+    pub(super) fn full_grid(&self, kernel: Kernel, shared: usize) -> Result<usize, Error> {
+        Ok(self.0.multiprocessors() * self.0.resident(kernel, shared)?)
+    }
+
+    /// See [`Device::launch`].
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn launch<P: NoUninit>(
+        &self,
+        kernel: Kernel,
+        (blocks, shared): (usize, usize),
+        parameters: &P,
+    ) -> Result<(), Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.0.launch(kernel, blocks, shared, bytemuck::bytes_of(parameters)) }
+    }
+}
+
+/// Memory of a device; given back when dropped.
+#[derive(Debug)]
+pub struct Buffer {
+    gpu: Gpu,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Copies `numbers` to the place that begins `at` bytes into the buffer.
+    pub fn write<T: NoUninit>(&self, at: usize, numbers: &[T]) -> Result<(), Error> {
+        let bytes: &[u8] = bytemuck::cast_slice(numbers);
+        assert!(
+            at.saturating_add(bytes.len()) <= self.bytes,
+            "{} bytes at {at} of {}",
+            bytes.len(),
+            self.bytes
+        );
+        // SAFETY: they lie within the buffer.
+        unsafe { self.gpu.0.write(self.address + at as u64, bytes) }
+    }
+
+    /// The first `count` numbers, when all that was asked for before is done.
+    pub fn read<T: NoUninit + AnyBitPattern>(&self, count: usize) -> Result<Vec<T>, Error> {
+        let mut numbers = vec![T::zeroed(); count];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut numbers);
+        assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
+        // SAFETY: they lie within the buffer.
+        unsafe { self.gpu.0.read(self.address, bytes) }?;
+        Ok(numbers)
+    }
+
+    /// Copies `bytes` bytes from `(buffer, at)` to `to`.
+    pub fn copy_from(&self, to: usize, (from, at): (&Buffer, usize), bytes: usize) -> Result<(), Error> {
+        assert!(to.saturating_add(bytes) <= self.bytes && at.saturating_add(bytes) <= from.bytes);
+        assert!(self.address != from.address || to + bytes <= at || at + bytes <= to, "they overlap");
+        // SAFETY: they lie within the buffers and do not overlap.
+        unsafe { self.gpu.0.copy(self.address + to as u64, from.address + at as u64, bytes) }
+    }
+
+    /// Fills it with a byte.
+    pub fn fill(&self, byte: u8) -> Result<(), Error> {
+        // SAFETY: it is all of the buffer.
+        unsafe { self.gpu.0.fill(self.address, byte, self.bytes) }
+    }
+
+    /// Fills it with what is no number as f32 and as f16.
+    pub fn poison(&self) -> Result<(), Error> {
+        self.fill(0xff)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: it was allocated there, and launches that use it hold what owns it; work is done in order.
+        unsafe { self.gpu.0.free(self.address, self.bytes) }
+    }
+}

@@ -1,0 +1,169 @@
+//! What do kernels get? The structures of `cuda/parameters.cuh`, which says what they mean.
+
+use bytemuck::{NoUninit, Zeroable};
+
+/// Marks structures of plain numbers without gaps, whose size is that of the kernels'.
+macro_rules! plain {
+    ($($name:ident: $size:literal),+) => {$(
+        // SAFETY: zeros are a value of every number in it.
+        unsafe impl Zeroable for $name {}
+        // SAFETY: it is `repr(C)`, made of numbers, and the fields' sizes add up to its own, which the assertion holds to the
+        // kernels'; gaps are named fields.
+        unsafe impl NoUninit for $name {}
+        const _: () = assert!(size_of::<$name>() == $size);
+    )+};
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct States {
+    pub max: u64,
+    pub sum: u64,
+    pub accumulated: u64,
+    pub slots: i32,
+    pub unused: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct ExactParameters {
+    pub queries: u64,
+    pub pool: u64,
+    pub lengths: u64,
+    pub tables: u64,
+    pub states: States,
+    pub scale: f32,
+    pub sequences: i32,
+    pub kv_heads: i32,
+    pub rows: i32,
+    pub table_stride: i32,
+    pub least_part: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct FinishParameters {
+    pub states: States,
+    pub lengths: u64,
+    pub out: u64,
+    pub sequences: i32,
+    pub kv_heads: i32,
+    pub rows: i32,
+    pub least_part: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct SketchPage {
+    pub leading: u32,
+    pub runs: u16,
+    pub tokens: u8,
+    pub unused: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Tile {
+    pub leading: u32,
+    pub lines: u32,
+    pub key_escapes: u32,
+    pub value_escapes: u32,
+    pub keys: [u8; 3],
+    pub values: [u8; 3],
+    pub tokens: u8,
+    pub index: u8,
+    pub key_count: u16,
+    pub value_count: u16,
+    pub unused: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Head {
+    pub leading: u64,
+    pub lines: u64,
+    pub escapes: u64,
+    pub pages: u64,
+    pub tiles: u64,
+    pub key_mean: u64,
+    pub key_spread: u64,
+    pub value_mean: u64,
+    pub value_spread: u64,
+    pub query_rotation: u64,
+    pub output_rotation: u64,
+    pub page_count: u32,
+    pub selectable: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Selection {
+    pub missed: f32,
+    pub relative: f32,
+    pub from_tokens: u32,
+    pub least_tiles: u32,
+    pub one_in: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct LayeredParameters {
+    pub heads: u64,
+    pub queries: u64,
+    pub exact: States,
+    pub exact_lengths: u64,
+    pub turned: u64,
+    pub bytes: u64,
+    pub steps: u64,
+    pub codes: u64,
+    pub histogram: u64,
+    pub wanted: u64,
+    pub wanted_counts: u64,
+    pub list: u64,
+    pub counts: u64,
+    pub states: States,
+    pub out: u64,
+    pub selection: Selection,
+    pub scale: f32,
+    pub sequences: i32,
+    pub kv_heads: i32,
+    pub rows: i32,
+    pub rows_stored: i32,
+    pub tile_stride: i32,
+    pub list_stride: i32,
+    pub room_bytes: i32,
+    pub least_part: i32,
+    pub exact_least_part: i32,
+    pub slices: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EncodePage {
+    pub leading: u32,
+    pub lines: u32,
+    pub first: u32,
+    pub keys: [u8; 3],
+    pub values: [u8; 3],
+    pub tokens: u8,
+    pub unused: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EncodeParameters {
+    pub keys: u64,
+    pub values: u64,
+    pub order: u64,
+    pub pages: u64,
+    pub counts: u64,
+    pub leading: u64,
+    pub lines: u64,
+    pub escapes: u64,
+    pub sketch_pages: u64,
+    pub tiles: u64,
+    pub page_count: i32,
+    pub unused: i32,
+}
+
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 232, EncodePage: 20, EncodeParameters: 88);
