@@ -41,7 +41,7 @@ pub struct Settings {
     pub shadow_every: Option<NonZeroU64>,
     /// To what ratio requests that run may be compressed harder where bytes run out; `None`: none is.
     pub floor: Option<f32>,
-    /// Whether caches in the layered format remember which tokens are in which pages: see [`KvCache::remember_places`].
+    /// Whether caches in the layered format remember which tokens are in which pages: see [`KvCache::remember_places`](mosaickv_kv::KvCache::remember_places).
     pub remember_places: bool,
 }
 
