@@ -7,7 +7,6 @@ use std::{env, fs};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=cuda");
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         for_gpus();
     }
@@ -18,6 +17,7 @@ fn main() {
 /// Machine code for Ampere and Hopper and PTX for what comes after, in one file, `kernels.fatbin`; what the kernels take of a multiprocessor, in
 /// `resources.txt`.
 fn for_gpus() {
+    println!("cargo::rerun-if-changed=cuda");
     println!("cargo::rerun-if-env-changed=NVCC");
     println!("cargo::rerun-if-env-changed=PATH");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -56,6 +56,7 @@ fn find_nvcc() -> PathBuf {
 /// A static library with the kernels and what runs them thread by thread.
 #[cfg(feature = "cuda-emulated")]
 fn for_the_host() {
+    println!("cargo::rerun-if-changed=cuda");
     // Fibers leave functions by `longjmp`.
     cc::Build::new()
         .cpp(true)
