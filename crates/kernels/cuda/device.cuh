@@ -206,3 +206,13 @@ DEVICE T warp_sum(T x) {
     for (int mask = FROM; mask < WARP; mask *= 2) x += shuffle_xor(x, mask);
     return x;
 }
+// The sum over the lanes up to this one.
+template <class T>
+DEVICE T warp_sum_upto(T x) {
+#pragma unroll
+    for (int by = 1; by < WARP; by *= 2) {
+        T other = shuffle_up(x, by);
+        if (thread_index() % WARP >= by) x += other;
+    }
+    return x;
+}

@@ -119,28 +119,6 @@ DEVICE void count_of_page(const EncodeParameters& p) {
     if (thread < 2 * TILES) p.counts[block_index() * 2 * TILES + thread] = (&shared.counts[0][0])[thread];
 }
 
-// The sum over the block, for all threads; and over the threads before this one.
-template <class Shared>
-DEVICE uint32_t sum_before(Shared& shared, uint32_t x, uint32_t& all) {
-    int lane = thread_index() % WARP;
-    uint32_t upto = x;
-#pragma unroll
-    for (int by = 1; by < WARP; by *= 2) {
-        uint32_t other = shuffle_up(upto, by);
-        if (lane >= by) upto += other;
-    }
-    sync_block();
-    if (lane == WARP - 1) shared.totals[thread_index() / WARP] = upto;
-    sync_block();
-    uint32_t before = 0;
-    all = 0;
-    for (int warp = 0; warp < ENCODE_WARPS; warp++) {
-        if (warp < thread_index() / WARP) before += shared.totals[warp];
-        all += shared.totals[warp];
-    }
-    return before + upto - x;
-}
-
 // Where channel `c` of a token is among the codes of its group.
 DEVICE int place_of_code(int half, int token, int c) {
     return half == 0 ? (token / 16 * 2 + c / 4) * 64 + token % 16 * 4 + c % 4 : token / 8 * 64 + (token / 4 % 2 * 8 + c) * 4 + token % 4;
@@ -156,7 +134,7 @@ DEVICE void encode_half(const EncodeParameters& p, EncodeShared<D>& shared, cons
     for (int pass = 0; pass < 2; pass++) {
         if (pass == 1) {
             uint32_t all;
-            at += sum_before(shared, mine, all);
+            at += block_before(shared.totals, mine, all);
         }
         for (int i = 0; i < EACH; i++) {
             int place = thread_index() * EACH + i, in_tile = place % TILE_TOKENS;
@@ -233,7 +211,7 @@ DEVICE void encode_of_page(const EncodeParameters& p) {
     const EncodePage& page = p.pages[index];
     uint32_t earlier = 0, escapes;
     for (int at = thread; at < index * 2 * TILES; at += ENCODE_THREADS) earlier += p.counts[at];
-    sum_before(shared, earlier, escapes);
+    block_before(shared.totals, earlier, escapes);
     uint32_t starts[2][TILES], counts[2][TILES];
     for (int half = 0; half < 2; half++) {
         for (int tile = 0; tile < TILES; tile++) {

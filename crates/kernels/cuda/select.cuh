@@ -50,13 +50,7 @@ DEVICE int threshold_of(const LayeredParameters& p, int head, int row) {
         return max_of(1, top + round_to_int(p.selection.relative * CODES_PER_OCTAVE));
     }
     // What is known weighs 1.
-    float all = warp_sum<1>(mine), may_miss = p.selection.missed * (1 + all), before = mine;
-#pragma unroll
-    for (int by = 1; by < WARP; by *= 2) {
-        float other = shuffle_up(before, by);
-        if (lane >= by) before += other;
-    }
-    before -= mine;
+    float all = warp_sum<1>(mine), may_miss = p.selection.missed * (1 + all), before = warp_sum_upto(mine) - mine;
     int least = 0;
 #pragma unroll
     for (int i = 0; i < OF_LANE; i++) {
@@ -129,28 +123,6 @@ DEVICE void want_of(const LayeredParameters& p) {
     p.wanted_counts[((int64_t)index * p.slices + slice) * BINS + thread_index()] = shared.counts[thread_index()];
 }
 
-// What threads before this one have, and all together.
-DEVICE uint32_t block_before(SelectShared& shared, uint32_t x, uint32_t& all) {
-    int lane = thread_index() % WARP;
-    uint32_t upto = x;
-#pragma unroll
-    for (int by = 1; by < WARP; by *= 2) {
-        uint32_t other = shuffle_up(upto, by);
-        if (lane >= by) upto += other;
-    }
-    sync_block();
-    if (lane == WARP - 1) shared.totals[thread_index() / WARP] = upto;
-    sync_block();
-    uint32_t before = 0;
-    all = 0;
-#pragma unroll
-    for (int warp = 0; warp < SELECT_WARPS; warp++) {
-        if (warp < thread_index() / WARP) before += shared.totals[warp];
-        all += shared.totals[warp];
-    }
-    return before + upto - x;
-}
-
 // Finds the cut, and how many tiles are taken; `counts` are those of all slices. Where tiles are counted that are wanted at least as much as
 // each number, and in earlier slices, `shared` has it afterwards.
 DEVICE void find_cut(const LayeredParameters& p, SelectShared& shared, const uint32_t* counts, int slices, int slice, int tiles) {
@@ -161,7 +133,7 @@ DEVICE void find_cut(const LayeredParameters& p, SelectShared& shared, const uin
         all_slices += count;
         if (i < slice) before_slice += count;
     }
-    uint32_t all, below = block_before(shared, all_slices, all);
+    uint32_t all, below = block_before(shared.totals, all_slices, all);
     shared.counts[thread_index()] = all_slices;
     shared.at_least[thread_index()] = all - below;
     shared.before[thread_index()] = before_slice;
@@ -208,7 +180,7 @@ DEVICE void list_of(const LayeredParameters& p) {
         }
     }
     // Both in one sum: a slice has 4,096 tiles.
-    uint32_t all, before = block_before(shared, over | at << 16, all);
+    uint32_t all, before = block_before(shared.totals, over | at << 16, all);
     uint32_t over_before = before & 0xffff, at_before = (before >> 16) + shared.before[cut];
     for (uint32_t bin = cut + 1; bin < BINS; bin++) over_before += shared.before[bin];
     uint32_t* list = p.list + (int64_t)index * p.list_stride;

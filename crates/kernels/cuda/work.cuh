@@ -16,6 +16,23 @@ DEVICE int parts_of(int length, int slots, int least, int unit) {
     return (length + part - 1) / part;
 }
 
+// What threads before this one have, and `all` together; by one whole block of WARPS warps, each of which has one of `totals`.
+template <int WARPS>
+DEVICE uint32_t block_before(uint32_t (&totals)[WARPS], uint32_t x, uint32_t& all) {
+    uint32_t upto = warp_sum_upto(x);
+    sync_block();
+    if (thread_index() % WARP == WARP - 1) totals[thread_index() / WARP] = upto;
+    sync_block();
+    uint32_t before = 0;
+    all = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        if (warp < thread_index() / WARP) before += totals[warp];
+        all += totals[warp];
+    }
+    return before + upto - x;
+}
+
 // Where heads' parts end when all are counted: `ends[i]` of the first `i + 1` heads. By one whole block; `count` at most
 // MOST_HEADS.
 template <class F>
@@ -25,13 +42,7 @@ DEVICE void count_parts(uint32_t* ends, int count, F parts) {
 #pragma unroll 1
         for (int first = 0; first < count; first += WARP) {
             int i = first + thread_index();
-            uint32_t sum = i < count ? parts(i) : 0;
-#pragma unroll
-            for (int by = 1; by < WARP; by *= 2) {
-                uint32_t other = shuffle_up(sum, by);
-                if (thread_index() % WARP >= by) sum += other;
-            }
-            sum += before;
+            uint32_t sum = before + warp_sum_upto<uint32_t>(i < count ? parts(i) : 0);
             if (i < count) ends[i] = sum;
             before = shuffle(sum, WARP - 1);
         }

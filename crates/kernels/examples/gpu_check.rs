@@ -7,12 +7,12 @@
 //! follow each other in one CUDA graph, as the layers of a model do; times are medians of its launches, by CUDA events.
 
 use half::f16;
-use mosaickv_kernels::cuda::check::{self, Case, Outcome, Random, storable};
+use mosaickv_kernels::cuda::check::{self, Case, Outcome, Random, profile, profiles, storable};
 use mosaickv_kernels::cuda::driver::{Driver, resources};
 use mosaickv_kernels::cuda::exact::{Exact, LEAST_PART, PAGE_TOKENS, Pool};
 use mosaickv_kernels::cuda::layered::{self, Choice, Head, Layered, Rotations, Scales, Stage};
 use mosaickv_kernels::cuda::{Buffer, Device, PARTS, Shape};
-use mosaickv_kernels::layered::{GROUP, Needed, Pages, Profile};
+use mosaickv_kernels::layered::{Needed, Pages, Profile};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -234,30 +234,16 @@ fn shape(sequences: usize, kv_heads: usize, rows: usize, head_dim: usize) -> Sha
     Shape { sequences, kv_heads, rows, head_dim }
 }
 
-fn profile(eight: u8, four: u8, two: u8) -> Profile {
-    Profile { eight, four, two }
-}
-
-/// All widths, and groups without bits.
-fn profiles(d: usize) -> Vec<(Profile, Profile)> {
-    let all = (d / GROUP) as u8;
-    let pairs = [
-        (profile(all, 0, 0), profile(all, 0, 0)),
-        (profile(0, all, 0), profile(0, 0, all)),
-        (profile(0, 0, all), profile(0, all, 0)),
-        (profile(1, 2, 3), profile(1, 1, 2)),
-        (profile(0, 3, 3), profile(0, 0, 4)),
-        (profile(2, 1, 1), profile(0, 1, 6)),
-        (profile(0, 0, 1), profile(3, 2, 1)),
-    ];
-    pairs.into_iter().map(|(keys, values)| storable(d, keys, values)).collect()
-}
-
 fn report(name: &str, of: &str, error: f64, limit: f64, more: &str) {
     println!(
         "{{\"check\": \"{name}\", \"of\": \"{of}\", \"error\": {error:.2e}, \"ok\": {}{more}}}",
         error < limit
     );
+}
+
+fn report_failure(name: &str, of: &str, why: &impl std::fmt::Display) {
+    let why = why.to_string();
+    println!("{{\"check\": \"{name}\", \"of\": \"{of}\", \"ok\": false, \"why\": {why:?}}}");
 }
 
 /// Prints a line for each case.
@@ -289,7 +275,7 @@ fn run_check(name: &str) -> Result<()> {
         }
         "layered-encode" => {
             for d in [64, 128] {
-                let case = Case { escapes: 30, ..case(shape(1, 1, 1, d), &[1, 63, 5000]) };
+                let case = Case { escapes: 30, ..Case::whole(shape(1, 1, 1, d), &[1, 63, 5000]) };
                 let outcome = check::encoding(&gpu, seed, &case).map(|()| 0.0);
                 show_exact(name, case.shape, outcome);
             }
@@ -303,10 +289,7 @@ fn run_check(name: &str) -> Result<()> {
                         let more = format!(", \"read\": {}, \"tiles\": {}", tiles.0, tiles.1);
                         report(name, &of, error, 1e-3, &more);
                     }
-                    Err(e) => println!(
-                        "{{\"check\": \"{name}\", \"of\": \"{of}\", \"ok\": false, \"why\": {:?}}}",
-                        e.to_string()
-                    ),
+                    Err(e) => report_failure(name, &of, &e),
                 }
             }
         }
@@ -318,24 +301,7 @@ fn show_exact(name: &str, shape: Shape, outcome: std::result::Result<f64, impl s
     let of = format!("{} rows of {}", shape.rows, shape.head_dim);
     match outcome {
         Ok(error) => report(name, &of, error, 1e-3, ""),
-        Err(e) => println!(
-            "{{\"check\": \"{name}\", \"of\": \"{of}\", \"ok\": false, \"why\": {:?}}}",
-            e.to_string()
-        ),
-    }
-}
-
-/// All is read, all profiles occur.
-fn case(shape: Shape, lengths: &[usize]) -> Case {
-    Case {
-        shape,
-        lengths: lengths.to_vec(),
-        known: vec![],
-        always: 0,
-        profiles: profiles(shape.head_dim),
-        choice: Choice::all(),
-        spread: 3.0,
-        escapes: 100,
+        Err(e) => report_failure(name, &of, &e),
     }
 }
 
@@ -345,12 +311,12 @@ fn cases(name: &str) -> Result<Vec<Case>> {
             let sizes = [(4, 128), (1, 64), (3, 64), (8, 128)];
             sizes
                 .into_iter()
-                .map(|(rows, d)| Case { known: vec![70, 5], ..case(shape(2, 2, rows, d), &[1, 2500]) })
+                .map(|(rows, d)| Case { known: vec![70, 5], ..Case::whole(shape(2, 2, rows, d), &[1, 2500]) })
                 .collect()
         }
         "layered-profiles" => profiles(128)
             .into_iter()
-            .map(|of| Case { profiles: vec![of], ..case(shape(1, 1, 4, 128), &[1000]) })
+            .map(|of| Case { profiles: vec![of], ..Case::whole(shape(1, 1, 4, 128), &[1000]) })
             .collect(),
         "layered-selected" => {
             let choices = [Needed::Mass(0.9), Needed::Mass(0.9999), Needed::Relative(0.05)];
@@ -362,13 +328,13 @@ fn cases(name: &str) -> Result<Vec<Case>> {
                     choice: choice(needed),
                     always: i,
                     known: vec![10, 0, 90],
-                    ..case(shape, &[3000, 130, 1401])
+                    ..Case::whole(shape, &[3000, 130, 1401])
                 }
             };
             choices.into_iter().enumerate().map(of).collect()
         }
         "layered-long" => {
-            let long = case(shape(1, 2, 4, 128), &[24_000]);
+            let long = Case::whole(shape(1, 2, 4, 128), &[24_000]);
             vec![Case { choice: Choice::default(), always: 3, known: vec![68], spread: 5.0, ..long }]
         }
         _ => return Err(format!("no check {name}; there are {CHECKS:?}").into()),

@@ -116,6 +116,13 @@ pub struct PageInfo {
     pub read: Option<f32>,
 }
 
+impl PageInfo {
+    /// Bits of a scalar, mean of keys and values of `head_dim` channels.
+    pub fn bits(&self, head_dim: usize) -> f32 {
+        (self.keys.bits() + self.values.bits()) as f32 / (2 * head_dim) as f32
+    }
+}
+
 /// The keys or the values of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HalfInfo {

@@ -83,7 +83,7 @@ impl KvCache {
         }
         let mut pages = [0u64; 5];
         for page in self.layered_heads().iter().flat_map(|head| head.prompt.iter().chain(&head.tail)) {
-            let bits = (page.keys.bits() + page.values.bits()) as f32 / (2 * d) as f32;
+            let bits = page.bits(d);
             pages[[1.0, 2.0, 4.0, 8.0].iter().filter(|from| bits >= **from).count()] += 1;
         }
         let name_of = |(kept, group, block)| {
@@ -141,7 +141,7 @@ impl Kinds {
         let (keys, values) = (spelt(page.keys.channels), spelt(page.values.channels));
         Part {
             tokens: page.tokens,
-            bits: (page.keys.bits() + page.values.bits()) as f32 / (2 * head_dim) as f32,
+            bits: page.bits(head_dim),
             bytes: page.bytes,
             kind: self.number(format!("{place}: channels of 8/4/2 bits: keys {keys}, values {values}")),
             loss: Some(loss),

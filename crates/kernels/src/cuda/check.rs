@@ -164,6 +164,44 @@ pub struct Case {
     pub escapes: usize,
 }
 
+impl Case {
+    /// All is read, all profiles occur.
+    pub fn whole(shape: Shape, lengths: &[usize]) -> Case {
+        Case {
+            shape,
+            lengths: lengths.to_vec(),
+            known: vec![],
+            always: 0,
+            profiles: profiles(shape.head_dim),
+            choice: Choice::all(),
+            spread: 3.0,
+            escapes: 100,
+        }
+    }
+}
+
+/// So many groups of 8, 4 and 2 bits.
+pub fn profile(eight: u8, four: u8, two: u8) -> Profile {
+    Profile { eight, four, two }
+}
+
+/// All widths, groups without bits, and whole pages of nothing.
+pub fn profiles(d: usize) -> Vec<(Profile, Profile)> {
+    let all = (d / GROUP) as u8;
+    let pairs = [
+        (profile(0, 0, 0), profile(0, 0, 0)),
+        (profile(all, 0, 0), profile(all, 0, 0)),
+        (profile(0, all, 0), profile(0, 0, all)),
+        (profile(0, 0, all), profile(0, all, 0)),
+        (profile(1, 2, 3), profile(1, 1, 2)),
+        (profile(0, 3, 3), profile(0, 0, 4)),
+        (profile(2, 1, 1), profile(0, 1, 6)),
+        (profile(1, 1, 0), profile(1, 0, 3)),
+        (profile(0, 0, 1), profile(3, 2, 1)),
+    ];
+    pairs.into_iter().map(|(keys, values)| storable(d, keys, values)).collect()
+}
+
 /// What came out.
 #[derive(Clone, Copy, Debug)]
 pub struct Outcome {

@@ -24,46 +24,12 @@ fn exact_attention_agrees_with_the_oracle() {
     }
 }
 
-fn profile(eight: u8, four: u8, two: u8) -> Profile {
-    Profile { eight, four, two }
-}
-
-/// All widths, groups without bits, and whole pages of nothing.
-fn profiles(d: usize) -> Vec<(Profile, Profile)> {
-    let all = (d / GROUP) as u8;
-    let pairs = [
-        (profile(0, 0, 0), profile(0, 0, 0)),
-        (profile(all, 0, 0), profile(all, 0, 0)),
-        (profile(0, all, 0), profile(0, 0, all)),
-        (profile(0, 0, all), profile(0, all, 0)),
-        (profile(1, 2, 3), profile(1, 1, 2)),
-        (profile(0, 3, 3), profile(0, 0, 4)),
-        (profile(2, 1, 1), profile(0, 1, 6)),
-        (profile(1, 1, 0), profile(1, 0, 3)),
-        (profile(0, 0, 1), profile(3, 2, 1)),
-    ];
-    pairs.into_iter().map(|(keys, values)| storable(d, keys, values)).collect()
-}
-
-fn case(shape: Shape, lengths: &[usize]) -> Case {
-    Case {
-        shape,
-        lengths: lengths.to_vec(),
-        known: vec![],
-        always: 0,
-        profiles: profiles(shape.head_dim),
-        choice: Choice::all(),
-        spread: 3.0,
-        escapes: 100,
-    }
-}
-
 #[test]
 fn layered_attention_to_all_agrees_with_the_oracle() {
     for (i, (rows, head_dim)) in [(4, 128), (1, 64), (3, 64), (8, 128)].into_iter().enumerate() {
         let lengths = [[1, 300], [65, 16], [127, 0], [530, 64]][i];
         let gpu = Emulated::gpu(1 + 2 * i);
-        let mut of = case(shape(2, 1, rows, head_dim), &lengths);
+        let mut of = Case::whole(shape(2, 1, rows, head_dim), &lengths);
         of.escapes = [100, 0, 3, 30][i];
         let with_known = Case { known: vec![70, 5], ..of.clone() };
         for of in [of, with_known] {
@@ -78,7 +44,7 @@ fn layered_attention_to_all_agrees_with_the_oracle() {
 fn each_profile_by_itself_agrees_with_the_oracle() {
     for d in [64, 128] {
         for (i, of_pages) in profiles(d).into_iter().enumerate() {
-            let of = Case { profiles: vec![of_pages], ..case(shape(1, 1, 4, d), &[100]) };
+            let of = Case { profiles: vec![of_pages], ..Case::whole(shape(1, 1, 4, d), &[100]) };
             let outcome = layered(&Emulated::gpu(2), i as u64, &of).unwrap();
             assert!(outcome.error < LAYERED_ERROR, "{of_pages:?} of {d}: {outcome:?}");
         }
@@ -98,7 +64,7 @@ fn chosen_tiles_are_those_that_are_needed() {
     for (i, (needed, least_tiles, one_in)) in choices.into_iter().enumerate() {
         let (rows, d) = [(4, 128), (1, 64), (8, 64), (3, 128)][i % 4];
         let choice = Choice { needed: Some(needed), from_tokens: 200, least_tiles, one_in };
-        let mut of = case(shape(3, 1, rows, d), &[900, 130, 401 + i]);
+        let mut of = Case::whole(shape(3, 1, rows, d), &[900, 130, 401 + i]);
         of.choice = choice;
         of.always = i % 3;
         of.spread = [3.0, 8.0, 0.5][i % 3];
@@ -117,7 +83,7 @@ fn chosen_tiles_are_those_that_are_needed() {
 fn pages_are_encoded_to_the_bit() {
     for (i, d) in [64, 128].into_iter().enumerate() {
         for escapes in [0, 5, 100] {
-            let of = Case { escapes, ..case(shape(1, 1, 1, d), &[1, 63, 700]) };
+            let of = Case { escapes, ..Case::whole(shape(1, 1, 1, d), &[1, 63, 700]) };
             encoding(&Emulated::gpu(1), i as u64, &of).unwrap();
         }
     }
