@@ -21,12 +21,13 @@ DEVICE unsigned char* shared_memory() {
     return bytes;
 }
 
-// Lets the launch after this one begin when there is room, and waits until the one before has ended and its writes can be seen. Nothing
-// may be read or written before. Without overlapping launches it does nothing.
+// Waits until the launch before this one has ended and its writes can be seen, then lets the one after this begin where there is room. So of
+// two launches that overlap the second may read, before it follows, whatever the first does not write, and write nothing that the first
+// reads. Without overlapping launches it does nothing.
 DEVICE void follow() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -31,6 +31,9 @@ struct float2 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
 
 namespace emulation {
 

@@ -172,26 +172,52 @@ DEVICE void fold_tokens(const ExactParameters& p, ExactShared<D>& shared, ExactF
     }
 }
 
-// Merges the warps' states into the slot of the part; `sum_at(warp, row, channel)` are their sums.
-template <int D, class Shared, class F>
-DEVICE void store_state(const States& states, Shared& shared, int64_t slot, int rows, F sum_at) {
-    sync_block();
-    for (int at = thread_index(); at < rows * D; at += block_threads()) {
-        int row = at / D, c = at % D;
-        float top = NONE;
+// What a warp's lanes have of columns 2t and 2t + 1, for the block.
+template <class Shared, class Fold>
+DEVICE void share_fold(Shared& shared, const Fold& fold) {
+    int warp = thread_index() / WARP, lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
-        for (int warp = 0; warp < EXACT_WARPS; warp++) top = max_of(top, shared.max[warp][row]);
-        float sum = 0, x = 0;
-#pragma unroll
-        for (int warp = 0; warp < EXACT_WARPS; warp++) {
-            float factor = shared.max[warp][row] == NONE ? 0 : exp2_fast(shared.max[warp][row] - top);
-            sum += factor * shared.sum[warp][row];
-            x += factor * sum_at(warp, row, c);
+    for (int column = 0; column < 2; column++) {
+        float sum = warp_sum<4>(fold.sum[column]);
+        if (g == 0) {
+            shared.max[warp][2 * t + column] = fold.max[column];
+            shared.sum[warp][2 * t + column] = sum;
         }
-        states.accumulated[(slot * rows + row) * D + c] = x;
-        if (c == 0) {
+    }
+}
+
+// Merges the warps' states into the slot of the part; `sums_at(warp, row, channel)` are their sums of four rows from `row` on.
+template <int D, class Shared, class F>
+DEVICE void store_state(const States& states, Shared& shared, int64_t slot, int rows, F sums_at) {
+    static_assert(EXACT_WARPS * ROWS == WARP);
+    sync_block();
+    if (thread_index() < WARP) {
+        // A lane has a row of a warp; what its sums are multiplied by takes the place of its maximum.
+        int warp = thread_index() / ROWS, row = thread_index() % ROWS;
+        float mine = shared.max[warp][row], top = warp_max<ROWS>(mine), factor = mine == NONE ? 0 : exp2_fast(mine - top);
+        float sum = warp_sum<ROWS>(factor * shared.sum[warp][row]);
+        shared.max[warp][row] = factor;
+        if (warp == 0 && row < rows) {
             states.max[slot * rows + row] = top;
             states.sum[slot * rows + row] = sum;
+        }
+    }
+    sync_block();
+    for (int at = thread_index(); at < (rows + 3) / 4 * D; at += block_threads()) {
+        int row = at / D * 4, c = at % D;
+        float x[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int warp = 0; warp < EXACT_WARPS; warp++) {
+            const float* factors = &shared.max[warp][row];
+            float4 sums = sums_at(warp, row, c);
+            x[0] += factors[0] * sums.x;
+            x[1] += factors[1] * sums.y;
+            x[2] += factors[2] * sums.z;
+            x[3] += factors[3] * sums.w;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (row + i < rows) states.accumulated[(slot * rows + row + i) * D + c] = x[i];
         }
     }
     sync_block();
@@ -231,13 +257,9 @@ DEVICE void exact_attend_of(const ExactParameters& p) {
         }
         sync_block();
         fold_tokens<D>(p, shared, fold, sequence, kv_head, index * part, end);
+        share_fold(shared, fold);
 #pragma unroll
         for (int column = 0; column < 2; column++) {
-            float sum = warp_sum<4>(fold.sum[column]);
-            if (g == 0) {
-                shared.max[warp][2 * t + column] = fold.max[column];
-                shared.sum[warp][2 * t + column] = sum;
-            }
 #pragma unroll
             for (int i = 0; i < D / 16; i++) {
                 // Rows g and g + 8 of a product are two neighbouring channels.
@@ -247,7 +269,10 @@ DEVICE void exact_attend_of(const ExactParameters& p) {
             }
         }
         int64_t slot = (int64_t)(sequence * p.kv_heads + kv_head) * p.states.slots + index;
-        store_state<D>(p.states, shared, slot, p.rows, [&](int warp, int row, int c) { return shared.accumulated[warp][row][c]; });
+        store_state<D>(p.states, shared, slot, p.rows, [&](int warp, int row, int c) {
+            const float(&of)[ROWS][D] = shared.accumulated[warp];
+            return float4{of[row][c], of[row + 1][c], of[row + 2][c], of[row + 3][c]};
+        });
     }
 }
 

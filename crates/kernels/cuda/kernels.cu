@@ -5,13 +5,13 @@
 static_assert(sizeof(States) == 32 && sizeof(ExactParameters) == 88 && sizeof(FinishParameters) == 64, "sizes of structures");
 static_assert(sizeof(SketchPage) == 8 && sizeof(Tile) == 32 && sizeof(Escape) == 4, "sizes of structures");
 static_assert(sizeof(EncodePage) == 20 && sizeof(EncodeParameters) == 88, "sizes of structures");
-static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredParameters) == 232, "sizes of structures");
+static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredParameters) == 240, "sizes of structures");
 
 // As `src/cuda/exact.rs`, `src/cuda/layered.rs` and `src/cuda/encode.rs` count shared memory.
 static_assert(sizeof(ExactShared<64>) == 2048 + 1024 + 8448 && sizeof(ExactShared<128>) == 2048 + 2048 + 16640, "shared memory");
 static_assert(sizeof(FinishShared) == 5248 && sizeof(TurnShared) == 3328 && sizeof(LayeredFinishShared) == 8320, "shared memory");
 static_assert(sizeof(EncodeShared<64>) == 4096 + 64 && sizeof(EncodeShared<128>) == 8192 + 64, "shared memory");
-static_assert(sizeof(SketchShared) == 43024, "shared memory, of which five blocks fit");
+static_assert(__builtin_offsetof(SketchShared, histogram) == 2176, "shared memory");
 static_assert(sizeof(SelectShared) == 3148, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<64>, slots) == 19328, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<128>, slots) == 30080, "shared memory");

@@ -15,8 +15,6 @@
 
 #include "select.cuh"
 
-// Escapes of a tile that are loaded ahead; others when they are met.
-constexpr int AHEAD = WARP;
 constexpr int PAIR_TOKENS = 2 * TILE_TOKENS;
 // Tiles that a warp describes at a time.
 constexpr int DESCRIBED = 8;
@@ -41,9 +39,9 @@ template <int D>
 struct LayeredWarp {
     Described described[2][DESCRIBED];
     // What escapes add to scores, then weights.
-    float tokens[PAIR_TOKENS][ROWS];
+    alignas(16) float tokens[PAIR_TOKENS][ROWS];
     // Weighted values: of each group what lane (g, t) sums up, channel g of rows 2t and 2t + 1.
-    float sums[D / 8][WARP][2];
+    alignas(16) float sums[D / 8][WARP][2];
 };
 
 // Where row `row` of channel `c` is among the sums of a warp.
@@ -55,7 +53,8 @@ DEVICE float& sum_of(LayeredWarp<D>& own, int row, int c) {
 template <int D>
 struct LayeredShared {
     uint32_t ends[MOST_HEADS];
-    float queries[ROWS][D];
+    // By channels.
+    alignas(16) float queries[D][ROWS];
     // Of lane l in set s of groups: in turn channels 0, 4, 1, 5 and 2, 6, 3, 7 of its group.
     uint32_t bytes[D / 32][WARP][2];
     LayeredWarp<D> warps[EXACT_WARPS];
@@ -87,8 +86,6 @@ DEVICE int lines_of(const Described& tile) { return tile.apart >> 24; }
 // Bytes that are copied of it.
 DEVICE int bytes_of(const Described& tile) { return tokens_of(tile) > 0 ? SKETCH * 128 + lines_of(tile) * 64 : 0; }
 DEVICE int key_lines_of(const Described& tile) { return tile.within >> 24; }
-DEVICE int key_escapes_of(const Described& tile) { return tile.escapes & 0xffff; }
-DEVICE int value_escapes_of(const Described& tile) { return tile.escapes >> 16; }
 
 // The groups of a tile's keys that lie with it.
 DEVICE Counts keys_within(const Tile& tile) {
@@ -128,19 +125,41 @@ struct LayeredFold {
     float sum[2];  // of this lane's tokens
 };
 
-// Asks for the bytes of a tile: the runs of its page's first groups that have it, then its lines. Units of 16 bytes change places within a run, so
-// that lanes that read together use all banks.
-DEVICE void ask_for_tile(const Head& head, const Described& tile, unsigned char* slot) {
-    int lane = thread_index() % WARP, group = lane / 8, unit = lane % 8;
-    uint32_t runs = tile.apart >> (4 * group) & 15, before = (tile.apart & ((1u << (4 * group)) - 1)) * 0x1111 >> 12 & 15;
-    if (runs > 0) {
+// Where a head's tiles are.
+struct Sources {
+    const uint8_t* leading;
+    const uint8_t* lines;
+    const Escape* escapes;
+};
+
+// Asks for the bytes of two tiles, half a warp for each: the runs of its page's first groups that have it, then its lines. Units of 16 bytes
+// change places within a run, so that lanes that read together use all banks.
+DEVICE void ask_for_tiles(const Sources& head, const Described* pair, unsigned char* slots) {
+    constexpr int HALF = WARP / 2, TO = SKETCH * 128, STRIDE = HALF * 16;
+    int lane = thread_index() % HALF, second = thread_index() % WARP / HALF;
+    const Described& tile = pair[second];
+    if (tokens_of(tile) == 0) return;
+    unsigned char* slot = slots + (second ? bytes_of(pair[0]) : 0);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int group = 2 * i + lane / 8, unit = lane % 8;
+        uint32_t runs = tile.apart >> (4 * group) & 15, before = (tile.apart & ((1u << (4 * group)) - 1)) * 0x1111 >> 12 & 15;
         int run = before + (runs == 4 ? index_of(tile) : runs == 2 ? index_of(tile) / 2 : 0);
         const uint8_t* from = head.leading + (int64_t)tile.leading * 64 + run * 128 + unit * 16;
-        copy_later<0, 0>(shared_address(slot + group * 128 + (unit ^ (2 * group)) * 16), from);
+        if (runs > 0) copy_later<0, 0>(shared_address(slot + group * 128 + (unit ^ (2 * group)) * 16), from);
     }
-    const uint8_t* from = head.lines + (int64_t)tile.lines * 64;
+    const uint8_t* from = head.lines + (int64_t)tile.lines * 64 + lane * 16;
+    SharedAddress to = shared_address(slot + lane * 16);
+    // Most tiles have no more than six units for each lane.
+    int units = lines_of(tile) * 4 - lane;
+    if (units > 0) copy_later<TO, 0>(to, from);
+    if (units > HALF) copy_later<TO + STRIDE, STRIDE>(to, from);
+    if (units > 2 * HALF) copy_later<TO + 2 * STRIDE, 2 * STRIDE>(to, from);
+    if (units > 3 * HALF) copy_later<TO + 3 * STRIDE, 3 * STRIDE>(to, from);
+    if (units > 4 * HALF) copy_later<TO + 4 * STRIDE, 4 * STRIDE>(to, from);
+    if (units > 5 * HALF) copy_later<TO + 5 * STRIDE, 5 * STRIDE>(to, from);
 #pragma unroll 1
-    for (int at = lane; at < lines_of(tile) * 4; at += WARP) copy_later<SKETCH * 128, 0>(shared_address(slot + at * 16), from + at * 16);
+    for (int i = 6; units > i * HALF; i++) copy_later<TO, 0>(to + i * STRIDE, from + i * STRIDE);
 }
 
 // Levels of a group of keys of four tokens: [u][i] is `token` + 2u + 8i.
@@ -190,89 +209,174 @@ DEVICE void apart_rows(const Tables& tables, const unsigned char* slot, uint32_t
     }
 }
 
-// Of a group among a tile's lines.
-DEVICE void line_rows(const Tables& tables, const uint8_t* lines, const Place& place, int token, Rows& out) {
-    no_rows(out);
-    if (place.width == 0) return;
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(lines + place.line * 64) + token;
-    uint32_t of[2][2] = {{words[0], words[8]}, {words[2], words[10]}};
-    if (place.width == 4) {
-#pragma unroll
-        for (int u = 0; u < 2; u++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                four_bits(tables, of[u][i], out[u][i].low, out[u][i].more_low);
-                four_bits(tables, of[u][i] >> 16, out[u][i].high, out[u][i].more_high);
-            }
-        }
-        return;
-    }
-    if (place.width == 2) {
-#pragma unroll
-        for (int u = 0; u < 2; u++) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) two_bits_in_turn(of[u][i], place.shift, out[u][i].low, out[u][i].high);
-        }
-        return;
-    }
+// Of a group among a tile's lines, from `line` on; that of 2 bits begins at bit `shift`.
+template <int WIDTH>
+DEVICE void line_rows(const Tables& tables, const uint8_t* line, int token, int shift, Rows& out) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(line) + token;
 #pragma unroll
     for (int u = 0; u < 2; u++) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            uint32_t other = words[2 * u + 8 * i + 16];
-            out[u][i].low = first_in_turn(of[u][i], other) ^ FLIP;
-            out[u][i].high = last_in_turn(of[u][i], other) ^ FLIP;
+            uint32_t word = words[2 * u + 8 * i];
+            if (WIDTH == 4) {
+                four_bits(tables, word, out[u][i].low, out[u][i].more_low);
+                four_bits(tables, word >> 16, out[u][i].high, out[u][i].more_high);
+            } else if (WIDTH == 2) {
+                two_bits_in_turn(word, shift, out[u][i].low, out[u][i].high);
+            } else {
+                uint32_t other = words[2 * u + 8 * i + 16];
+                out[u][i].low = first_in_turn(word, other) ^ FLIP;
+                out[u][i].high = last_in_turn(word, other) ^ FLIP;
+            }
         }
     }
 }
 
-// Integer scores of the pair's 32 tokens in two products, u = 0 and 1: row 2i + e of them is tile i / 2's token 4 * (i % 2) + 2u + e, and
-// row 8 + 2i + e the token 8 further. `tile` is the lane's, that of row g.
+DEVICE void multiply_rows(int (&scores)[2][4], const Rows& rows, const uint2& bytes, bool fours) {
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+        const Levels &x = rows[u][0], &y = rows[u][1];
+        multiply_bytes(scores[u], x.low, y.low, x.high, y.high, bytes.x, bytes.y);
+        if (fours) multiply_bytes(scores[u], x.more_low, y.more_low, x.more_high, y.more_high, bytes.x, bytes.y);
+    }
+}
+
+// The queries' bytes of a group, or nothing of it.
 template <int D>
-DEVICE void score_tiles(const LayeredShared<D>& shared, const Tables& tables, const unsigned char* slot, const Described& tile,
+DEVICE uint2 bytes_of_group(const LayeredShared<D>& shared, int group, bool exists) {
+    const uint32_t* bytes = shared.bytes[group / 4][thread_index() % WARP / 4 * 4 + group % 4];
+    return exists ? uint2{bytes[0], bytes[1]} : uint2{0, 0};
+}
+
+// Adds the scores of the groups that lie with tiles, in sets of four of one width; all lanes' tiles have these `counts`.
+template <int D>
+DEVICE void score_lines(const LayeredShared<D>& shared, const Tables& tables, const uint8_t* lines, const Counts& counts, int token,
                         int (&scores)[2][4]) {
+    int t = thread_index() % 4, group = SKETCH;
+#pragma unroll 1
+    for (int first = 0; first < counts.eight; first += 4) {
+        bool exists = first + t < counts.eight;
+        int at = exists ? first + t : first;
+        Rows rows;
+        line_rows<8>(tables, lines + at * 128, token, 0, rows);
+        multiply_rows(scores, rows, bytes_of_group<D>(shared, group + at, exists), false);
+    }
+    lines += counts.eight * 128;
+    group += counts.eight;
+#pragma unroll 1
+    for (int first = 0; first < counts.four; first += 4) {
+        bool exists = first + t < counts.four;
+        int at = exists ? first + t : first;
+        Rows rows;
+        line_rows<4>(tables, lines + at * 64, token, 0, rows);
+        multiply_rows(scores, rows, bytes_of_group<D>(shared, group + at, exists), true);
+    }
+    lines += counts.four * 64;
+    group += counts.four;
+#pragma unroll 1
+    for (int first = 0; first < counts.two; first += 4) {
+        bool exists = first + t < counts.two;
+        int at = exists ? first + t : first;
+        Rows rows;
+        line_rows<2>(tables, lines + at / 2 * 64, token, at % 2 * 4, rows);
+        multiply_rows(scores, rows, bytes_of_group<D>(shared, group + at, exists), false);
+    }
+}
+
+// Integer scores of the pair's 32 tokens in two products, u = 0 and 1: row 2i + e of them is tile i / 2's token 4 * (i % 2) + 2u + e, and
+// row 8 + 2i + e the token 8 further. Where both tiles have groups of the same widths they are scored together, else one after the other.
+template <int D>
+DEVICE void score_tiles(const LayeredShared<D>& shared, const Tables& tables, const unsigned char* slots, int slot_bytes,
+                        const Described* pair, int (&scores)[2][4]) {
     int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
     int token = (g >> 1 & 1) * 4 + (g & 1);
-    Counts counts = counts_of(tile.within);
+    // What is read of a tile that is not there is not looked at.
+    bool alone = tokens_of(pair[1]) == 0, alike = alone || ((pair[0].within ^ pair[1].within) & 0xffffff) == 0;
+    int mine = alone ? 0 : g >> 2;
+    const unsigned char* slot = slots + mine * slot_bytes;
 #pragma unroll
     for (int u = 0; u < 2; u++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) scores[u][i] = 0;
     }
+    Rows rows;
+    uint32_t runs = pair[mine].apart >> (4 * t) & 15;
+    apart_rows(tables, slot, runs, index_of(pair[mine]), t, token, rows);
+    multiply_rows(scores, rows, bytes_of_group<D>(shared, t, true), any_lane(runs == 2));
 #pragma unroll 1
-    for (int set = 0; set < D / 32; set++) {
-        uint32_t b0 = shared.bytes[set][lane][0], b1 = shared.bytes[set][lane][1];
-        Rows rows;
-        bool four;
-        if (set == 0) {
-            uint32_t runs = tile.apart >> (4 * t) & 15;
-            four = runs == 2;
-            apart_rows(tables, slot, runs, index_of(tile), t, token, rows);
-        } else {
-            Place place = place_of(4 * (set - 1) + t, counts.eight, counts.four, counts.two);
-            // In no tile has a group of this set bits.
-            if (!any_lane(place.width != 0)) break;
-            four = place.width == 4;
-            line_rows(tables, slot + SKETCH * 128, place, token, rows);
-        }
-        bool fours = any_lane(four);
+    for (int tile = 0; tile < (alike ? 1 : 2); tile++) {
+        int of_tile[2][4] = {};
+        const unsigned char* lines = (alike ? slot : slots + tile * slot_bytes) + SKETCH * 128;
+        score_lines<D>(shared, tables, lines, counts_of(pair[tile].within), token, of_tile);
 #pragma unroll
         for (int u = 0; u < 2; u++) {
-            const Levels &x = rows[u][0], &y = rows[u][1];
-            multiply_bytes(scores[u], x.low, y.low, x.high, y.high, b0, b1);
-            if (fours) multiply_bytes(scores[u], x.more_low, y.more_low, x.more_high, y.more_high, b0, b1);
+#pragma unroll
+            for (int i = 0; i < 4; i++) scores[u][i] += alike || tile == mine ? of_tile[u][i] : 0;
         }
     }
 }
 
-// Calls `f(escape, slot token)` for each of a tile's escapes, which all lanes get; `ahead` has the first ones, one a lane.
-template <class F>
-DEVICE void each_escape(const Escape* escapes, uint32_t first, int count, uint32_t ahead, const Described& tile, int slot, F f) {
+// Where the escapes of two tiles are, of keys or of values.
+struct EscapeRuns {
+    uint32_t first[2];
+    int counts[2];
+};
+DEVICE EscapeRuns key_escapes_of(const Described* pair) {
+    return EscapeRuns{{pair[0].key_escapes, pair[1].key_escapes}, {int(pair[0].escapes & 0xffff), int(pair[1].escapes & 0xffff)}};
+}
+DEVICE EscapeRuns value_escapes_of(const Described* pair) {
+    return EscapeRuns{{pair[0].value_escapes, pair[1].value_escapes}, {int(pair[0].escapes >> 16), int(pair[1].escapes >> 16)}};
+}
+
+// Number `at` of both tiles' escapes; 0 if there are not so many.
+DEVICE uint32_t escape_at(const Escape* escapes, const EscapeRuns& of, int at) {
+    if (at >= of.counts[0] + of.counts[1]) return 0;
+    uint32_t index = at < of.counts[0] ? of.first[0] + at : of.first[1] + (at - of.counts[0]);
+    return reinterpret_cast<const uint32_t*>(escapes)[index];
+}
+
+// A lane's escape out of `first` to `first + WARP` of two tiles, where it exists; `token` is the pair's.
+struct LaneEscape {
+    int token, channel;
+    float rest;
+};
+DEVICE LaneEscape escape_of(const Escape* escapes, const EscapeRuns& of, int first, uint32_t ahead, const Described* pair) {
+    int at = first + thread_index() % WARP, slot = at >= of.counts[0];
+    uint32_t word = first == 0 ? ahead : escape_at(escapes, of, at);
+    return LaneEscape{int(word & 0xff) + (slot - index_of(pair[slot])) * TILE_TOKENS, int(word >> 8 & 0xff), half_to_float(word >> 16)};
+}
+
+// Calls `add` with all escapes of two tiles, each lane with its own; `ahead` has the first ones. Those with one `key_of` are added one after the
+// other, in order.
+template <class K, class F>
+DEVICE void each_escape(const Escape* escapes, const EscapeRuns& of, uint32_t ahead, const Described* pair, K key_of, F add) {
+    int lane = thread_index() % WARP, count = of.counts[0] + of.counts[1];
 #pragma unroll 1
-    for (int i = 0; i < count; i++) {
-        uint32_t word = i < AHEAD ? shuffle(ahead, i) : reinterpret_cast<const uint32_t*>(escapes)[first + i];
-        int token = (word & 0xff) + (slot - index_of(tile)) * TILE_TOKENS, channel = word >> 8 & 0xff;
-        f(token, channel, half_to_float(word >> 16));
+    for (int first = 0; first < count; first += WARP) {
+        LaneEscape mine = escape_of(escapes, of, first, ahead, pair);
+        bool exists = first + lane < count;
+        // Earlier lanes with the same key.
+        int key = key_of(mine), before = 0;
+#pragma unroll 1
+        for (int by = 1; by < min_of(count - first, WARP); by++) {
+            int other = shuffle_up(key, by);
+            before += lane >= by && other == key;
+        }
+#pragma unroll 1
+        for (int turn = 0; any_lane(exists && before >= turn); turn++) {
+            if (exists && before == turn) add(mine);
+            sync_warp();
+        }
+    }
+}
+
+// Adds a column's number each, times `by`.
+template <bool NARROW>
+DEVICE void add_rows(float* to, const float* of_rows, float by) {
+#pragma unroll
+    for (int i = 0; i < (NARROW ? 1 : 2); i++) {
+        float4 x = reinterpret_cast<float4*>(to)[i], y = reinterpret_cast<const float4*>(of_rows)[i];
+        reinterpret_cast<float4*>(to)[i] = float4{x.x + y.x * by, x.y + y.y * by, x.z + y.z * by, x.w + y.w * by};
     }
 }
 
@@ -372,29 +476,26 @@ DEVICE void weigh_tiles(const Tables& tables, LayeredWarp<D>& own, const unsigne
     }
 }
 
-// Folds two tiles in, whose bytes lie in `slots`; `ahead` has their escapes, keys' and values' of each.
+// Folds two tiles in, whose bytes lie in `slots`; `ahead` has their escapes, keys' and values'.
 template <int D, bool NARROW>
-DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, LayeredFold& fold, const Head& head,
-                       const unsigned char* slots, int slot_bytes, const Described* pair, const uint32_t (&ahead)[2][2],
+DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, LayeredFold& fold, const Escape* escapes,
+                       const unsigned char* slots, int slot_bytes, const Described* pair, const uint32_t (&ahead)[2],
                        const float (&scale)[2], const float (&offset)[2]) {
+    constexpr int DISTINCT = NARROW ? ROWS / 2 : ROWS;
     int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
     Tables tables = read_tables(shared.tables);
     int integers[2][4];
-    score_tiles<D>(shared, tables, slots + (g >> 2) * slot_bytes, pair[g >> 2], integers);
-    bool escapes = key_escapes_of(pair[0]) + key_escapes_of(pair[1]) > 0;
+    score_tiles<D>(shared, tables, slots, slot_bytes, pair, integers);
+    EscapeRuns of_keys = key_escapes_of(pair), of_values = value_escapes_of(pair);
+    bool key_escapes = of_keys.counts[0] + of_keys.counts[1] > 0;
     int held = tokens_of(pair[g >> 2]);
-    if (escapes) {
-        for (int at = lane; at < PAIR_TOKENS * ROWS; at += WARP) (&own.tokens[0][0])[at] = 0;
+    if (key_escapes) {
+        // A lane's own token.
+#pragma unroll
+        for (int row = 0; row < ROWS; row += 4) *reinterpret_cast<float4*>(&own.tokens[lane][row]) = float4{0, 0, 0, 0};
         sync_warp();
-#pragma unroll 1
-        for (int slot = 0; slot < 2; slot++) {
-            const Described& tile = pair[slot];
-            each_escape(head.escapes, tile.key_escapes, key_escapes_of(tile), slot ? ahead[1][0] : ahead[0][0], tile, slot,
-                        [&](int token, int channel, float rest) {
-                            if (lane < ROWS) own.tokens[token][lane] += shared.queries[lane][channel] * rest;
-                        });
-        }
-        sync_warp();
+        each_escape(escapes, of_keys, ahead[0], pair, [](const LaneEscape& of) { return of.token; },
+                    [&](const LaneEscape& of) { add_rows<NARROW>(own.tokens[of.token], shared.queries[of.channel], of.rest); });
     }
     float scores[2][4];
 #pragma unroll
@@ -403,7 +504,7 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
         for (int i = 0; i < 4; i++) {
             int token = (g >> 1 & 1) * 4 + 2 * u + (g & 1) + i / 2 * 8;
             float score = (float)integers[u][i] * scale[i % 2] + offset[i % 2];
-            if (escapes) score += own.tokens[(g >> 2) * TILE_TOKENS + token][2 * t + i % 2];
+            if (key_escapes) score += own.tokens[(g >> 2) * TILE_TOKENS + token][(2 * t + i % 2) % DISTINCT];
             scores[u][i] = token < held ? score : NONE;
         }
     }
@@ -441,7 +542,7 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
             sums[group * WARP] = float2{x.x * old[0], x.y * old[1]};
         }
     }
-    if (value_escapes_of(pair[0]) + value_escapes_of(pair[1]) > 0) {
+    if (of_values.counts[0] + of_values.counts[1] > 0) {
         sync_warp();
 #pragma unroll
         for (int u = 0; u < 2; u++) {
@@ -453,15 +554,9 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
             }
         }
         sync_warp();
-#pragma unroll 1
-        for (int slot = 0; slot < 2; slot++) {
-            const Described& tile = pair[slot];
-            each_escape(head.escapes, tile.value_escapes, value_escapes_of(tile), slot ? ahead[1][1] : ahead[0][1], tile, slot,
-                        [&](int token, int channel, float rest) {
-                            if (lane < (NARROW ? ROWS / 2 : ROWS)) sum_of<D>(own, lane, channel) += own.tokens[token][lane] * rest;
-                        });
-        }
-        sync_warp();
+        each_escape(escapes, of_values, ahead[1], pair, [](const LaneEscape& of) { return of.channel; }, [&](const LaneEscape& of) {
+            add_rows<NARROW>(&sum_of<D>(own, 0, of.channel), own.tokens[of.token], of.rest);
+        });
     }
 #pragma unroll
     for (int u = 0; u < 2; u++) {
@@ -481,13 +576,19 @@ DEVICE void fold_tiles(const LayeredShared<D>& shared, LayeredWarp<D>& own, Laye
     sync_warp();
 }
 
-// Tiles `first` to `end` of what a head reads, by one warp.
+// The tile that a head reads at `at`, if that is before `end`.
+DEVICE uint32_t tile_at(const LayeredParameters& p, int index, bool listed, int at, int end) {
+    if (!listed || at >= end) return at;
+    return p.list[(int64_t)index * p.list_stride + at];
+}
+
+// Tiles `first` to `end` of what a head reads, by one warp; each of the first DESCRIBED lanes has its one of the first tiles, `tile`.
 template <int D, bool NARROW>
 DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, LayeredFold& fold, int index, bool listed, int first,
-                      int end) {
+                      int end, uint32_t tile) {
     int warp = thread_index() / WARP, lane = thread_index() % WARP, t = lane % 4;
-    const Head& head = p.heads[index];
-    const uint32_t* list = p.list + (int64_t)index * p.list_stride;
+    const Tile* of_head = p.heads[index].tiles;
+    Sources sources{p.heads[index].leading, p.heads[index].lines, p.heads[index].escapes};
     LayeredWarp<D>& own = shared.warps[warp];
     unsigned char* room = shared.slots + warp * p.room_bytes;
     float scale[2], offset[2];
@@ -498,13 +599,14 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
         scale[i] = step[0];
         offset[i] = step[1];
     }
-    // Of DESCRIBED tiles from `start` on, a lane has one.
+    // Of DESCRIBED tiles from `start` on, a lane has one; then it looks up the one of as many tiles later.
     auto describe_from = [&](int start) {
         if (lane < DESCRIBED) {
             int at = start + lane;
             Described of = {};
-            if (at < end) of = describe(head.tiles[listed ? list[at] : at]);
+            if (at < end) of = describe(of_head[tile]);
             own.described[(start - first) / DESCRIBED % 2][lane] = of;
+            tile = tile_at(p, index, listed, at + DESCRIBED, end);
         }
         sync_warp();
     };
@@ -512,32 +614,20 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
     // What two tiles take, and where: by turns from the room's start on and up to its end.
     auto bytes_at = [&](const Described* tiles) { return bytes_of(tiles[0]) + bytes_of(tiles[1]); };
     auto place_at = [&](int pair, const Described* tiles) { return room + (pair % 2 ? p.room_bytes - bytes_at(tiles) : 0); };
-    uint32_t ahead[2][2], later[2][2] = {{0, 0}, {0, 0}};
+    uint32_t ahead[2], later[2] = {0, 0};
     // Past the end: tiles without tokens, of which nothing is asked for.
     auto ask = [&](int pair) {
         const Described* tiles = pair_at(pair);
-        const uint32_t* escapes = reinterpret_cast<const uint32_t*>(head.escapes);
-        unsigned char* to = place_at(pair, tiles);
-#pragma unroll 1
-        for (int slot = 0; slot < 2; slot++) {
-            const Described& tile = tiles[slot];
-            ask_for_tile(head, tile, to);
-            to += bytes_of(tile);
-            later[0][0] = later[1][0];
-            later[0][1] = later[1][1];
-            later[1][0] = lane < key_escapes_of(tile) ? escapes[tile.key_escapes + lane] : 0;
-            later[1][1] = lane < value_escapes_of(tile) ? escapes[tile.value_escapes + lane] : 0;
-        }
+        ask_for_tiles(sources, tiles, place_at(pair, tiles));
+        later[0] = escape_at(sources.escapes, key_escapes_of(tiles), lane);
+        later[1] = escape_at(sources.escapes, value_escapes_of(tiles), lane);
     };
     int pairs = (end - first + 1) / 2;
     // Machine code is fetched anew in each step, which takes longer than to run it once: nothing stands here twice.
 #pragma unroll 1
     for (int pair = -1; pair < pairs; pair++) {
-#pragma unroll
-        for (int slot = 0; slot < 2; slot++) {
-            ahead[slot][0] = later[slot][0];
-            ahead[slot][1] = later[slot][1];
-        }
+        ahead[0] = later[0];
+        ahead[1] = later[1];
         int next = pair + 1;
         if (2 * next % DESCRIBED == 0) describe_from(first + 2 * next);
         const Described* tiles = pair_at(pair < 0 ? 0 : pair);
@@ -550,7 +640,7 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
             if (after || pair < 0) continue;
             wait_for_copies<1>();
             sync_warp();
-            fold_tiles<D, NARROW>(shared, own, fold, head, place_at(pair, tiles), bytes_of(tiles[0]), tiles, ahead, scale, offset);
+            fold_tiles<D, NARROW>(shared, own, fold, sources.escapes, place_at(pair, tiles), bytes_of(tiles[0]), tiles, ahead, scale, offset);
         }
     }
     wait_for_copies<0>();
@@ -560,7 +650,7 @@ template <int D, bool NARROW>
 DEVICE void layered_attend_by(const LayeredParameters& p) {
     constexpr int DISTINCT = NARROW ? ROWS / 2 : ROWS;
     auto& shared = *reinterpret_cast<LayeredShared<D>*>(shared_memory());
-    int warp = thread_index() / WARP, lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
+    int warp = thread_index() / WARP, lane = thread_index() % WARP;
     int heads = p.sequences * p.kv_heads;
     auto count_of = [&](int i) { return (int)(p.counts[i] & ~ALL_TILES); };
     count_parts(shared.ends, heads, [&](int i) { return parts_of(count_of(i), p.states.slots, p.least_part, 8); });
@@ -571,9 +661,13 @@ DEVICE void layered_attend_by(const LayeredParameters& p) {
         int number = item - (index > 0 ? shared.ends[index - 1] : 0), count = count_of(index);
         int part = parts_unit(count, p.states.slots, p.least_part, 8);
         int first = number * part, end = min_of(count, first + part);
-        for (int at = thread_index(); at < ROWS * D; at += EXACT_THREADS) {
-            int row = at / D % DISTINCT;
-            (&shared.queries[0][0])[at] = p.turned[((int64_t)index * ROWS + row) * D + at % D];
+        // A warp has a run of its own, of whole pairs.
+        int pairs = (end - first + 1) / 2;
+        int from = first + pairs * warp / EXACT_WARPS * 2, to = min_of(end, first + pairs * (warp + 1) / EXACT_WARPS * 2);
+        bool listed = !(p.counts[index] & ALL_TILES);
+        uint32_t tile = lane < DESCRIBED ? tile_at(p, index, listed, from + lane, to) : 0;
+        for (int at = thread_index(); at < DISTINCT * D; at += EXACT_THREADS) {
+            shared.queries[at % D][at / D] = p.turned[(int64_t)index * ROWS * D + at];
         }
         for (int at = thread_index(); at < D; at += EXACT_THREADS) {
             int set = at / WARP, l = at % WARP;
@@ -581,7 +675,8 @@ DEVICE void layered_attend_by(const LayeredParameters& p) {
             shared.bytes[set][l][0] = first_in_turn(bytes[0], bytes[1]);
             shared.bytes[set][l][1] = last_in_turn(bytes[0], bytes[1]);
         }
-        for (int at = lane; at < ROWS * D; at += WARP) (&shared.warps[warp].sums[0][0][0])[at] = 0;
+        float4* sums = reinterpret_cast<float4*>(&shared.warps[warp].sums);
+        for (int at = lane; at < ROWS * D / 4; at += WARP) sums[at] = float4{0, 0, 0, 0};
         sync_block();
         LayeredFold fold;
 #pragma unroll
@@ -589,25 +684,14 @@ DEVICE void layered_attend_by(const LayeredParameters& p) {
             fold.max[i] = NONE;
             fold.sum[i] = 0;
         }
-        // A warp has a run of its own, of whole pairs.
-        int pairs = (end - first + 1) / 2;
-        int from = first + pairs * warp / EXACT_WARPS * 2, to = min_of(end, first + pairs * (warp + 1) / EXACT_WARPS * 2);
-        bool listed = !(p.counts[index] & ALL_TILES);
-        if (from < to) fold_list<D, NARROW>(p, shared, fold, index, listed, from, to);
-#pragma unroll
-        for (int column = 0; column < 2; column++) {
-            float sum = warp_sum<4>(fold.sum[column]);
-            if (g == 0) {
-                shared.max[warp][2 * t + column] = fold.max[column];
-                shared.sum[warp][2 * t + column] = sum;
-            }
-        }
-        store_state<D>(p.states, shared, (int64_t)index * p.states.slots + number, p.rows,
-                       [&](int of, int row, int c) {
-                           float x = sum_of<D>(shared.warps[of], row, c);
-                           if (NARROW) x += sum_of<D>(shared.warps[of], row + DISTINCT, c);
-                           return x * LEVEL_UNIT;
-                       });
+        if (from < to) fold_list<D, NARROW>(p, shared, fold, index, listed, from, to, tile);
+        share_fold(shared, fold);
+        store_state<D>(p.states, shared, (int64_t)index * p.states.slots + number, p.rows, [&](int of, int row, int c) {
+            // Four rows from `row` on.
+            const float4* sums = reinterpret_cast<const float4*>(&sum_of<D>(shared.warps[of], 0, c));
+            float4 x = sums[row / 4], y = NARROW ? sums[1] : float4{0, 0, 0, 0};
+            return float4{(x.x + y.x) * LEVEL_UNIT, (x.y + y.y) * LEVEL_UNIT, (x.z + y.z) * LEVEL_UNIT, (x.w + y.w) * LEVEL_UNIT};
+        });
     }
 }
 

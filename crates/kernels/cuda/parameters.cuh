@@ -127,6 +127,8 @@ struct LayeredParameters {
     int32_t least_part;            // tiles, a multiple of 8
     int32_t exact_least_part;      // tokens
     int32_t slices;                // of 1,024 pages that a head may have
+    int32_t page_runs;             // runs of 128 bytes that lie apart of a page, at most
+    int32_t sketch_stages;         // rounds that a warp of the sketch asks for ahead: 2 to 4
 };
 
 // Marks a count of tiles that are not listed.

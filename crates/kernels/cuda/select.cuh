@@ -33,7 +33,9 @@ DEVICE float weight_of_code(int code) { return exp2_fast((code - CODE_OF_ONE + 0
 DEVICE int threshold_of(const LayeredParameters& p, int head, int row) {
     constexpr int OF_LANE = BINS / WARP;
     int lane = thread_index() % WARP;
-    const uint32_t* bins = p.histogram + ((int64_t)head * ROWS + row) * BINS + lane * OF_LANE;
+    const uint4* four_bins = reinterpret_cast<const uint4*>(p.histogram + ((int64_t)head * ROWS + row) * BINS + lane * OF_LANE);
+    uint4 first = four_bins[0], last = four_bins[1];
+    uint32_t bins[OF_LANE] = {first.x, first.y, first.z, first.w, last.x, last.y, last.z, last.w};
     float weights[OF_LANE], mine = 0;
     int top = 0;
 #pragma unroll
@@ -83,6 +85,16 @@ DEVICE void want_of(const LayeredParameters& p) {
     const Head& head = p.heads[index];
     int first = slice * SLICE_PAGES, end = min_of(head.selectable, first + SLICE_PAGES);
     if (!chooses(p, head) || first >= end) return;
+    // Asked for together, before anything waits. A page's four tiles are 16 bytes for four rows each.
+    const uint4* codes = reinterpret_cast<const uint4*>(p.codes + (int64_t)index * p.tile_stride * p.rows_stored);
+    bool both = p.rows_stored > 4;
+    uint4 first_rows[THREAD_PAGES], last_rows[THREAD_PAGES];
+#pragma unroll
+    for (int i = 0; i < THREAD_PAGES; i++) {
+        int page = min_of(first + i * SELECT_THREADS + thread_index(), end - 1);
+        first_rows[i] = codes[both ? 2 * page : page];
+        last_rows[i] = codes[both ? 2 * page + 1 : page];
+    }
     // Rows that do not exist want nothing.
     int threshold = warp < p.rows ? threshold_of(p, index, warp) : 2 * BINS;
     if (thread_index() % WARP == 0) shared.thresholds[warp] = threshold;
@@ -91,15 +103,12 @@ DEVICE void want_of(const LayeredParameters& p) {
     int thresholds[ROWS];
 #pragma unroll
     for (int row = 0; row < ROWS; row++) thresholds[row] = shared.thresholds[row];
-    const uint4* codes = reinterpret_cast<const uint4*>(p.codes + (int64_t)index * p.tile_stride * p.rows_stored);
     uint32_t* wanted = reinterpret_cast<uint32_t*>(p.wanted + (int64_t)index * p.tile_stride);
-    bool both = p.rows_stored > 4;
 #pragma unroll
     for (int i = 0; i < THREAD_PAGES; i++) {
         int page = first + i * SELECT_THREADS + thread_index();
         if (page >= end) break;
-        // A page's four tiles are 16 bytes for four rows each.
-        uint4 a = codes[both ? 2 * page : page], b = both ? codes[2 * page + 1] : a;
+        uint4 a = first_rows[i], b = last_rows[i];
         uint32_t words[TILES][2] = {{a.x, a.x}, {a.y, a.y}, {a.z, a.z}, {a.w, a.w}};
         if (both) {
             words[0][1] = a.y;

@@ -12,11 +12,7 @@
 
 constexpr int SKETCH_WARPS = 4;
 constexpr int SKETCH_THREADS = SKETCH_WARPS * WARP;
-// Rounds whose bytes a warp has room for, and pages of those at most.
-constexpr int STAGES = 2;
-constexpr int ROUND_PAGES = 2;
-// Runs of 128 bytes that a page takes at most.
-constexpr int PAGE_RUNS = 16;
+// Of what lies apart of a page.
 constexpr int RUN = 128;
 constexpr int BINS = 256;
 // Steps an octave, and the code of a weight of 1: from 2^-36 to 2^28.
@@ -29,11 +25,21 @@ constexpr uint32_t MAGIC_BITS = 0x4b400000;
 constexpr float MAGIC = 12582912.0f;
 
 struct SketchShared {
-    uint8_t ring[SKETCH_WARPS][STAGES][ROUND_PAGES][PAGE_RUNS][RUN];
     uint32_t ends[MOST_HEADS];
-    uint32_t histogram[ROWS][BINS];
     uint4 tables;
+    // [rows_stored, BINS], then for each warp what it asks for ahead: [sketch_stages, pages of a round, page_runs, RUN].
+    alignas(128) uint32_t histogram[1];
 };
+
+// How wide the groups of a round's pages are. But for `Any` no token is missing.
+enum class Widths { Fours, FoursOrEights, Any };
+// What the highest byte of a page's word says, of pages in which no token is missing; how many runs there are is below.
+constexpr uint32_t ONLY_FOURS = 1u << 31, FOURS_OR_EIGHTS = 1u << 30;
+DEVICE uint32_t widths_of_page(uint32_t page) {
+    if ((page >> 16 & 0xff) != PAGE_TOKENS) return 0;
+    bool fours = (page & 0xffff) == ALL_FOUR, either = (page & 0x9999) == 0 && ((page ^ page >> 1) & ALL_FOUR) == ALL_FOUR;
+    return (fours ? ONLY_FOURS : 0) | (either ? FOURS_OR_EIGHTS : 0);
+}
 
 // Up to 8 rows: columns of a product are rows, four products are a page's tiles.
 struct Wide {
@@ -101,6 +107,24 @@ DEVICE void unpack_fours(const Tables& tables, TwoTiles& out, const uint4& unit)
 
 // Where unit `g` of run `run` of a page is. Units change places within a run, so that lanes that read together use all banks.
 DEVICE int unit_at(int run, int g) { return run * RUN + (g ^ (run & 6)) * 16; }
+
+// Two tiles of a lane's group from `run` on, which has 8 bits or 4, without a branch.
+DEVICE void unpack_either(const Tables& tables, TwoTiles& out, const uint8_t* bytes, int run, bool eight, int half) {
+    int g = thread_index() % WARP / 4, first = run + (eight ? 2 * half : half), second = eight ? first + 1 : first;
+    uint4 units[2] = {*reinterpret_cast<const uint4*>(bytes + unit_at(first, g)), *reinterpret_cast<const uint4*>(bytes + unit_at(second, g))};
+    unpack_fours(tables, out, uint4{units[0].x, units[0].y, units[1].z, units[1].w});
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            out.low[i][row] = eight ? words[row] ^ FLIP : out.low[i][row];
+            out.high[i][row] = eight ? words[2 + row] ^ FLIP : out.high[i][row];
+            out.more_low[i][row] = eight ? 0 : out.more_low[i][row];
+            out.more_high[i][row] = eight ? 0 : out.more_high[i][row];
+        }
+    }
+}
 
 // The first two tiles or, `half` 1, the last two; the lane's group has `runs` from `run` on.
 DEVICE void unpack_tiles(const Tables& tables, TwoTiles& out, const uint8_t* bytes, int run, uint32_t runs, int half) {
@@ -180,14 +204,14 @@ DEVICE void ask_for_page(const uint8_t* from, SharedAddress to, int runs) {
     if (run + 12 < runs) copy_later<12 * RUN, 12 * RUN>(odd, from);
 }
 
-// Adds up the weights of a sum's rows `token` and `token + 8`, of which the page has the first `tokens`.
-template <bool PLAIN>
+// Adds up the weights of a sum's rows `token` and `token + 8`, of which the page has the first `tokens`, or all.
+template <bool ALL>
 DEVICE void weigh_scores(const SketchQueries& q, const int (&scores)[4], int token, int tokens, float (&out)[2]) {
     float of[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         of[i] = exp2_fast(bits_to_float(scores[i]) * q.scale[i % 2] + q.offset[i % 2]);
-        if (!PLAIN && token + i / 2 * 8 >= tokens) of[i] = 0;
+        if (!ALL && token + i / 2 * 8 >= tokens) of[i] = 0;
     }
     out[0] = of[0] + of[2];
     out[1] = of[1] + of[3];
@@ -213,9 +237,10 @@ DEVICE void score_tiles(Narrow, const TwoTiles& of, bool fours, uint32_t b0, uin
     multiply_bytes(scores[0], of.more_high[0][0], of.more_high[0][1], of.more_high[1][0], of.more_high[1][1], high[0], high[1]);
 }
 
-// The weight of one of a round's tiles for one row, as `sum_rows` leaves them. PLAIN: all groups have 4 bits, and no token is missing.
-template <class Way, bool PLAIN>
-DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uint8_t* bytes, const uint32_t (&pages)[Way::PAGES]) {
+// The weight of one of a round's tiles for one row, as `sum_rows` leaves them.
+template <class Way, Widths WIDTHS>
+DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uint8_t* bytes, int page_bytes,
+                         const uint32_t (&pages)[Way::PAGES]) {
     constexpr int OF_HALF = SUMS / Way::PAGES / 2;
     int g = thread_index() % WARP / 4, t = thread_index() % 4;
     float weights[SUMS][2];
@@ -223,16 +248,18 @@ DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uin
     for (int i = 0; i < Way::PAGES; i++) {
         uint32_t page = pages[i], runs = runs_of_lane(page);
         int before = runs_before_lane(page), tokens = page >> 16 & 0xff;
-        bool in_turn = PLAIN || runs == 2, fours = PLAIN || (page & ALL_FOUR) != 0;
+        bool in_turn = WIDTHS == Widths::Fours || runs == 2, fours = WIDTHS != Widths::Any || (page & ALL_FOUR) != 0;
         // Elsewhere channels 0 to 3 and 4 to 7.
         uint32_t b0 = in_turn ? q.in_turn[0] : pick_bytes(q.in_turn[0], q.in_turn[1], 0x6420);
         uint32_t b1 = in_turn ? q.in_turn[1] : pick_bytes(q.in_turn[0], q.in_turn[1], 0x7531);
-        const uint8_t* of_page = bytes + i * PAGE_RUNS * RUN;
+        const uint8_t* of_page = bytes + i * page_bytes;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             TwoTiles of;
-            if (PLAIN) {
+            if (WIDTHS == Widths::Fours) {
                 unpack_fours(tables, of, *reinterpret_cast<const uint4*>(of_page + unit_at(2 * t, g) + half * RUN));
+            } else if (WIDTHS == Widths::FoursOrEights) {
+                unpack_either(tables, of, of_page, before, runs == 4, half);
             } else {
                 unpack_tiles(tables, of, of_page, before, runs, half);
             }
@@ -242,7 +269,7 @@ DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uin
             for (int j = 0; j < OF_HALF; j++) {
                 int sum = (i * 2 + half) * OF_HALF + j;
                 int token = (tile_of(Way(), sum, 2 * t) - i * TILES) * TILE_TOKENS + g;
-                weigh_scores<PLAIN>(q, scores[j], token, tokens, weights[sum]);
+                weigh_scores<WIDTHS != Widths::Any>(q, scores[j], token, tokens, weights[sum]);
             }
         }
     }
@@ -253,78 +280,83 @@ DEVICE float weigh_round(const Tables& tables, const SketchQueries& q, const uin
 template <class Way>
 DEVICE void sketch_round(const LayeredParameters& p, SketchShared& shared, const SketchQueries& q, const uint8_t* bytes,
                          const uint32_t (&pages)[Way::PAGES], int left, uint8_t* codes) {
-    int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
-    bool plain = true;
+    int lane = thread_index() % WARP, g = lane / 4, t = lane % 4, page_bytes = p.page_runs * RUN;
+    uint32_t all = pages[0];
 #pragma unroll
-    for (int i = 0; i < Way::PAGES; i++) plain &= (pages[i] & 0xffffff) == (ALL_FOUR | PAGE_TOKENS << 16);
+    for (int i = 1; i < Way::PAGES; i++) all &= pages[i];
+    bool fours = all & ONLY_FOURS, either = all & FOURS_OR_EIGHTS;
     Tables tables = read_tables(shared.tables);
-    float weight = plain ? weigh_round<Way, true>(tables, q, bytes, pages) : weigh_round<Way, false>(tables, q, bytes, pages);
+    float weight = fours    ? weigh_round<Way, Widths::Fours>(tables, q, bytes, page_bytes, pages)
+                   : either ? weigh_round<Way, Widths::FoursOrEights>(tables, q, bytes, page_bytes, pages)
+                            : weigh_round<Way, Widths::Any>(tables, q, bytes, page_bytes, pages);
     int column = 2 * t + g % 2, row = row_of(Way(), column), tile = tile_of(Way(), g / 2, column);
     // No weight at all has a logarithm that is not finite.
     float steps = log2_fast(weight) * CODES_PER_OCTAVE + CODE_OF_ONE;
     int code = floor_to_int(max_of(0.0f, steps < BINS - 1 ? steps : BINS - 1));
     if (row < p.rows_stored && tile < left * TILES) codes[tile * p.rows_stored + row] = row < p.rows ? code : 0;
-    if (row < p.rows && code > 0) add_shared(&shared.histogram[row][code], 1);
+    if (row < p.rows && code > 0) add_shared(&shared.histogram[row * BINS + code], 1);
 }
 
-// Pages of one profile follow each other in a head, and those with codes of 8 bits take longer. Blocks and warps therefore take pages in another order: in
-// turn CHUNK from each of STRANDS parts of the head. That some don't exist in the last part does no harm.
-constexpr int STRANDS = 16;
-constexpr int CHUNK = 8;
-// Chunks of a strand, and places in this order, of a head with so many pages.
-DEVICE int strand_of(int pages) { return (pages + CHUNK * STRANDS - 1) / (CHUNK * STRANDS); }
-DEVICE int places_of(int pages) { return strand_of(pages) * STRANDS * CHUNK; }
-DEVICE int page_at(int place, int strand) {
-    int chunk = place / CHUNK;
-    return (chunk % STRANDS * strand + chunk / STRANDS) * CHUNK + place % CHUNK;
+// Until all but the newest `stages - 1` rounds that were asked for are there.
+DEVICE void wait_for_round(int stages) {
+    if (stages > 3) {
+        wait_for_copies<3>();
+    } else if (stages > 2) {
+        wait_for_copies<2>();
+    } else {
+        wait_for_copies<1>();
+    }
+    sync_warp();
 }
 
-// Places `first` to `end` of a head, both even, by one warp.
+// Of pages `first` to `end` of a head, both even, those of one warp: every fourth round of them. The last page may not exist.
 template <int D, class Way>
 DEVICE void sketch_pages(const LayeredParameters& p, SketchShared& shared, int index, int first, int end) {
     constexpr int PAGES = Way::PAGES;
-    int lane = thread_index() % WARP, warp = thread_index() / WARP, count = end - first;
+    int lane = thread_index() % WARP, warp = thread_index() / WARP;
     const Head& head = p.heads[index];
     const uint2* described = reinterpret_cast<const uint2*>(head.pages);
-    int selectable = head.selectable, strand = strand_of(selectable);
-    const uint8_t *from = head.leading + lane * 16, *ring = &shared.ring[warp][0][0][0][0];
+    int selectable = head.selectable, page_bytes = p.page_runs * RUN;
+    const uint8_t* from = head.leading + lane * 16;
+    const uint8_t* ring = reinterpret_cast<const uint8_t*>(shared.histogram + p.rows_stored * BINS) + warp * p.sketch_stages * PAGES * page_bytes;
     SharedAddress room = shared_address(ring);
-    // Lane i has what describes page i of 32, and of the 32 after those; the highest byte gets how many runs there are.
+    auto place = [&](int i) { return first + (i / PAGES * SKETCH_WARPS + warp) * PAGES + i % PAGES; };
+    // Lane i has what describes the warp's page i of 32, and of the 32 after those; the highest byte gets how many runs there are and how wide.
     auto describe = [&](int at) {
-        int page = page_at(first + at + lane, strand);
-        if (at + lane >= count || page >= selectable) return uint2{0, 0};
+        int page = place(at + lane);
+        if (page >= end || page >= selectable) return uint2{0, 0};
         uint2 x = described[page];
-        return uint2{x.x, (x.y & 0xffffff) | runs_of_page(x.y) << 24};
+        return uint2{x.x, (x.y & 0xffffff) | runs_of_page(x.y) << 24 | widths_of_page(x.y)};
     };
     uint2 now = describe(0), next = describe(WARP);
     // `in` is the round of those of the first 32 pages.
-    auto ask = [&](int in) {
+    auto ask = [&](int in, int stage) {
 #pragma unroll
         for (int i = 0; i < PAGES; i++) {
             int at = in * PAGES + i;
             bool later = at / WARP != 0;
             uint32_t leading = shuffle(later ? next.x : now.x, at % WARP), page = shuffle(later ? next.y : now.y, at % WARP);
-            ask_for_page(from + (int64_t)leading * 64, room + (in % STAGES * ROUND_PAGES + i) * PAGE_RUNS * RUN, page >> 24);
+            ask_for_page(from + (int64_t)leading * 64, room + (stage * PAGES + i) * page_bytes, page >> 24 & 63);
         }
         copies_end_group();
     };
 #pragma unroll 1
-    for (int round = 0; round < STAGES; round++) ask(round);
-    // Meanwhile.
+    for (int round = 0; round < p.sketch_stages; round++) ask(round, round);
+    follow();
     SketchQueries queries = sketch_queries<D, Way>(p, index);
-    for (int done = 0; done < count; done += PAGES) {
+    for (int done = 0, stage = 0; place(done) < end; done += PAGES) {
         int in = done % WARP / PAGES;
-        wait_for_copies<STAGES - 1>();
-        sync_warp();
+        wait_for_round(p.sketch_stages);
         uint32_t pages[PAGES];
 #pragma unroll
         for (int i = 0; i < PAGES; i++) pages[i] = shuffle(now.y, in * PAGES + i);
-        int page = page_at(first + done, strand);
-        sketch_round<Way>(p, shared, queries, ring + in % STAGES * ROUND_PAGES * PAGE_RUNS * RUN, pages, selectable - page,
+        int page = place(done);
+        sketch_round<Way>(p, shared, queries, ring + stage * PAGES * page_bytes, pages, selectable - page,
                           p.codes + ((int64_t)index * p.tile_stride + page * TILES) * p.rows_stored);
         // Others may still read what is asked for anew.
         sync_warp();
-        ask(in + STAGES);
+        ask(in + p.sketch_stages, stage);
+        stage = stage + 1 < p.sketch_stages ? stage + 1 : 0;
         if (in == WARP / PAGES - 1) {
             now = next;
             next = describe(done + PAGES + WARP);
@@ -341,9 +373,9 @@ DEVICE bool chooses(const LayeredParameters& p, const Head& head) {
 template <int D>
 DEVICE void sketch_of(const LayeredParameters& p) {
     auto& shared = *reinterpret_cast<SketchShared*>(shared_memory());
-    int heads = p.sequences * p.kv_heads, warp = thread_index() / WARP;
-    count_parts(shared.ends, heads, [&](int i) { return chooses(p, p.heads[i]) ? places_of(p.heads[i].selectable) : 0; });
-    for (int at = thread_index(); at < ROWS * BINS; at += SKETCH_THREADS) (&shared.histogram[0][0])[at] = 0;
+    int heads = p.sequences * p.kv_heads;
+    count_parts(shared.ends, heads, [&](int i) { return chooses(p, p.heads[i]) ? (p.heads[i].selectable + 1) / 2 * 2 : 0; });
+    for (int at = thread_index(); at < p.rows_stored * BINS; at += SKETCH_THREADS) shared.histogram[at] = 0;
     if (thread_index() == 0) write_tables(shared.tables);
     sync_block();
     // An even share of all pairs of pages, which may be of several heads.
@@ -353,26 +385,23 @@ DEVICE void sketch_of(const LayeredParameters& p) {
         int index = head_of(shared.ends, heads, from);
         uint32_t before = index > 0 ? shared.ends[index - 1] : 0;
         uint32_t end = shared.ends[index] < to ? shared.ends[index] : to;
-        int pairs = (end - from) / 2, first = from - before + pairs * warp / SKETCH_WARPS * 2;
-        int last = from - before + pairs * (warp + 1) / SKETCH_WARPS * 2;
-        if (first < last && p.rows > 4) sketch_pages<D, Wide>(p, shared, index, first, last);
-        if (first < last && p.rows <= 4) sketch_pages<D, Narrow>(p, shared, index, first, last);
+        if (p.rows > 4) {
+            sketch_pages<D, Wide>(p, shared, index, from - before, end - before);
+        } else {
+            sketch_pages<D, Narrow>(p, shared, index, from - before, end - before);
+        }
         sync_block();
         for (int at = thread_index(); at < p.rows * BINS; at += SKETCH_THREADS) {
-            uint32_t& of_bin = (&shared.histogram[0][0])[at];
+            uint32_t& of_bin = shared.histogram[at];
             if (of_bin != 0) add_global(&p.histogram[(int64_t)index * ROWS * BINS + at], of_bin);
             of_bin = 0;
         }
         sync_block();
         from = end;
     }
+    // A block without pages waits too, so that who follows this launch follows the one before it.
+    follow();
 }
 
-KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, 5) {
-    follow();
-    sketch_of<64>(p);
-}
-KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, 5) {
-    follow();
-    sketch_of<128>(p);
-}
+KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, 5) { sketch_of<64>(p); }
+KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, 5) { sketch_of<128>(p); }

@@ -88,6 +88,7 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
     const Head& head = p.heads[head_index];
     int64_t at = (int64_t)head_index * ROWS + row;
     if (row >= p.rows) {
+        follow();
         if (c < D) p.turned[at * D + c] = 0;
         if (c < D / 4) p.bytes[at * (D / 4) + c] = 0;
         if (c < STEP) p.steps[at * STEP + c] = 0;
@@ -96,6 +97,7 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
     Share<D> share = share_of<D>(head.query_rotation);
     int channel = c % D;
     float mean = half_to_float(head.key_mean[channel]), spread = half_to_float(head.key_spread[channel]);
+    follow();
     const uint16_t* query = p.queries + ((int64_t)head_index * p.rows + row) * D;
     if (c < D) shared.vector[c] = half_to_float(query[c]) * p.scale;
     sync_block();
@@ -132,38 +134,34 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     Share<D> share = share_of<D>(head.output_rotation);
     float mean = half_to_float(head.value_mean[c]), spread = half_to_float(head.value_spread[c]);
     int count = p.counts[index] & ~ALL_TILES, parts = parts_of(count, p.states.slots, p.least_part, 8);
+    float other = 0, other_max = NONE, other_sum = 0;
+    if (p.exact.slots > 0) {
+        int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
+        other = merge_row<D>(p.exact, shared.merged, (int64_t)index * p.exact.slots, of_exact, p.rows, row, other_max, other_sum);
+    }
+    follow();
     float max, sum;
     float x = merge_row<D>(p.states, shared.merged, (int64_t)index * p.states.slots, parts, p.rows, row, max, sum);
     sync_block();
     if (thread_index() < D) shared.vector[c] = x * spread + sum * mean;
     sync_block();
     x = rotated<D>(shared.vector, shared.parts, share);
-    if (p.exact.slots > 0) {
-        int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
-        float other_max, other_sum;
-        float other =
-            merge_row<D>(p.exact, shared.merged, (int64_t)index * p.exact.slots, of_exact, p.rows, row, other_max, other_sum);
-        float top = max_of(max, other_max);
-        float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
-        x = x * mine + other * its;
-        sum = sum * mine + other_sum * its;
-    }
+    float top = max_of(max, other_max);
+    float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
+    x = x * mine + other * its;
+    sum = sum * mine + other_sum * its;
     if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = sum > 0 ? x / sum : 0;
 }
 
 KERNEL(layered_turn_64, LayeredParameters, TURN_THREADS, 2) {
-    follow();
     layered_turn_of<64>(p);
 }
 KERNEL(layered_turn_128, LayeredParameters, TURN_THREADS, 2) {
-    follow();
     layered_turn_of<128>(p);
 }
 KERNEL(layered_finish_64, LayeredParameters, TURN_THREADS, 2) {
-    follow();
     layered_finish_of<64>(p);
 }
 KERNEL(layered_finish_128, LayeredParameters, TURN_THREADS, 2) {
-    follow();
     layered_finish_of<128>(p);
 }

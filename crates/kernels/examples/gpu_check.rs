@@ -470,9 +470,9 @@ fn time_exact(
     let gpu = driver.gpu();
     let bytes = of.heads() * context * of.head_dim * 4;
     let pages = of.sequences * context.div_ceil(PAGE_TOKENS);
-    let wanted = steps(driver, bytes);
     let (free, _) = driver.memory()?;
     // Large inputs serve all steps: they do not stay in the cache.
+    let wanted = steps(driver, bytes);
     let sets = if bytes > 1 << 30 { 1 } else { wanted };
     if sets * bytes + (2 << 30) > free {
         return Err(format!("{} GB wanted, {} GB are free", (sets * bytes) >> 30, free >> 30).into());
@@ -553,80 +553,156 @@ fn synthetic(random: &mut Random, queries: &[f16], plan: Plan, pages: usize) -> 
     out
 }
 
-fn time_layered(driver: &Driver, of: Shape, context: usize, plan: Plan) -> Result<String> {
-    let gpu = driver.gpu();
-    let (mut random, d) = (Random::new(5), of.head_dim);
-    let kept = if plan == Plan::Every { context } else { context / 10 * 6 };
-    let one: Vec<f16> = random.halves(of.rows * d, 1.0);
-    let queries = gpu.upload(&one.repeat(of.heads()))?;
-    let out = gpu.alloc(of.queries() * d * 4)?;
-    let distinct = synthetic(&mut random, &one, plan, DISTINCT.min(kept / PAGE_TOKENS));
-    let times = kept / PAGE_TOKENS / distinct.pages().len();
-    let pages = times * distinct.pages().len();
-    // Channels are those of the queries: rotations that change nothing.
-    let identity: Vec<f16> = (0..d * d).map(|i| f16::from_f32(f32::from(u8::from(i / d == i % d)))).collect();
-    let rotations = Rotations::new(&gpu, &identity, &identity, d)?;
-    let ones = vec![f16::ONE; d];
-    let zeros = vec![f16::ZERO; d];
-    let scales =
-        Scales { key_mean: zeros.clone(), key_spread: ones.clone(), value_mean: zeros, value_spread: ones };
-    let upload = || Head::repeated(&gpu, (&distinct, times), pages, &scales);
-    let first = upload()?;
-    let [leading, lines, others] = first.bytes();
-    let stored = (leading + lines + others) * of.heads();
-    // Steps of chosen tiles read little more than what lies apart.
-    let wanted = steps(driver, leading * of.heads());
-    let sets = if leading * of.heads() > 1 << 30 { 1 } else { wanted };
-    let (free, _) = driver.memory()?;
-    if sets * stored + (2 << 30) > free {
-        return Err(format!("{} GB wanted, {} GB are free", (sets * stored) >> 30, free >> 30).into());
+/// Layered steps over heads of one plan, and all that they need.
+struct LayeredSteps<'a> {
+    driver: &'a Driver,
+    of: Shape,
+    /// Of each set, as many as there are heads in a step.
+    heads: Vec<Head>,
+    sets: usize,
+    /// Steps in a graph.
+    wanted: usize,
+    /// Of a head.
+    pages: usize,
+    /// Of a head what lies apart, other lines and all else.
+    bytes: [usize; 3],
+    rotations: Rotations,
+    pool: Pool,
+    known: Exact,
+    queries: Buffer,
+    out: Buffer,
+}
+
+impl<'a> LayeredSteps<'a> {
+    fn new(driver: &'a Driver, of: Shape, context: usize, plan: Plan) -> Result<LayeredSteps<'a>> {
+        let gpu = driver.gpu();
+        let (mut random, d) = (Random::new(5), of.head_dim);
+        let kept = if plan == Plan::Every { context } else { context / 10 * 6 };
+        let one: Vec<f16> = random.halves(of.rows * d, 1.0);
+        let queries = gpu.upload(&one.repeat(of.heads()))?;
+        let distinct = synthetic(&mut random, &one, plan, DISTINCT.min(kept / PAGE_TOKENS));
+        let times = kept / PAGE_TOKENS / distinct.pages().len();
+        let pages = times * distinct.pages().len();
+        // Channels are those of the queries: rotations that change nothing.
+        let identity: Vec<f16> =
+            (0..d * d).map(|i| f16::from_f32(f32::from(u8::from(i / d == i % d)))).collect();
+        let ones = vec![f16::ONE; d];
+        let zeros = vec![f16::ZERO; d];
+        let scales = Scales {
+            key_mean: zeros.clone(),
+            key_spread: ones.clone(),
+            value_mean: zeros,
+            value_spread: ones,
+        };
+        let upload = || Head::repeated(&gpu, (&distinct, times), pages, &scales);
+        let bytes = upload()?.bytes();
+        let (leading, stored) = (bytes[0] * of.heads(), bytes.iter().sum::<usize>() * of.heads());
+        // Steps of chosen tiles read little more than what lies apart.
+        let wanted = steps(driver, leading);
+        let sets = if leading > 1 << 30 { 1 } else { wanted };
+        let (free, _) = driver.memory()?;
+        if sets * stored + (2 << 30) > free {
+            return Err(format!("{} GB wanted, {} GB are free", (sets * stored) >> 30, free >> 30).into());
+        }
+        let heads: Result<Vec<Head>> = (0..sets * of.heads()).map(|_| Ok(upload()?)).collect();
+        let pool = Pool::new(&gpu, of.sequences * 2, (of.kv_heads, d))?;
+        fill(pool.data(), 6)?;
+        let mut known = Exact::new(&gpu, of, 2, (2, LEAST_PART))?;
+        known.set(&sequences(of.sequences, KNOWN, 0))?;
+        let rotations = Rotations::new(&gpu, &identity, &identity, d)?;
+        let out = gpu.alloc(of.queries() * d * 4)?;
+        let heads = heads?;
+        Ok(LayeredSteps {
+            driver,
+            of,
+            heads,
+            sets,
+            wanted,
+            pages,
+            bytes,
+            rotations,
+            pool,
+            known,
+            queries,
+            out,
+        })
     }
-    drop(first);
-    let heads: Result<Vec<Head>> = (0..sets * of.heads()).map(|_| Ok(upload()?)).collect();
-    let heads = heads?;
-    let pool = Pool::new(&gpu, of.sequences * 2, (of.kv_heads, d))?;
-    fill(pool.data(), 6)?;
-    let mut known = Exact::new(&gpu, of, 2, (2, LEAST_PART))?;
-    known.set(&sequences(of.sequences, KNOWN, 0))?;
-    let steps_of = |choice: Choice, least_part: usize| -> Result<Vec<Layered>> {
-        (0..sets)
-            .map(|i| {
-                let mut step = Layered::new(&gpu, of, (pages, 0), choice, (PARTS, least_part))?;
-                let of_set: Vec<&Head> = heads[i * of.heads()..][..of.heads()].iter().collect();
-                step.set(&of_set, &vec![&rotations; of.kv_heads])?;
-                Ok(step)
-            })
-            .collect()
-    };
-    let scale = (d as f32).sqrt().recip();
-    let whole = |steps: &[Layered]| -> Result<f64> {
-        seconds(driver, wanted, || {
-            (0..wanted).try_for_each(|i| {
-                known.attend(&pool, &queries, scale)?;
-                steps[i % sets].step(&queries, scale, Some(&known), &out)
+
+    /// One for each set.
+    fn steps(&self, choice: Choice, least_part: usize) -> Result<Vec<Layered>> {
+        let of_set = |heads: &[Head]| -> Result<Layered> {
+            let gpu = self.driver.gpu();
+            let mut step = Layered::new(&gpu, self.of, (self.pages, 0), choice, (PARTS, least_part))?;
+            step.set(&heads.iter().collect::<Vec<_>>(), &vec![&self.rotations; self.of.kv_heads])?;
+            Ok(step)
+        };
+        self.heads.chunks(self.of.heads()).map(of_set).collect()
+    }
+
+    fn scale(&self) -> f32 {
+        (self.of.head_dim as f32).sqrt().recip()
+    }
+
+    /// Seconds of a step.
+    fn time(&self, steps: &[Layered]) -> Result<f64> {
+        seconds(self.driver, self.wanted, || {
+            (0..self.wanted).try_for_each(|i| {
+                self.known.attend(&self.pool, &self.queries, self.scale())?;
+                steps[i % self.sets].step(&self.queries, self.scale(), Some(&self.known), &self.out)
             })
         })
-    };
-    let chosen = steps_of(Choice::default(), layered::LEAST_PART)?;
+    }
+
+    /// Seconds of one of its launches.
+    fn time_stage(&self, steps: &[Layered], stage: Stage) -> Result<f64> {
+        seconds(self.driver, self.wanted, || {
+            (0..self.wanted).try_for_each(|i| {
+                let step = &steps[i % self.sets];
+                step.stage(stage, &self.queries, self.scale(), Some(&self.known), &self.out)
+            })
+        })
+    }
+}
+
+fn time_layered(driver: &Driver, of: Shape, context: usize, plan: Plan) -> Result<String> {
+    let all = LayeredSteps::new(driver, of, context, plan)?;
+    let chosen = all.steps(Choice::default(), layered::LEAST_PART)?;
     let mut line = String::new();
     let prefix = if plan == Plan::Every { "" } else { "planned_" };
+    let stored = all.bytes.iter().sum::<usize>();
     let a_token = |bytes: usize| bytes as f64 / context as f64;
-    write!(line, ", \"{prefix}steps\": {wanted}, \"{prefix}sets\": {sets}")?;
-    write!(line, ", \"{prefix}bytes_a_token\": {:.2}", a_token(leading + lines + others))?;
-    write!(line, ", \"{prefix}sketch_bytes_a_token\": {:.2}", a_token(leading))?;
-    let apart = whole(&chosen)?;
+    write!(line, ", \"{prefix}steps\": {}, \"{prefix}sets\": {}", all.wanted, all.sets)?;
+    write!(line, ", \"{prefix}bytes_a_token\": {:.2}", a_token(stored))?;
+    write!(line, ", \"{prefix}sketch_bytes_a_token\": {:.2}", a_token(all.bytes[0]))?;
+    let apart = all.time(&chosen)?;
     write!(line, ", \"{prefix}layered_apart_s\": {apart:.3e}")?;
-    let overlapped = overlapped(driver, || whole(&chosen));
+    let overlapped = overlapped(driver, || all.time(&chosen));
     write!(line, ", \"{prefix}layered_s\": {:.3e}", apart.min(overlapped))?;
     if overlapped.is_finite() {
         write!(line, ", \"{prefix}layered_overlapped_s\": {overlapped:.3e}")?;
     }
-    let read: usize =
-        chosen[0].read_tiles()?.iter().map(|list| list.as_ref().map_or(pages * 4, Vec::len)).sum();
-    write!(line, ", \"{prefix}tiles_share\": {:.5}", read as f64 / (pages * 4 * of.heads()) as f64)?;
+    let tiles = all.pages * 4;
+    let read: usize = chosen[0].read_tiles()?.iter().map(|list| list.as_ref().map_or(tiles, Vec::len)).sum();
+    write!(line, ", \"{prefix}tiles_share\": {:.5}", read as f64 / (tiles * of.heads()) as f64)?;
     if plan == Plan::SixOfTen {
         return Ok(line);
     }
+    time_stages(&all, &chosen, &mut line)?;
+    drop(chosen);
+    for least_part in [8, 16, 64] {
+        let tried = all.steps(Choice::default(), least_part)?;
+        write!(line, ", \"layered_apart_{least_part}_s\": {:.3e}", all.time(&tried)?)?;
+        let of_tried = self::overlapped(driver, || all.time(&tried));
+        write!(line, ", \"layered_overlapped_{least_part}_s\": {of_tried:.3e}")?;
+    }
+    let of_all = all.time(&all.steps(Choice::all(), layered::LEAST_PART)?)?;
+    let gb_s = (stored * of.heads()) as f64 / of_all / 1e9;
+    write!(line, ", \"layered_all_s\": {of_all:.3e}, \"layered_all_gb_s\": {gb_s:.0}")?;
+    Ok(line)
+}
+
+/// Each launch of a step by itself.
+fn time_stages(all: &LayeredSteps, steps: &[Layered], line: &mut String) -> Result<()> {
     for (name, stage) in [
         ("turn", Stage::Turn),
         ("attend", Stage::Attend),
@@ -635,20 +711,12 @@ fn time_layered(driver: &Driver, of: Shape, context: usize, plan: Plan) -> Resul
         ("want", Stage::Want),
         ("list", Stage::List),
     ] {
-        let alone = seconds(driver, wanted, || {
-            (0..wanted).try_for_each(|i| chosen[i % sets].stage(stage, &queries, scale, Some(&known), &out))
-        })?;
+        let alone = all.time_stage(steps, stage)?;
         write!(line, ", \"{name}_s\": {alone:.3e}")?;
         if stage == Stage::Sketch {
-            write!(line, ", \"sketch_gb_s\": {:.0}", (leading * of.heads()) as f64 / alone / 1e9)?;
+            let gb_s = (all.bytes[0] * all.of.heads()) as f64 / alone / 1e9;
+            write!(line, ", \"sketch_gb_s\": {gb_s:.0}")?;
         }
     }
-    drop(chosen);
-    for least_part in [8, 16, 64] {
-        let tried = steps_of(Choice::default(), least_part)?;
-        write!(line, ", \"layered_apart_{least_part}_s\": {:.3e}", whole(&tried)?)?;
-    }
-    let all = whole(&steps_of(Choice::all(), layered::LEAST_PART)?)?;
-    write!(line, ", \"layered_all_s\": {all:.3e}, \"layered_all_gb_s\": {:.0}", stored as f64 / all / 1e9)?;
-    Ok(line)
+    Ok(())
 }

@@ -198,6 +198,8 @@ pub fn profiles(d: usize) -> Vec<(Profile, Profile)> {
         (profile(2, 1, 1), profile(0, 1, 6)),
         (profile(1, 1, 0), profile(1, 0, 3)),
         (profile(0, 0, 1), profile(3, 2, 1)),
+        (profile(1, 4, 2), profile(0, 2, 4)),
+        (profile(3, 2, 0), profile(1, 4, 2)),
     ];
     pairs.into_iter().map(|(keys, values)| storable(d, keys, values)).collect()
 }

@@ -3,7 +3,7 @@
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::layered::{Head, Scales};
 use super::parameters::{EncodePage, EncodeParameters};
-use crate::layered::device::{bytes_of_tile, counts, lines_of_page};
+use crate::layered::device::{Most, counts, lines_of_page};
 use crate::layered::{GROUP, PAGE_TOKENS, Profile, SKETCH, TILES};
 
 const COUNT: [Kernel; 2] =
@@ -39,7 +39,7 @@ pub fn encode(
     assert!(matches!(d, 64 | 128), "head_dim {d}, wanted 64 or 128");
     assert!(keys.bytes().min(values.bytes()) >= tokens * d * 4, "vectors are not [{tokens}, {d}]");
     assert!(order.iter().all(|token| (*token as usize) < tokens), "tokens that do not exist");
-    let (mut described, mut sizes, mut first, mut most) = (vec![], [0, 0], 0, 0);
+    let (mut described, mut sizes, mut first, mut most) = (vec![], [0, 0], 0, Most::default());
     for &(of_keys, of_values, count) in pages {
         let fits = of_keys.groups().max(of_values.groups()) <= d / GROUP;
         assert!(fits && of_keys.is_paired(SKETCH) && of_values.is_paired(0), "{of_keys:?}, {of_values:?}");
@@ -56,7 +56,7 @@ pub fn encode(
         let [leading, lines] = lines_of_page(of_keys, of_values);
         sizes = [sizes[0] + leading, sizes[1] + lines];
         first += count;
-        most = most.max(bytes_of_tile(of_keys, of_values));
+        most = most.with(of_keys, of_values);
     }
     assert!(
         first == order.len() && sizes.iter().all(|lines| *lines <= u32::MAX as usize),
@@ -84,7 +84,12 @@ pub fn encode(
     let which = usize::from(d == 128);
     let grid = (pages.len(), d / GROUP * PAGE_TOKENS * GROUP + 64);
     if pages.is_empty() {
-        return Head::of_parts(gpu, [leading, lines, gpu.alloc(0)?, sketch_pages, tiles], (0, 0, 0), scales);
+        return Head::of_parts(
+            gpu,
+            [leading, lines, gpu.alloc(0)?, sketch_pages, tiles],
+            (0, 0, most),
+            scales,
+        );
     }
     // SAFETY: one block for each page; pages' tokens are in the order, whose tokens exist; counts are two of each tile.
     unsafe { gpu.launch(COUNT[which], grid, &parameters) }?;

@@ -6,7 +6,7 @@ use super::device::{Buffer, Error, Gpu, Kernel};
 use super::exact::Exact;
 use super::parameters::{self, LayeredParameters};
 use super::{MOST_HEADS, MOST_ROWS, Shape, States};
-use crate::layered::device::device_bytes;
+use crate::layered::device::{Most, device_bytes};
 use crate::layered::{Needed, Pages, TILES};
 use half::f16;
 use std::f32::consts::LOG2_E;
@@ -35,7 +35,12 @@ const FINISH: [Kernel; 2] =
     [Kernel { name: "layered_finish_64", threads: 512 }, Kernel { name: "layered_finish_128", threads: 512 }];
 
 const TURN_SHARED: usize = 4 * (256 + 512 + 32 + 32);
-const SKETCH_SHARED: usize = 4 * 2 * 2 * 16 * 128 + MOST_HEADS * 4 + MOST_ROWS * BINS * 4 + 16;
+/// Shared memory of a block of the sketch, of which five fit on a multiprocessor of Hopper.
+const SKETCH_SHARED: usize = 44 << 10;
+/// Blocks of the sketch for each that fits: multiprocessors are not equally fast, and who is done takes another.
+const SKETCH_WAVES: usize = 2;
+/// Bytes of a run.
+const RUN: usize = 128;
 const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256) + 4 * (256 + 512);
 const SELECT_SHARED: usize = 4 * (8 + 8 + 3 * BINS + 1 + 2);
 
@@ -135,7 +140,7 @@ pub struct Head {
     head_dim: usize,
     page_count: usize,
     selectable: usize,
-    most_bytes: usize,
+    most: Most,
 }
 
 impl Head {
@@ -188,7 +193,7 @@ impl Head {
             head_dim: d,
             page_count,
             selectable,
-            most_bytes: bytes.most,
+            most: bytes.most,
         })
     }
 
@@ -196,24 +201,13 @@ impl Head {
     pub(super) fn of_parts(
         gpu: &Gpu,
         [leading, lines, escapes, pages, tiles]: [Buffer; 5],
-        (page_count, selectable, most_bytes): (usize, usize, usize),
+        (page_count, selectable, most): (usize, usize, Most),
         scales: &Scales,
     ) -> Result<Head, Error> {
         assert!(selectable <= page_count, "{selectable} of {page_count} pages to choose from");
         let head_dim = scales.key_mean.len();
         let scales = scales.upload(gpu, head_dim)?;
-        Ok(Head {
-            leading,
-            lines,
-            escapes,
-            pages,
-            tiles,
-            scales,
-            head_dim,
-            page_count,
-            selectable,
-            most_bytes,
-        })
+        Ok(Head { leading, lines, escapes, pages, tiles, scales, head_dim, page_count, selectable, most })
     }
 
     /// What [`of_parts`](Head::of_parts) has, for comparisons.
@@ -267,6 +261,7 @@ pub struct Layered {
     tile_stride: usize,
     list_stride: usize,
     slot_bytes: usize,
+    page_runs: usize,
     least_part: usize,
 }
 
@@ -315,6 +310,7 @@ impl Layered {
             tile_stride,
             list_stride,
             slot_bytes: 0,
+            page_runs: 1,
             least_part,
         })
     }
@@ -334,7 +330,8 @@ impl Layered {
                 head.page_count,
                 head.selectable
             );
-            self.slot_bytes = self.slot_bytes.max(head.most_bytes.next_multiple_of(128));
+            self.slot_bytes = self.slot_bytes.max(head.most.tile_bytes.next_multiple_of(128));
+            self.page_runs = self.page_runs.max(head.most.runs);
         }
         assert!(rotations.iter().all(|r| r.head_dim == head_dim), "rotations of another width");
         let described: Vec<parameters::Head> =
@@ -391,7 +388,7 @@ impl Layered {
             Stage::Turn => (shape.pick(TURN[0], TURN[1]), (shape.heads() * MOST_ROWS, TURN_SHARED)),
             Stage::Sketch => {
                 let kernel = shape.pick(SKETCH[0], SKETCH[1]);
-                (kernel, (self.gpu.full_grid(kernel, SKETCH_SHARED)?, SKETCH_SHARED))
+                (kernel, (self.gpu.full_grid(kernel, SKETCH_SHARED)? * SKETCH_WAVES, SKETCH_SHARED))
             }
             Stage::Want => (WANT, (shape.heads() * slices(self.tile_stride), SELECT_SHARED)),
             Stage::List => (LIST, (shape.heads() * slices(self.tile_stride), SELECT_SHARED)),
@@ -412,6 +409,16 @@ impl Layered {
     /// Two tiles of the largest and three quarters of one: of most sizes four tiles.
     fn room_bytes(&self) -> usize {
         (self.slot_bytes * 11 / 4).next_multiple_of(128)
+    }
+
+    /// Rounds that a warp of the sketch asks for ahead: as many as there is room for, which `SketchShared` in `cuda/sketch.cuh` begins with
+    /// other things.
+    fn sketch_stages(&self) -> usize {
+        let others = (MOST_HEADS * 4 + 16).next_multiple_of(128) + rows_stored(self.shape.rows) * BINS * 4;
+        let pages = if self.shape.rows > 4 { 1 } else { 2 };
+        let stages = (SKETCH_SHARED - others) / (4 * pages * self.page_runs * RUN);
+        assert!(stages >= 2, "no room for two pages of {} runs", self.page_runs);
+        stages.min(4)
     }
 
     /// As `LayeredShared` in `cuda/layered.cuh`.
@@ -462,6 +469,8 @@ impl Layered {
             least_part: self.least_part as i32,
             exact_least_part: exact_least_part as i32,
             slices: slices(self.tile_stride) as i32,
+            page_runs: self.page_runs as i32,
+            sketch_stages: self.sketch_stages() as i32,
         }
     }
 

@@ -135,6 +135,8 @@ pub(crate) struct LayeredParameters {
     pub least_part: i32,
     pub exact_least_part: i32,
     pub slices: i32,
+    pub page_runs: i32,
+    pub sketch_stages: i32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -166,4 +168,4 @@ pub(crate) struct EncodeParameters {
     pub unused: i32,
 }
 
-plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 232, EncodePage: 20, EncodeParameters: 88);
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 240, EncodePage: 20, EncodeParameters: 88);

@@ -15,14 +15,25 @@ pub(crate) struct DeviceBytes {
     pub escapes: Vec<u32>,
     pub pages: Vec<SketchPage>,
     pub tiles: Vec<Tile>,
-    /// Most bytes of a tile, those of the runs in which what lies apart comes included.
-    pub most: usize,
+    pub most: Most,
 }
 
-/// Bytes of a tile of these profiles as attention loads it.
-pub(crate) fn bytes_of_tile(keys: Profile, values: Profile) -> usize {
-    let [_, within] = keys.split(SKETCH);
-    SKETCH * 2 * LINE + (within.lines_of_tile() + values.lines_of_tile()) * LINE
+/// What pages take at most.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Most {
+    /// Bytes of a tile as attention loads it, those of the runs in which what lies apart comes included.
+    pub tile_bytes: usize,
+    /// Runs of two lines that lie apart of a page.
+    pub runs: usize,
+}
+
+impl Most {
+    /// With a page of these profiles.
+    pub fn with(self, keys: Profile, values: Profile) -> Most {
+        let [apart, within] = keys.split(SKETCH);
+        let bytes = SKETCH * 2 * LINE + (within.lines_of_tile() + values.lines_of_tile()) * LINE;
+        Most { tile_bytes: self.tile_bytes.max(bytes), runs: self.runs.max(apart.lines() / 2) }
+    }
 }
 
 /// Lines of a page of these profiles: those apart, and those of its tiles.
@@ -71,7 +82,7 @@ pub(crate) fn device_bytes(pages: &Pages) -> DeviceBytes {
         escapes: pages.escapes.iter().map(word_of).collect(),
         pages: Vec::with_capacity(count),
         tiles: Vec::with_capacity(count * TILES),
-        most: 0,
+        most: Most::default(),
     };
     for (index, page) in pages.pages.iter().enumerate() {
         let [apart, within] = page.keys.split(SKETCH);
@@ -84,7 +95,7 @@ pub(crate) fn device_bytes(pages: &Pages) -> DeviceBytes {
         let runs = apart.widths().enumerate().map(|(i, width)| (width.bits() as u16 / 2) << (4 * i)).sum();
         out.pages.push(SketchPage { leading: page.leading, runs, tokens: page.tokens() as u8, unused: 0 });
         let of_tile = within.lines_of_tile() + page.values.lines_of_tile();
-        out.most = out.most.max(bytes_of_tile(page.keys, page.values));
+        out.most = out.most.with(page.keys, page.values);
         let escapes = pages.escapes_of(index);
         // Of those before a tile, and in it: escapes are in order of tiles.
         let run = |of: &[Escape], tile: usize| {
