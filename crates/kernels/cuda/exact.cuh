@@ -295,6 +295,18 @@ DEVICE float merge_row(const States& states, FinishShared& shared, int64_t first
     return x;
 }
 
+// Channel `c` of a row of outputs: what was attended to, `x` with `max` and `sum`, and states of tokens that are attended to in any case.
+template <int D>
+DEVICE float output_with(const States& known, FinishShared& shared, int64_t first, int parts, int rows, int row, float x, float max,
+                         float sum) {
+    float other_max, other_sum;
+    float other = merge_row<D>(known, shared, first, parts, rows, row, other_max, other_sum);
+    float top = max_of(max, other_max);
+    float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
+    sum = sum * mine + other_sum * its;
+    return sum > 0 ? (x * mine + other * its) / sum : 0;
+}
+
 template <int D>
 DEVICE void exact_finish_of(const FinishParameters& p) {
     auto& shared = *reinterpret_cast<FinishShared*>(shared_memory());

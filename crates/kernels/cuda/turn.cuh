@@ -138,17 +138,10 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     if (thread_index() < D) shared.vector[c] = x * spread + sum * mean;
     sync_block();
     x = rotated<D>(shared.vector, shared.parts, share);
-    if (p.exact.slots > 0) {
-        int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
-        float other_max, other_sum;
-        float other =
-            merge_row<D>(p.exact, shared.merged, (int64_t)index * p.exact.slots, of_exact, p.rows, row, other_max, other_sum);
-        float top = max_of(max, other_max);
-        float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
-        x = x * mine + other * its;
-        sum = sum * mine + other_sum * its;
-    }
-    if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = sum > 0 ? x / sum : 0;
+    int of_exact = 0;
+    if (p.exact.slots > 0) of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
+    x = output_with<D>(p.exact, shared.merged, (int64_t)index * p.exact.slots, of_exact, p.rows, row, x, max, sum);
+    if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = x;
 }
 
 KERNEL(layered_turn_64, LayeredParameters, TURN_THREADS, 2) {

@@ -16,6 +16,7 @@ pub mod emulated;
 pub mod encode;
 pub mod exact;
 pub mod layered;
+pub mod packed;
 pub(crate) mod parameters;
 
 pub use device::{Buffer, Device, Error, Gpu, Kernel};
