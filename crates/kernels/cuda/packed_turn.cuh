@@ -155,7 +155,10 @@ DEVICE void packed_leave_of(const PackedParameters& p) {
     float turned[ROWS];
     turn_rows<D, C, D>(shared, share, turned);
     if (thread_index() >= D) return;
-    for (int row = 0; row < p.rows; row++) p.left.accumulated[(at * p.rows + row) * D + thread_index()] = turned[row];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+        if (row < p.rows) p.left.accumulated[(at * p.rows + row) * D + thread_index()] = turned[row];
+    }
     if (thread_index() < p.rows) {
         p.left.max[at * p.rows + thread_index()] = shared.max[thread_index()];
         p.left.sum[at * p.rows + thread_index()] = shared.sum[thread_index()];

@@ -1,6 +1,8 @@
 //! The packed format's checks and times.
 
-use super::{KNOWN, Result, fill, overlapped, report, report_failure, seconds, sequences, shape, show_exact, steps};
+use super::{
+    KNOWN, Result, fill, overlapped, report, report_failure, seconds, sequences, shape, show_exact, steps,
+};
 use half::f16;
 use mosaickv_kernels::cuda::check::Random;
 use mosaickv_kernels::cuda::check::packed::{Case, Outcome, encoding, packed, parts};
@@ -48,7 +50,8 @@ pub fn check(gpu: &Gpu, seed: u64, name: &str) -> Result<()> {
         return Ok(());
     }
     for case in cases(name)? {
-        let tokens: Vec<usize> = case.segments.iter().map(|of| of.iter().map(|part| part.tokens).sum()).collect();
+        let tokens: Vec<usize> =
+            case.segments.iter().map(|of| of.iter().map(|part| part.tokens).sum()).collect();
         let of = format!("{} rows of {}, {tokens:?} tokens", case.shape.rows, case.shape.head_dim);
         match packed(gpu, seed, &case) {
             Ok(Outcome { error, blocks }) => {
@@ -90,7 +93,12 @@ fn cases(name: &str) -> Result<Vec<Case>> {
 }
 
 /// Pages whose tokens are noise to the queries, but for a few that one of them wants.
-fn synthetic(random: &mut Random, queries: &[f16], (of, block): (PackedShape, usize), count: usize) -> Vec<PackedPage> {
+fn synthetic(
+    random: &mut Random,
+    queries: &[f16],
+    (of, block): (PackedShape, usize),
+    count: usize,
+) -> Vec<PackedPage> {
     let (d, c) = (of.head_dim(), of.channels());
     let page = |page: usize| {
         let (mut keys, values) = (random.normals(PAGE_TOKENS * c), random.normals(PAGE_TOKENS * c));
@@ -193,7 +201,8 @@ pub fn time(context: usize, batch: usize) -> Result<()> {
         if name != "packed" {
             continue;
         }
-        let read: usize = steps[0].read_blocks()?.iter().map(|list| list.as_ref().map_or(blocks, Vec::len)).sum();
+        let read: usize =
+            steps[0].read_blocks()?.iter().map(|list| list.as_ref().map_or(blocks, Vec::len)).sum();
         write!(line, ", \"share\": {:.5}", read as f64 / (blocks * of.heads()) as f64)?;
         for (name, stages) in STAGES {
             let alone = seconds(&driver, count, || {
@@ -220,7 +229,9 @@ pub fn table(rows: &mut [String]) -> String {
         | context | batch | exact | packed, all | x | a tenth | x | a sixteenth | x | score, GB/s | select | attend, GB/s | turn, leave, finish |\n\
         |---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
-    rows.sort_by_key(|line| ["packed_context", "batch"].map(|name| field(line, name).unwrap_or(0.0) as usize));
+    rows.sort_by_key(|line| {
+        ["packed_context", "batch"].map(|name| field(line, name).unwrap_or(0.0) as usize)
+    });
     for line in rows.iter() {
         let us = |name: &str| field(line, &format!("{name}_s")).unwrap_or(f64::NAN) * 1e6;
         let cell = |name: &str| format!("{:.0} | {:.1}", us(name), us("exact") / us(name));

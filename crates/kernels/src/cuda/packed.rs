@@ -116,7 +116,10 @@ impl Packed {
     ) -> Result<Packed, Error> {
         shape.check();
         assert!((1..=MOST_SEGMENTS).contains(&limits.segments), "{limits:?}: 1 to {MOST_SEGMENTS} segments");
-        assert!(selected > 0.0 && selected <= 1.0, "a share of {selected} selected, wanted more than 0, at most 1");
+        assert!(
+            selected > 0.0 && selected <= 1.0,
+            "a share of {selected} selected, wanted more than 0, at most 1"
+        );
         assert!(parts > 0 && least_part > 0 && least_part.is_multiple_of(16), "parts of {least_part} tokens");
         let (heads, c) = (shape.heads(), channels(shape.head_dim));
         let of_segments = heads * limits.segments;
@@ -165,7 +168,9 @@ impl Packed {
         let head = described.head;
         assert!(index < self.shape.heads(), "head {index} of {:?}", self.shape);
         assert!(
-            segments.len() <= most_segments && described.pages.len() <= pages && head.blocks as usize <= blocks,
+            segments.len() <= most_segments
+                && described.pages.len() <= pages
+                && head.blocks as usize <= blocks,
             "{head:?} in {} pages: more than {:?}",
             described.pages.len(),
             self.limits

@@ -88,7 +88,9 @@ mod tests {
 
     #[test]
     fn full_pages_are_the_same_bytes() {
-        for (shape, block) in [(PackedShape::with_rate(128, 0.75, 1), 8), (PackedShape::with_rate(64, 0.75, 2), 16)] {
+        for (shape, block) in
+            [(PackedShape::with_rate(128, 0.75, 1), 8), (PackedShape::with_rate(64, 0.75, 2), 16)]
+        {
             let page = page(shape.unwrap(), block, PAGE_TOKENS);
             let image = image(&page);
             assert_eq!(image, bytemuck::cast_slice::<u16, u8>(&page.words)[..image.len()]);
@@ -97,7 +99,9 @@ mod tests {
 
     #[test]
     fn small_pages_and_blocks_of_odd_sizes_have_their_places() {
-        for (d, rate, group, block) in [(64, 0.875, 4, 4), (128, 0.75, 2, 4), (64, 0.625, 1, 8), (128, 0.875, 4, 16)] {
+        for (d, rate, group, block) in
+            [(64, 0.875, 4, 4), (128, 0.75, 2, 4), (64, 0.625, 1, 8), (128, 0.875, 4, 16)]
+        {
             let shape = PackedShape::with_rate(d, rate, group).unwrap();
             let (page, device) = (page(shape, block, 64), DevicePage::new(shape, block));
             let [keys, bitmaps, blocks] = device.place(&page, 1..3, 5);
@@ -107,7 +111,8 @@ mod tests {
             let words: &[u8] = bytemuck::cast_slice(&page.words);
             for (i, b) in (1..3).enumerate() {
                 let (row, map) = (2 * shape.kept(), shape.bitmap_bytes());
-                let of_block = &words[page.bytes_of_block_keys() + b * page.bytes_of_block()..][..page.bytes_of_block()];
+                let of_block =
+                    &words[page.bytes_of_block_keys() + b * page.bytes_of_block()..][..page.bytes_of_block()];
                 assert_eq!(keys.1[i * row..][..row], words[b * row..][..row]);
                 assert_eq!(bitmaps.1[i * map..][..map], words[page.blocks() * row + b * map..][..map]);
                 assert_eq!(blocks.1[i * device.bytes_of_block()..][..page.bytes_of_block()], *of_block);

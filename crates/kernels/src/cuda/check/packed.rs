@@ -39,7 +39,12 @@ pub fn parts(tokens: &[usize]) -> Vec<Part> {
         (0.75, 2, 4),
         (0.25, 1, 8),
     ];
-    let of = |(&tokens, &(rate, group, block)): (&usize, &(f32, usize, usize))| Part { rate, group, block, tokens };
+    let of = |(&tokens, &(rate, group, block)): (&usize, &(f32, usize, usize))| Part {
+        rate,
+        group,
+        block,
+        tokens,
+    };
     tokens.iter().zip(strategies.iter().cycle()).map(of).collect()
 }
 
@@ -97,7 +102,8 @@ fn inputs(gpu: &Gpu, random: &mut Random, part: Part, d: usize) -> Result<Inputs
     let (mut pages, mut left) = (vec![], part.tokens);
     while left > 0 {
         // Smaller pages than full ones occur anywhere.
-        let blocks = if random.below(2) == 0 { 1 + random.below(PAGE_TOKENS / part.block) } else { PAGE_TOKENS };
+        let blocks =
+            if random.below(2) == 0 { 1 + random.below(PAGE_TOKENS / part.block) } else { PAGE_TOKENS };
         let tokens = (blocks * part.block).min(PAGE_TOKENS).min(left);
         let [keys, values] = [0, 1].map(|_| -> Vec<f32> {
             let x = random.normals(tokens * c);
@@ -133,7 +139,8 @@ pub fn packed(gpu: &Gpu, seed: u64, case: &Case) -> Result<Outcome, Failure> {
         blocks: most(&|head| head.iter().map(|s| s.segment.blocks()).sum()),
     };
     let mut step = Packed::new(gpu, shape, limits, case.selected, case.parts)?;
-    let of_step: Vec<Vec<&Segment>> = heads.iter().map(|head| head.iter().map(|s| &s.segment).collect()).collect();
+    let of_step: Vec<Vec<&Segment>> =
+        heads.iter().map(|head| head.iter().map(|s| &s.segment).collect()).collect();
     step.set(&of_step)?;
     let queries = random.halves(shape.queries() * d, 1.0);
     let (on_device, out) = (gpu.upload(&queries)?, gpu.alloc(shape.queries() * d * 4)?);
@@ -149,7 +156,8 @@ pub fn packed(gpu: &Gpu, seed: u64, case: &Case) -> Result<Outcome, Failure> {
         }
         step.step(&on_device, scale, known.as_ref().map(|k| &k.step), &out)?;
         let got: Vec<f32> = out.read(shape.queries() * d)?;
-        outcome = Check { case, step: &step, known: known.as_ref(), heads: &heads }.run(&queries, scale, &got)?;
+        outcome =
+            Check { case, step: &step, known: known.as_ref(), heads: &heads }.run(&queries, scale, &got)?;
         if !step.is_clean()? {
             return wrong("counts are left over".into());
         }
@@ -168,7 +176,8 @@ impl Check<'_> {
     fn run(&self, queries: &[f16], scale: f32, got: &[f32]) -> Result<Outcome, Failure> {
         let (shape, d) = (self.case.shape, self.case.shape.head_dim);
         let read = self.step.read_blocks()?;
-        let chosen = if self.case.selected < 1.0 { Some((self.step.scores()?, self.step.keys()?)) } else { None };
+        let chosen =
+            if self.case.selected < 1.0 { Some((self.step.scores()?, self.step.keys()?)) } else { None };
         let (mut want, mut blocks) = (vec![], (0, 0));
         for (i, head) in self.heads.iter().enumerate() {
             let of_head = &queries[i * shape.rows * d..][..shape.rows * d];
@@ -177,12 +186,12 @@ impl Check<'_> {
                 self.scoring(i, &turned, &scores[i], &keys[i])?;
             }
             let all: usize = head.iter().map(|s| s.segment.blocks()).sum();
-            let list = match &read[i] {
-                None => (0..all as u32).collect(),
-                Some(list) => {
-                    self.selection(i, list, &chosen.as_ref().expect("scores")[..].1[i][..all])?;
+            let list = match (&read[i], &chosen) {
+                (Some(list), Some((_, keys))) => {
+                    self.selection(i, list, &keys[i][..all])?;
                     list.clone()
                 }
+                _ => (0..all as u32).collect(),
             };
             blocks = (blocks.0 + list.len(), blocks.1 + all);
             for (row, query) in of_head.chunks_exact(d).enumerate() {
@@ -213,7 +222,13 @@ impl Check<'_> {
     }
 
     /// Scores of block keys, and the integers that follow from them.
-    fn scoring(&self, i: usize, turned: &[Vec<f64>], scores: &[Vec<f32>], keys: &[u32]) -> Result<(), Failure> {
+    fn scoring(
+        &self,
+        i: usize,
+        turned: &[Vec<f64>],
+        scores: &[Vec<f32>],
+        keys: &[u32],
+    ) -> Result<(), Failure> {
         let rows = self.case.shape.rows;
         let mut want = vec![vec![]; rows];
         for (of, turned) in self.heads[i].iter().zip(turned) {
@@ -284,9 +299,12 @@ impl Check<'_> {
                 let size = page.block() * c;
                 for (keys, of_values) in keys.chunks_exact(size).zip(of_values.chunks_exact(size)) {
                     if list.binary_search(&block).is_ok() {
-                        let dot = |key: &[f32]| query.iter().zip(key).map(|(q, k)| q * f64::from(*k)).sum::<f64>();
+                        let dot =
+                            |key: &[f32]| query.iter().zip(key).map(|(q, k)| q * f64::from(*k)).sum::<f64>();
                         scores.extend(keys.chunks_exact(c).map(dot));
-                        values.extend(of_values.chunks_exact(c).map(|v| v.iter().map(|x| f64::from(*x)).collect()));
+                        values.extend(
+                            of_values.chunks_exact(c).map(|v| v.iter().map(|x| f64::from(*x)).collect()),
+                        );
                     }
                     block += 1;
                 }
@@ -320,9 +338,14 @@ pub fn encoding(gpu: &Gpu, seed: u64, head_dim: usize, parts: &[Part]) -> Result
             got.encode_rotated(Vectors { keys: &keys, values: &values, tokens, head_dim: d })?;
         }
         for (i, (got, want)) in got.read()?.iter().zip(&want.read()?).enumerate() {
-            for (name, (got, want)) in ["block keys", "their bitmaps", "blocks"].iter().zip(got.iter().zip(want)) {
+            for (name, (got, want)) in
+                ["block keys", "their bitmaps", "blocks"].iter().zip(got.iter().zip(want))
+            {
                 if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
-                    return wrong(format!("{part:?} page {i}: {name} differ from byte {at} of {} on", want.len()));
+                    return wrong(format!(
+                        "{part:?} page {i}: {name} differ from byte {at} of {} on",
+                        want.len()
+                    ));
                 }
             }
         }
@@ -364,7 +387,8 @@ fn rotating(
         ["keys", "values"].iter().zip(got.iter().zip(&vectors).zip([keys, &by_values]))
     {
         let wide = |vector: &[f32]| vector.iter().map(|x| f64::from(*x)).collect::<Vec<f64>>();
-        let want: Vec<f64> = vectors.chunks_exact(d).flat_map(|vector| rotated(&wide(vector), matrix)).collect();
+        let want: Vec<f64> =
+            vectors.chunks_exact(d).flat_map(|vector| rotated(&wide(vector), matrix)).collect();
         let off = error(&got.read(tokens * c)?, &want);
         if off > 1e-5 {
             return wrong(format!("rotated {name} off by {off:.1e}"));
@@ -447,7 +471,9 @@ mod tests {
         let mut random = Random::new(7);
         let heads: Vec<Vec<Inputs>> = [vec![600, 96], vec![64], vec![1040]]
             .iter()
-            .map(|tokens| parts(tokens).into_iter().map(|part| inputs(&gpu, &mut random, part, d).unwrap()).collect())
+            .map(|tokens| {
+                parts(tokens).into_iter().map(|part| inputs(&gpu, &mut random, part, d).unwrap()).collect()
+            })
             .collect();
         let queries = random.halves(3 * 2 * d, 1.0);
         let run = |which: &[usize]| -> Vec<Vec<f32>> {

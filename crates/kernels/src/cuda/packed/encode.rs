@@ -48,7 +48,11 @@ impl Segment {
         let Vectors { keys, values, tokens, head_dim: d } = vectors;
         let (c, blocks) = (channels(d), tokens / self.block());
         assert_eq!(d, self.head_dim(), "vectors of another width");
-        assert!(tokens > 0 && tokens.is_multiple_of(self.block()), "{tokens} tokens in blocks of {}", self.block());
+        assert!(
+            tokens > 0 && tokens.is_multiple_of(self.block()),
+            "{tokens} tokens in blocks of {}",
+            self.block()
+        );
         assert!(keys.bytes().min(values.bytes()) >= tokens * c * 4, "vectors are not [{tokens}, {c}]");
         self.reserve(blocks)?;
         let pages = self.gpu.upload(&self.pages().collect::<Vec<u64>>())?;

@@ -20,7 +20,11 @@ impl Rotation {
     /// quarters of them stored.
     pub fn new(gpu: &Gpu, keys: &[f16], outputs: &[f16], head_dim: usize) -> Result<Rotation, Error> {
         let c = super::channels(head_dim);
-        assert_eq!((keys.len(), outputs.len()), (head_dim * c, head_dim * c), "not [{head_dim}, {c}] and back");
+        assert_eq!(
+            (keys.len(), outputs.len()),
+            (head_dim * c, head_dim * c),
+            "not [{head_dim}, {c}] and back"
+        );
         Ok(Rotation { keys: gpu.upload(keys)?, outputs: gpu.upload(outputs)?, head_dim })
     }
 
@@ -134,7 +138,10 @@ impl Segment {
     /// Its next blocks were written.
     pub(super) fn grow(&mut self, blocks: usize) {
         self.blocks += blocks;
-        assert!(self.blocks <= self.places.len() * self.layout.blocks(), "more blocks than there is room for");
+        assert!(
+            self.blocks <= self.places.len() * self.layout.blocks(),
+            "more blocks than there is room for"
+        );
     }
 
     /// Adds pages as the CPU encodes them.
