@@ -214,8 +214,8 @@ DEVICE void score_packed(const unsigned char* slot, const PackedRow (&rows)[2], 
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             int row = j % 2, channel = 4 * step + j / 2 * 2;
-            uint32_t low = take_half(at[row], kept[row] & 1u << channel);
-            a[j] = low | take_half(at[row], kept[row] & 2u << channel) << 16;
+            uint32_t low = take_half(at[row], kept[row] & 1u << channel), high = take_half(at[row], kept[row] & 2u << channel);
+            a[j] = pick_bytes(low, high, 0x5410);
         }
         multiply_halves(scores, a[0], a[1], a[2], a[3], queries.of[step].x, queries.of[step].y);
         multiply_halves(scores, a[0], a[1], a[2], a[3], queries.of[step].z, queries.of[step].w);
@@ -246,8 +246,8 @@ DEVICE void weigh_packed(const unsigned char* slot, const PackedRow (&rows)[4], 
         for (int j = 0; j < 4; j++) {
             int row = j / 2 * 2;
             uint32_t channel = 1u << (2 * i + j % 2);
-            uint32_t low = take_half(at[row], kept[row] & channel);
-            a[j] = low | take_half(at[row + 1], kept[row + 1] & channel) << 16;
+            uint32_t low = take_half(at[row], kept[row] & channel), high = take_half(at[row + 1], kept[row + 1] & channel);
+            a[j] = pick_bytes(low, high, 0x5410);
         }
         multiply_halves(fold.accumulated[i], a[0], a[1], a[2], a[3], b0, b1);
     }

@@ -173,9 +173,9 @@ pub fn time(context: usize, batch: usize) -> Result<()> {
     known.set(&sequences(of.sequences, KNOWN, 0))?;
     let blocks = context / 8;
     let limits = Limits { segments: context.div_ceil(SEGMENT), pages: context / PAGE_TOKENS, blocks };
-    let steps_of = |selected: f32| -> Result<Vec<Packed>> {
+    let steps_of = |selected: f32, least_part: usize| -> Result<Vec<Packed>> {
         let of_set = |set: &Vec<Vec<Segment>>| {
-            let mut step = Packed::new(&gpu, of, limits, selected, (PARTS, LEAST_PART))?;
+            let mut step = Packed::new(&gpu, of, limits, selected, (PARTS, least_part))?;
             step.set(&set.iter().map(|head| head.iter().collect()).collect::<Vec<_>>())?;
             Ok(step)
         };
@@ -194,7 +194,7 @@ pub fn time(context: usize, batch: usize) -> Result<()> {
     let a_token = |bytes: usize| bytes as f64 / (context * of.heads()) as f64;
     write!(line, ", \"steps\": {count}, \"bytes_a_token\": {:.2}", a_token(heads.stored))?;
     for (name, selected) in SELECTED {
-        let steps = steps_of(selected)?;
+        let steps = steps_of(selected, LEAST_PART)?;
         let apart = whole(&steps)?;
         let both = overlapped(&driver, || whole(&steps));
         write!(line, ", \"{name}_s\": {:.3e}, \"{name}_overlapped_s\": {both:.3e}", apart)?;
@@ -218,7 +218,11 @@ pub fn time(context: usize, batch: usize) -> Result<()> {
             write!(line, ", \"{name}_gb_s\": {:.0}", bytes as f64 / alone / 1e9)?;
         }
     }
-    let all = whole(&steps_of(1.0)?)?;
+    for least_part in [64, 128, 512] {
+        let tried = whole(&steps_of(SELECTED[0].1, least_part)?)?;
+        write!(line, ", \"packed_{least_part}_s\": {tried:.3e}")?;
+    }
+    let all = whole(&steps_of(1.0, LEAST_PART)?)?;
     println!("{line}, \"all_s\": {all:.3e}, \"all_gb_s\": {:.0}}}", heads.stored as f64 / all / 1e9);
     Ok(())
 }

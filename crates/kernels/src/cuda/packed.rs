@@ -20,8 +20,9 @@ pub const LEAST_PART: usize = 256;
 /// Most segments of a head.
 pub const MOST_SEGMENTS: usize = 256;
 
-/// Slices that a head is cut into for scores and selection, but for those that end with a segment.
-const SLICES: usize = 128;
+/// Slices that a head is cut into for scores and selection, but for those that end with a segment: with 8 KV heads about two for each block that an
+/// H100 holds.
+const SLICES: usize = 164;
 
 /// As `cuda/packed.cuh` has them: digits of keys, slots of a warp, and the most slices.
 const DIGITS: usize = 1 << 11;
