@@ -37,7 +37,7 @@ struct PackedSegment {
     PackedStrategy strategy;
 };
 
-// A run of a segment's pages whose blocks are scored, and chosen from, by one block of threads.
+// A run of a segment's pages, whose block keys are scored by one block of threads.
 struct PackedSlice {
     uint32_t segment;
     uint32_t first_page, first_block;  // among the head's
@@ -96,6 +96,7 @@ struct PackedParameters {
     int32_t score_slot, attend_slot;  // bytes of sixteen block keys, and of sixteen tokens' blocks, multiples of 16
     int32_t least_part;               // tokens, a multiple of 16
     int32_t exact_least_part;         // tokens
+    int32_t selecting;                // blocks of threads that choose among a head's blocks
 };
 
 // A strategy in bytes.

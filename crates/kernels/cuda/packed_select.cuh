@@ -33,18 +33,23 @@ struct PackedSelectShared {
     uint32_t base;
 };
 
-// The slice that this block has, or false.
-DEVICE bool slice_of(const PackedParameters& p, int& index, int& number, PackedSlice& slice) {
-    index = block_index() / p.slice_stride;
-    number = block_index() % p.slice_stride;
-    if (!chooses(p) || number >= (int)p.heads[index].slices) return false;
-    slice = p.slices[(int64_t)index * p.slice_stride + number];
-    return true;
+// The slices of a head that this block of threads has: what all of a head's need is worked out once for some.
+struct SliceRange {
+    int index;
+    int first, end;
+};
+
+DEVICE SliceRange range_of(const PackedParameters& p) {
+    int index = block_index() / p.selecting, number = block_index() % p.selecting, slices = chooses(p) ? p.heads[index].slices : 0;
+    return SliceRange{index, slices * number / p.selecting, slices * (number + 1) / p.selecting};
+}
+
+DEVICE const PackedSlice& slice_at(const PackedParameters& p, int index, int number) {
+    return p.slices[(int64_t)index * p.slice_stride + number];
 }
 
 DEVICE int block_bits_of(const PackedParameters& p, int index, int number) {
-    int segment = p.slices[(int64_t)index * p.slice_stride + number].segment;
-    return p.segments[(int64_t)index * p.segment_stride + segment].strategy.block_bits;
+    return p.segments[(int64_t)index * p.segment_stride + slice_at(p, index, number).segment].strategy.block_bits;
 }
 
 // Finds the highest digit that leaves at least `wanted` tokens, `counts` being those of each; and how many those over it hold.
@@ -79,44 +84,46 @@ DEVICE void sum_slices(const PackedParameters& p, PackedSelectShared& shared, in
     if (lane == 0) shared.log_sums[warp] = top + log2_fast(total);
 }
 
+// How much the block is wanted whose scores these are.
+DEVICE uint32_t key_of(const PackedParameters& p, const PackedSelectShared& shared, const float4* scores) {
+    float best = NONE;
+    for (int row = 0; row < p.rows; row += 4) {
+        float4 four = scores[row / 4];
+        best = max_of(best, four.x - shared.log_sums[row]);
+        if (row + 1 < p.rows) best = max_of(best, four.y - shared.log_sums[row + 1]);
+        if (row + 2 < p.rows) best = max_of(best, four.z - shared.log_sums[row + 2]);
+        if (row + 3 < p.rows) best = max_of(best, four.w - shared.log_sums[row + 3]);
+    }
+    int key = floor_to_int((best + KEY_OCTAVES) * KEYS_PER_OCTAVE);
+    return min_of(max_of(key, 0), DIGITS * DIGITS - 1);
+}
+
 DEVICE void packed_want_of(const PackedParameters& p) {
     auto& shared = *reinterpret_cast<PackedSelectShared*>(shared_memory());
-    int index, number;
-    PackedSlice slice;
-    if (!slice_of(p, index, number, slice)) return;
+    SliceRange range = range_of(p);
+    if (range.first >= range.end) return;
     for (int i = thread_index(); i < DIGITS; i += PACKED_SELECT_THREADS) shared.digits[i] = 0;
-    sum_slices(p, shared, index);
+    sum_slices(p, shared, range.index);
     sync_block();
-    int block_bits = block_bits_of(p, index, number);
-    int64_t first = (int64_t)index * p.block_stride + slice.first_block;
-    for (int i = thread_index(); i < (int)slice.blocks; i += PACKED_SELECT_THREADS) {
-        const float4* scores = reinterpret_cast<const float4*>(p.scores + (first + i) * p.rows_stored);
-        float best = NONE;
-        for (int row = 0; row < p.rows; row += 4) {
-            float4 four = scores[row / 4];
-            best = max_of(best, four.x - shared.log_sums[row]);
-            if (row + 1 < p.rows) best = max_of(best, four.y - shared.log_sums[row + 1]);
-            if (row + 2 < p.rows) best = max_of(best, four.z - shared.log_sums[row + 2]);
-            if (row + 3 < p.rows) best = max_of(best, four.w - shared.log_sums[row + 3]);
+    for (int number = range.first; number < range.end; number++) {
+        PackedSlice slice = slice_at(p, range.index, number);
+        uint32_t tokens = 1u << block_bits_of(p, range.index, number);
+        int64_t first = (int64_t)range.index * p.block_stride + slice.first_block;
+        for (int i = thread_index(); i < (int)slice.blocks; i += PACKED_SELECT_THREADS) {
+            uint32_t key = key_of(p, shared, reinterpret_cast<const float4*>(p.scores + (first + i) * p.rows_stored));
+            p.keys[first + i] = key;
+            add_shared(&shared.digits[key >> DIGIT_BITS], tokens);
         }
-        int key = floor_to_int((best + KEY_OCTAVES) * KEYS_PER_OCTAVE);
-        key = min_of(max_of(key, 0), DIGITS * DIGITS - 1);
-        p.keys[first + i] = key;
-        add_shared(&shared.digits[key >> DIGIT_BITS], 1u << block_bits);
     }
     sync_block();
     for (int i = thread_index(); i < DIGITS; i += PACKED_SELECT_THREADS) {
-        if (shared.digits[i] > 0) add_global(&p.histogram[(int64_t)index * DIGITS + i], shared.digits[i]);
+        if (shared.digits[i] > 0) add_global(&p.histogram[(int64_t)range.index * DIGITS + i], shared.digits[i]);
     }
 }
 
-DEVICE void packed_narrow_of(const PackedParameters& p) {
-    auto& shared = *reinterpret_cast<PackedSelectShared*>(shared_memory());
-    int index, number;
-    PackedSlice slice;
-    if (!slice_of(p, index, number, slice)) return;
-    PackedCut cut = find_digit(shared, p.histogram + (int64_t)index * DIGITS, wanted_tokens(p, p.heads[index]));
-    if (number == 0 && thread_index() == 0) p.cuts[index] = cut;
+// Counts a slice's blocks over the cut, and puts those apart that have its first digit.
+DEVICE void narrow_slice(const PackedParameters& p, PackedSelectShared& shared, int index, int number, uint32_t digit) {
+    const PackedSlice& slice = slice_at(p, index, number);
     const uint32_t* keys = p.keys + (int64_t)index * p.block_stride + slice.first_block;
     uint32_t* candidates = p.candidates + (int64_t)index * p.block_stride;
     uint32_t over = 0;
@@ -124,16 +131,24 @@ DEVICE void packed_narrow_of(const PackedParameters& p) {
         int i = start + thread_index();
         bool exists = i < (int)slice.blocks;
         uint32_t key = exists ? keys[i] : 0;
-        bool is_at = exists && key >> DIGIT_BITS == cut.digit;
-        over += exists && key >> DIGIT_BITS > cut.digit;
-        uint32_t all, before = block_before(shared.totals, is_at, all);
-        if (thread_index() == 0 && all > 0) shared.base = take_global(&p.candidate_counts[index], all);
+        bool is_over = exists && key >> DIGIT_BITS > digit, is_at = exists && key >> DIGIT_BITS == digit;
+        uint32_t all, before = block_before(shared.totals, (uint32_t)is_at | (uint32_t)is_over << 16, all);
+        over += all >> 16;
+        if (thread_index() == 0 && (all & 0xffff) > 0) shared.base = take_global(&p.candidate_counts[index], all & 0xffff);
         sync_block();
-        if (is_at && shared.base + before < (uint32_t)p.block_stride) candidates[shared.base + before] = (uint32_t)number << DIGIT_BITS | (key & (DIGITS - 1));
+        uint32_t to = shared.base + (before & 0xffff);
+        if (is_at && to < (uint32_t)p.block_stride) candidates[to] = (uint32_t)number << DIGIT_BITS | (key & (DIGITS - 1));
     }
-    uint32_t all;
-    block_before(shared.totals, over, all);
-    if (thread_index() == 0) p.over[(int64_t)index * p.slice_stride + number] = all;
+    if (thread_index() == 0) p.over[(int64_t)index * p.slice_stride + number] = over;
+}
+
+DEVICE void packed_narrow_of(const PackedParameters& p) {
+    auto& shared = *reinterpret_cast<PackedSelectShared*>(shared_memory());
+    SliceRange range = range_of(p);
+    if (range.first >= range.end) return;
+    PackedCut cut = find_digit(shared, p.histogram + (int64_t)range.index * DIGITS, wanted_tokens(p, p.heads[range.index]));
+    if (range.first == 0 && thread_index() == 0) p.cuts[range.index] = cut;
+    for (int number = range.first; number < range.end; number++) narrow_slice(p, shared, range.index, number, cut.digit);
 }
 
 // How many blocks of each slice, and of each segment, are taken. Returns the last digit at which the cut is.
@@ -184,7 +199,7 @@ DEVICE uint32_t count_taken(const PackedParameters& p, PackedSelectShared& share
         shared.before[first + i] = before;
         before += shared.taken[first + i];
         if (first + i < slices) {
-            add_shared(&shared.counts[p.slices[(int64_t)index * p.slice_stride + first + i].segment], shared.taken[first + i]);
+            add_shared(&shared.counts[slice_at(p, index, first + i).segment], shared.taken[first + i]);
         }
     }
     sync_block();
@@ -193,7 +208,7 @@ DEVICE uint32_t count_taken(const PackedParameters& p, PackedSelectShared& share
 
 // Writes what is taken of a slice, in order.
 DEVICE void write_list(const PackedParameters& p, PackedSelectShared& shared, int index, int number, uint32_t cut) {
-    const PackedSlice& slice = p.slices[(int64_t)index * p.slice_stride + number];
+    const PackedSlice& slice = slice_at(p, index, number);
     const uint32_t* keys = p.keys + (int64_t)index * p.block_stride + slice.first_block;
     uint32_t* list = p.list + (int64_t)index * p.list_stride;
     uint32_t over_before = shared.before[number], at_before = 0, ties = shared.ties[number];
@@ -238,17 +253,19 @@ DEVICE void make_plan(const PackedParameters& p, int index, F count_of) {
 
 DEVICE void packed_list_of(const PackedParameters& p) {
     auto& shared = *reinterpret_cast<PackedSelectShared*>(shared_memory());
-    int index, number;
-    PackedSlice slice;
-    if (!slice_of(p, index, number, slice)) {
+    SliceRange range = range_of(p);
+    int index = range.index, slices = chooses(p) ? p.heads[index].slices : 0;
+    bool is_first = block_index() % p.selecting == 0;
+    if (slices == 0) {
         // All of it, or there is nothing.
         const PackedSegment* segments = p.segments + (int64_t)index * p.segment_stride;
-        if (number == 0 && thread_index() < WARP) make_plan(p, index, [&](int i) { return segments[i].blocks; });
+        if (is_first && thread_index() < WARP) make_plan(p, index, [&](int i) { return segments[i].blocks; });
         return;
     }
-    uint32_t last = count_taken(p, shared, index, p.heads[index].slices);
-    write_list(p, shared, index, number, p.cuts[index].digit << DIGIT_BITS | last);
-    if (number > 0) return;
+    if (range.first >= range.end && !is_first) return;
+    uint32_t last = count_taken(p, shared, index, slices), cut = p.cuts[index].digit << DIGIT_BITS | last;
+    for (int number = range.first; number < range.end; number++) write_list(p, shared, index, number, cut);
+    if (!is_first) return;
     if (thread_index() < WARP) make_plan(p, index, [&](int i) { return shared.counts[i]; });
     for (int i = thread_index(); i < DIGITS; i += PACKED_SELECT_THREADS) p.histogram[(int64_t)index * DIGITS + i] = 0;
 }

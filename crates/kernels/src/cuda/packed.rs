@@ -93,6 +93,8 @@ pub struct Packed {
     left: States,
     score_slot: usize,
     attend_slot: usize,
+    /// Blocks of threads that choose among a head's blocks: what comes out does not depend on it.
+    selecting: usize,
 }
 
 /// Stored channels of a head, `C`.
@@ -153,6 +155,7 @@ impl Packed {
             least_part,
             score_slot: 0,
             attend_slot: 0,
+            selecting: gpu.full_grid(LIST, SELECT_SHARED)?.div_ceil(heads).min(slice_stride(limits)),
         })
     }
 
@@ -238,13 +241,13 @@ impl Packed {
         }
         let parameters = self.parameters((queries, scale), known, out);
         let (heads, turn) = (shape.heads(), turn_shared(shape.head_dim));
-        let (of_segments, of_slices) = (heads * self.limits.segments, heads * slice_stride(self.limits));
+        let (of_segments, selecting) = (heads * self.limits.segments, heads * self.selecting);
         let (kernel, grid) = match stage {
             Stage::Turn => (shape.pick(TURN[0], TURN[1]), (of_segments, turn)),
             Stage::Score => self.filling(shape.pick(SCORE[0], SCORE[1]), 0, self.score_slot)?,
-            Stage::Want => (WANT, (of_slices, SELECT_SHARED)),
-            Stage::Narrow => (NARROW, (of_slices, SELECT_SHARED)),
-            Stage::List => (LIST, (of_slices, SELECT_SHARED)),
+            Stage::Want => (WANT, (selecting, SELECT_SHARED)),
+            Stage::Narrow => (NARROW, (selecting, SELECT_SHARED)),
+            Stage::List => (LIST, (selecting, SELECT_SHARED)),
             Stage::Attend => {
                 let states = 4 * 4 * MOST_ROWS * channels(shape.head_dim);
                 self.filling(shape.pick(ATTEND[0], ATTEND[1]), states, self.attend_slot)?
@@ -313,6 +316,7 @@ impl Packed {
             attend_slot: self.attend_slot as i32,
             least_part: self.least_part as i32,
             exact_least_part: exact_least_part as i32,
+            selecting: self.selecting as i32,
         }
     }
 

@@ -247,6 +247,7 @@ pub(crate) struct PackedParameters {
     pub attend_slot: i32,
     pub least_part: i32,
     pub exact_least_part: i32,
+    pub selecting: i32,
 }
 
 #[derive(Clone, Copy, Debug)]
