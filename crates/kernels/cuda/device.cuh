@@ -52,6 +52,8 @@ DEVICE T shuffle_up(T x, int by) {
     return __shfl_up_sync(~0u, x, by);
 }
 DEVICE bool any_lane(bool x) { return __any_sync(~0u, x); }
+// A bit for each lane.
+DEVICE uint32_t lanes_with(bool x) { return __ballot_sync(~0u, x); }
 
 // Bytes of `a` (0 to 3) and `b` (4 to 7), each chosen by four bits of `selector`, of which the highest asks for the byte's sign
 // eight times instead.
@@ -74,6 +76,9 @@ DEVICE float log2_fast(float x) {
 // A product by itself, not as a part of a multiply-add.
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+// 32 of 64 bits, from bit `by % 32` on.
+DEVICE uint32_t shift_right(uint32_t low, uint32_t high, uint32_t by) { return __funnelshift_r(low, high, by); }
 DEVICE int round_to_int(float x) { return __float2int_rn(x); }
 DEVICE int floor_to_int(float x) { return __float2int_rd(x); }
 DEVICE int count_ones(uint32_t x) { return __popc(x); }
@@ -118,6 +123,16 @@ DEVICE uint4 load_shared_here(const uint4* from) {
 using SharedAddress = uint32_t;
 DEVICE SharedAddress shared_address(const void* at) { return (uint32_t)__cvta_generic_to_shared(at); }
 
+// If `wanted` is not 0, the 16 bits at `at` in shared memory, and `at` moves on; otherwise 0.
+DEVICE uint32_t take_half(SharedAddress& at, uint32_t wanted) {
+    uint32_t x;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%1]; @p add.u32 %1, %1, 2; }"
+        : "=&r"(x), "+r"(at)
+        : "r"(wanted));
+    return x;
+}
+
 // 16 bytes to shared memory, while the thread goes on: from `FROM` bytes after `from` to `TO` after `to`.
 template <int TO, int FROM>
 DEVICE void copy_later(SharedAddress to, const void* from) {
@@ -132,6 +147,8 @@ DEVICE void wait_for_copies() {
 
 DEVICE void add_shared(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
 DEVICE void add_global(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
+// What was there before.
+DEVICE uint32_t take_global(uint32_t* from, uint32_t x) { return atomicAdd(from, x); }
 
 // Products of 16x16 halves `a` and 16x8 halves `b` added to `c`. Lane `l` has, with g = l / 4 and t = l % 4, of `a` the rows g and g + 8
 // at columns 2t, 2t + 1 (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]); of `b` the column g at rows 2t, 2t + 1 and 2t + 8, 2t + 9;

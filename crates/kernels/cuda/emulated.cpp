@@ -27,6 +27,23 @@ const Entry ENTRIES[] = {
     ENTRY(layered_count_128, EncodeParameters),
     ENTRY(layered_encode_64, EncodeParameters),
     ENTRY(layered_encode_128, EncodeParameters),
+    ENTRY(packed_turn_64, PackedParameters),
+    ENTRY(packed_turn_128, PackedParameters),
+    ENTRY(packed_score_64, PackedParameters),
+    ENTRY(packed_score_128, PackedParameters),
+    ENTRY(packed_want, PackedParameters),
+    ENTRY(packed_narrow, PackedParameters),
+    ENTRY(packed_list, PackedParameters),
+    ENTRY(packed_attend_64, PackedParameters),
+    ENTRY(packed_attend_128, PackedParameters),
+    ENTRY(packed_leave_64, PackedParameters),
+    ENTRY(packed_leave_128, PackedParameters),
+    ENTRY(packed_finish_64, PackedParameters),
+    ENTRY(packed_finish_128, PackedParameters),
+    ENTRY(packed_rotate_64, PackedRotateParameters),
+    ENTRY(packed_rotate_128, PackedRotateParameters),
+    ENTRY(packed_encode_64, PackedEncodeParameters),
+    ENTRY(packed_encode_128, PackedEncodeParameters),
 };
 }  // namespace
 

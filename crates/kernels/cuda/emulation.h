@@ -28,6 +28,9 @@ struct uint2 {
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
 struct uint4 {
     uint32_t x, y, z, w;
 };
@@ -40,7 +43,7 @@ namespace emulation {
 constexpr int LANES = 32;
 constexpr size_t STACK = 96 << 10;
 
-enum class Together { None, Sync, Shuffle, ShuffleXor, ShuffleUp, Any, Transpose, Halves, Bytes, Weights };
+enum class Together { None, Sync, Shuffle, ShuffleXor, ShuffleUp, Any, Ballot, Transpose, Halves, Bytes, Weights };
 
 // Bytes, a multiple of 16, before a page that can't be touched.
 inline size_t whole_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
@@ -234,12 +237,12 @@ DEVICE void sync_warp() { emulation::meet(emulation::Together::Sync); }
 namespace emulation {
 template <class T>
 inline T of_lane(Together what, T x, int lane) {
-    static_assert(sizeof(T) == 4);
-    uint32_t word;
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    uint32_t words[sizeof(T) / 4];
     T out = x;
-    std::memcpy(&word, &x, 4);
-    together(what, &word, 1, [&](uint32_t(&given)[LANES][8]) {
-        if (lane >= 0 && lane < LANES) std::memcpy(&out, given[lane], 4);
+    std::memcpy(words, &x, sizeof(T));
+    together(what, words, sizeof(T) / 4, [&](uint32_t(&given)[LANES][8]) {
+        if (lane >= 0 && lane < LANES) std::memcpy(&out, given[lane], sizeof(T));
     });
     return out;
 }
@@ -264,6 +267,13 @@ DEVICE bool any_lane(bool x) {
     });
     return all != 0;
 }
+DEVICE uint32_t lanes_with(bool x) {
+    uint32_t word = x, all = 0;
+    emulation::together(emulation::Together::Ballot, &word, 1, [&](uint32_t(&given)[32][8]) {
+        for (int lane = 0; lane < 32; lane++) all |= given[lane][0] << lane;
+    });
+    return all;
+}
 
 DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
     uint64_t both = (uint64_t)b << 32 | a;
@@ -284,6 +294,14 @@ DEVICE float bits_to_float(uint32_t x) {
     float y;
     std::memcpy(&y, &x, 4);
     return y;
+}
+DEVICE uint32_t float_to_bits(float x) {
+    uint32_t y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
+DEVICE uint32_t shift_right(uint32_t low, uint32_t high, uint32_t by) {
+    return (uint32_t)(((uint64_t)high << 32 | low) >> (by % 32));
 }
 // Out of range as on the GPU: to the nearest that there is.
 DEVICE int saturated(float x) {
@@ -324,6 +342,14 @@ DEVICE uint4 load_shared_here(const uint4* from) { return load_once(from); }
 
 using SharedAddress = unsigned char*;
 DEVICE SharedAddress shared_address(const void* at) { return (unsigned char*)at; }
+DEVICE uint32_t take_half(SharedAddress& at, uint32_t wanted) {
+    if (!wanted) return 0;
+    check_alignment(at, 2);
+    uint16_t x;
+    std::memcpy(&x, at, 2);
+    at += 2;
+    return x;
+}
 template <int TO, int FROM>
 DEVICE void copy_later(SharedAddress to, const void* start) {
     unsigned char *shared = to + TO, *from = (unsigned char*)start + FROM;
@@ -351,6 +377,11 @@ DEVICE void wait_for_copies() {
 
 DEVICE void add_shared(uint32_t* to, uint32_t x) { *to += x; }
 DEVICE void add_global(uint32_t* to, uint32_t x) { *to += x; }
+DEVICE uint32_t take_global(uint32_t* from, uint32_t x) {
+    uint32_t before = *from;
+    *from += x;
+    return before;
+}
 
 DEVICE void multiply_halves(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     auto half = [](uint32_t word, int i) { return emulation::half_value((uint16_t)(word >> (16 * i))); };

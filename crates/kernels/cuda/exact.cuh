@@ -320,6 +320,15 @@ DEVICE float merge_row(const States& states, FinishShared& shared, int64_t first
     return x;
 }
 
+// One channel of what was attended to, `x` with `max` and `sum`, and of what was attended to elsewhere become one.
+DEVICE void join(float& x, float& max, float& sum, float other, float other_max, float other_sum) {
+    float top = max_of(max, other_max);
+    float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
+    x = x * mine + other * its;
+    sum = sum * mine + other_sum * its;
+    max = top;
+}
+
 template <int D>
 DEVICE void exact_finish_of(const FinishParameters& p) {
     auto& shared = *reinterpret_cast<FinishShared*>(shared_memory());

@@ -146,10 +146,7 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     if (thread_index() < D) shared.vector[c] = x * spread + sum * mean;
     sync_block();
     x = rotated<D>(shared.vector, shared.parts, share);
-    float top = max_of(max, other_max);
-    float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
-    x = x * mine + other * its;
-    sum = sum * mine + other_sum * its;
+    join(x, max, sum, other, other_max, other_sum);
     if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = sum > 0 ? x / sum : 0;
 }
 

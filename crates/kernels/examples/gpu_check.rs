@@ -6,6 +6,9 @@
 //! Timed is a step of decode attention of one layer: 32 query heads, 8 KV heads, head_dim 128. Several steps over different memory
 //! follow each other in one CUDA graph, as the layers of a model do; times are medians of its launches, by CUDA events.
 
+#[path = "gpu_check/packed.rs"]
+mod packed;
+
 use half::f16;
 use mosaickv_kernels::cuda::check::{self, Case, Outcome, Random, profile, profiles, storable};
 use mosaickv_kernels::cuda::driver::{Driver, resources};
@@ -45,12 +48,15 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["--check", name] => run_check(name),
         ["--copy"] => copy(),
+        ["--time-packed", context, batch] => {
+            number(context).and_then(|context| packed::time(context, number(batch)?))
+        }
         ["--time", context, batch] => number(context).and_then(|context| time(context, number(batch)?)),
         ["--tune", context, batch] => number(context).and_then(|context| tune(context, number(batch)?)),
         ["--resources"] => show_resources(),
         [folder] => all(folder, 6.0),
         [folder, minutes] => minutes.parse().map_err(Into::into).and_then(|minutes| all(folder, minutes)),
-        _ => Err("usage: gpu_check FOLDER [MINUTES] | --check NAME | --copy | --time CONTEXT BATCH | --tune CONTEXT BATCH | --resources".into()),
+        _ => Err("usage: gpu_check FOLDER [MINUTES] | --check NAME | --copy | --time CONTEXT BATCH | --time-packed CONTEXT BATCH | --tune CONTEXT BATCH | --resources".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -125,7 +131,7 @@ fn all(folder: &str, minutes: f64) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let mut file = std::fs::File::create(format!("{folder}/kernels.jsonl"))?;
     let mut failures = 0;
-    for name in CHECKS {
+    for name in CHECKS.into_iter().chain(packed::CHECKS) {
         match child(&["--check", name], Duration::from_secs(60)) {
             Ok(lines) => {
                 for line in lines {
@@ -142,7 +148,7 @@ fn all(folder: &str, minutes: f64) -> Result<()> {
             }
         }
     }
-    let mut rows = vec![];
+    let (mut rows, mut rows_of_packed) = (vec![], vec![]);
     let mut run = |arguments: &[&str]| -> Result<Vec<String>> {
         let left = budget.saturating_sub(start.elapsed());
         if left < Duration::from_secs(5) {
@@ -168,6 +174,7 @@ fn all(folder: &str, minutes: f64) -> Result<()> {
     sizes.sort_by_key(|size| ![(256 << 10, 4), (1 << 20, 1), (256 << 10, 1)].contains(size));
     for (context, batch) in sizes {
         rows.extend(run(&["--time", &context.to_string(), &batch.to_string()])?);
+        rows_of_packed.extend(run(&["--time-packed", &context.to_string(), &batch.to_string()])?);
     }
     for (context, batch) in [("262144", "4"), ("1048576", "1")] {
         for line in run(&["--tune", context, batch])? {
@@ -176,6 +183,7 @@ fn all(folder: &str, minutes: f64) -> Result<()> {
     }
     rows.retain(|line| line.contains("\"context\""));
     print!("{}", table(&mut rows, copy));
+    print!("{}", packed::table(&mut rows_of_packed));
     if failures > 0 {
         return Err(format!("{failures} checks failed").into());
     }
@@ -280,6 +288,7 @@ fn run_check(name: &str) -> Result<()> {
                 show_exact(name, case.shape, outcome);
             }
         }
+        _ if name.starts_with("packed") => packed::check(&gpu, seed, name)?,
         _ => {
             for case in cases(name)? {
                 let of =

@@ -1,4 +1,4 @@
-//! The same formats on a GPU: `exact` and `layered` attention for one token of each of some sequences, and layered pages out of vectors.
+//! The same formats on a GPU: attention for one token of each of some sequences, and pages out of vectors.
 //!
 //! The kernels are CUDA C++ in this crate's folder `cuda`. With feature `cuda` they are compiled for GPUs and loaded through the driver at run time
 //! ([`driver`]), with `cuda-emulated` for the host, where tests run them thread by thread ([`emulated`]). A [`Gpu`] is one or the
@@ -16,6 +16,7 @@ pub mod emulated;
 pub mod encode;
 pub mod exact;
 pub mod layered;
+pub mod packed;
 pub(crate) mod parameters;
 
 pub use device::{Buffer, Device, Error, Gpu, Kernel};

@@ -2,6 +2,8 @@
 //!
 //! Tests run this emulated, `examples/gpu_check.rs` on a device. What is compared is an error, relative to the largest output.
 
+pub mod packed;
+
 use super::layered::{CODE_OF_ONE, CODES_PER_OCTAVE, Choice, Head, LEAST_PART, Layered, Rotations, Scales};
 use super::{Error, Gpu, PARTS, Shape, encode, exact};
 use crate::isa::Isa;
@@ -406,10 +408,20 @@ impl State {
     }
 }
 
-/// `x` times the matrix `[D, D]`.
+/// Attention of head `i` to its exact tokens.
+fn known_state(known: Option<&ExactTokens>, i: usize, query: &[f16], scale: f32) -> State {
+    let d = query.len();
+    let Some(known) = known else { return State::of(&[], std::iter::empty(), d) };
+    let ((keys, values), query) = (&known.heads[i], wide(query));
+    let dot = |key: &[f16]| query.iter().zip(key).map(|(q, k)| q * k.to_f64()).sum::<f64>();
+    let scores: Vec<f64> = keys.chunks_exact(d).map(|k| dot(k) * f64::from(scale) * LOG2_E).collect();
+    State::of(&scores, values.chunks_exact(d).map(wide), d)
+}
+
+/// `x` times the matrix `[N, W]`, of `N` elements.
 fn rotated(x: &[f64], matrix: &[f16]) -> Vec<f64> {
-    let mut out = vec![0.0; x.len()];
-    for (x, row) in x.iter().zip(matrix.chunks_exact(x.len())) {
+    let mut out = vec![0.0; matrix.len() / x.len()];
+    for (x, row) in x.iter().zip(matrix.chunks_exact(out.len())) {
         out.iter_mut().zip(row).for_each(|(out, m)| *out += x * m.to_f64());
     }
     out
@@ -437,7 +449,7 @@ impl Check<'_> {
                 }
             }
             let known: Vec<State> =
-                (0..shape.rows).map(|r| self.known(i, &of_head[r * d..][..d], scale)).collect();
+                (0..shape.rows).map(|r| known_state(self.known, i, &of_head[r * d..][..d], scale)).collect();
             let chosen = match &read[i] {
                 None => (0..inputs.bytes.tiles.len() as u32).collect(),
                 Some(list) => {
@@ -480,16 +492,6 @@ impl Check<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Attention to the exact tokens.
-    fn known(&self, i: usize, query: &[f16], scale: f32) -> State {
-        let d = query.len();
-        let Some(known) = self.known else { return State::of(&[], std::iter::empty(), d) };
-        let ((keys, values), query) = (&known.heads[i], wide(query));
-        let dot = |key: &[f16]| query.iter().zip(key).map(|(q, k)| q * k.to_f64()).sum::<f64>();
-        let scores: Vec<f64> = keys.chunks_exact(d).map(|k| dot(k) * f64::from(scale) * LOG2_E).collect();
-        State::of(&scores, values.chunks_exact(d).map(wide), d)
     }
 
     /// Attention to chosen tiles, in the model's channels.

@@ -14,7 +14,7 @@ const ENCODE: [Kernel; 2] =
 /// One page: how its keys and values are stored, and how many tokens it has.
 pub type PageOf = (Profile, Profile, usize);
 
-/// Vectors of one head in the device's memory: keys and values `[T, D]` as f32, in units of their channels' spread and less their means.
+/// Vectors of one head in the device's memory: keys and values `[T, D]` as f32.
 #[derive(Clone, Copy, Debug)]
 pub struct Vectors<'a> {
     /// Of all tokens.
@@ -27,7 +27,7 @@ pub struct Vectors<'a> {
     pub head_dim: usize,
 }
 
-/// Encodes the tokens of `order`, page by page, as `pages` say. Waits once for the device, to know how many escapes there are.
+/// Encodes the tokens of `order`, page by page, as `pages` say; vectors are in units of their channels' spread and less their means. Waits once for the device, to know how many escapes there are.
 pub fn encode(
     gpu: &Gpu,
     vectors: Vectors,

@@ -169,3 +169,112 @@ pub(crate) struct EncodeParameters {
 }
 
 plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 240, EncodePage: 20, EncodeParameters: 88);
+
+// Of `cuda/packed.cuh` and `cuda/packed_encode.cuh`.
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedStrategy {
+    pub kept: u16,
+    pub group_bits: u8,
+    pub block_bits: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedSegment {
+    pub query_rotation: u64,
+    pub output_rotation: u64,
+    pub first_page: u32,
+    pub first_block: u32,
+    pub blocks: u32,
+    pub strategy: PackedStrategy,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedSlice {
+    pub segment: u32,
+    pub first_page: u32,
+    pub first_block: u32,
+    pub blocks: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedHead {
+    pub segments: u32,
+    pub slices: u32,
+    pub blocks: u32,
+    pub tokens: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedParameters {
+    pub heads: u64,
+    pub segments: u64,
+    pub slices: u64,
+    pub pages: u64,
+    pub queries: u64,
+    pub exact: States,
+    pub exact_lengths: u64,
+    pub turned: u64,
+    pub scores: u64,
+    pub sums: u64,
+    pub keys: u64,
+    pub histogram: u64,
+    pub candidates: u64,
+    pub candidate_counts: u64,
+    pub over: u64,
+    pub cuts: u64,
+    pub list: u64,
+    pub runs: u64,
+    pub plans: u64,
+    pub states: States,
+    pub left: States,
+    pub out: u64,
+    pub scale: f32,
+    pub selected: f32,
+    pub sequences: i32,
+    pub kv_heads: i32,
+    pub rows: i32,
+    pub rows_stored: i32,
+    pub segment_stride: i32,
+    pub slice_stride: i32,
+    pub page_stride: i32,
+    pub block_stride: i32,
+    pub list_stride: i32,
+    pub score_slot: i32,
+    pub attend_slot: i32,
+    pub least_part: i32,
+    pub exact_least_part: i32,
+    pub selecting: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedRotateParameters {
+    pub vectors: u64,
+    pub matrix: u64,
+    pub out: u64,
+    pub tokens: i32,
+    pub transposed: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PackedEncodeParameters {
+    pub keys: u64,
+    pub values: u64,
+    pub pages: u64,
+    pub first: u32,
+    pub blocks: u32,
+    pub strategy: PackedStrategy,
+    pub unused: u32,
+}
+
+plain!(
+    PackedStrategy: 4, PackedSegment: 32, PackedSlice: 16, PackedHead: 16, PackedParameters: 312,
+    PackedRotateParameters: 32, PackedEncodeParameters: 40
+);

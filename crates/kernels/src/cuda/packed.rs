@@ -1,0 +1,459 @@
+//! Attention to packed pages in the device's memory: turn the queries, score, want, narrow, list, attend, leave, finish.
+//!
+//! Eight launches, or nine with the exact tokens that are attended to in any case. Where all is read, scores and selection find nothing to do.
+
+mod encode;
+mod segment;
+
+pub use segment::{Rotation, Segment};
+
+use super::device::{Buffer, Error, Gpu, Kernel};
+use super::exact::Exact;
+use super::parameters::{self, PackedHead, PackedParameters, PackedSlice};
+use super::{MOST_HEADS, MOST_ROWS, Shape, States};
+use crate::packed::{BLOCKS, PAGE_TOKENS};
+use std::f32::consts::LOG2_E;
+
+/// Fewer tokens are not cut into parts.
+pub const LEAST_PART: usize = 256;
+
+/// Most segments of a head.
+pub const MOST_SEGMENTS: usize = 256;
+
+/// Slices that a head is cut into for scores and selection, but for those that end with a segment: with 8 KV heads about two for each block that an
+/// H100 holds.
+const SLICES: usize = 164;
+
+/// As `cuda/packed.cuh` has them: digits of keys, slots of a warp, and the most slices.
+const DIGITS: usize = 1 << 11;
+const SLOTS: usize = 4;
+const MOST_SLICES: usize = 512;
+const _: () = assert!(SLICES + MOST_SEGMENTS <= MOST_SLICES);
+
+const TURN: [Kernel; 2] =
+    [Kernel { name: "packed_turn_64", threads: 192 }, Kernel { name: "packed_turn_128", threads: 384 }];
+const SCORE: [Kernel; 2] =
+    [Kernel { name: "packed_score_64", threads: 128 }, Kernel { name: "packed_score_128", threads: 128 }];
+const WANT: Kernel = Kernel { name: "packed_want", threads: 256 };
+const NARROW: Kernel = Kernel { name: "packed_narrow", threads: 256 };
+const LIST: Kernel = Kernel { name: "packed_list", threads: 256 };
+const ATTEND: [Kernel; 2] =
+    [Kernel { name: "packed_attend_64", threads: 128 }, Kernel { name: "packed_attend_128", threads: 128 }];
+const LEAVE: [Kernel; 2] =
+    [Kernel { name: "packed_leave_64", threads: 192 }, Kernel { name: "packed_leave_128", threads: 384 }];
+const FINISH: [Kernel; 2] =
+    [Kernel { name: "packed_finish_64", threads: 512 }, Kernel { name: "packed_finish_128", threads: 512 }];
+
+/// `ends`, and the warps' maxima and sums.
+const WARPS_SHARED: usize = 4 * (MOST_HEADS + 2 * 4 * MOST_ROWS);
+const SELECT_SHARED: usize = 4 * (8 + 8 + DIGITS + 5 * MOST_SLICES + MOST_SEGMENTS + 2 + 1);
+const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256);
+
+/// As `TurnPackedShared` in `cuda/packed_turn.cuh`.
+fn turn_shared(head_dim: usize) -> usize {
+    4 * MOST_ROWS * (head_dim + 3 * head_dim + 2)
+}
+
+/// What heads of a step may have at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Segments, up to [`MOST_SEGMENTS`].
+    pub segments: usize,
+    /// Pages of all segments, and their token blocks.
+    pub pages: usize,
+    /// Token blocks of all segments.
+    pub blocks: usize,
+}
+
+/// What a step over packed heads works with.
+#[derive(Debug)]
+pub struct Packed {
+    gpu: Gpu,
+    shape: Shape,
+    limits: Limits,
+    selected: f32,
+    least_part: usize,
+    heads: Buffer,
+    segments: Buffer,
+    slices: Buffer,
+    pages: Buffer,
+    turned: Buffer,
+    scores: Buffer,
+    sums: Buffer,
+    keys: Buffer,
+    histogram: Buffer,
+    candidates: Buffer,
+    candidate_counts: Buffer,
+    over: Buffer,
+    cuts: Buffer,
+    list: Buffer,
+    runs: Buffer,
+    plans: Buffer,
+    states: States,
+    left: States,
+    score_slot: usize,
+    attend_slot: usize,
+    /// Blocks of threads that choose among a head's blocks: what comes out does not depend on it.
+    selecting: usize,
+}
+
+/// Stored channels of a head, `C`.
+fn channels(head_dim: usize) -> usize {
+    head_dim / 4 * 3
+}
+
+/// Rows of scores, which are read four at a time.
+fn rows_stored(rows: usize) -> usize {
+    rows.next_multiple_of(4)
+}
+
+impl Packed {
+    /// For heads within `limits`, of whose tokens in pages each step reads the share `selected`, in (0, 1] (1: all, unscored); what is read is cut
+    /// into up to `parts` parts of at least `least_part` tokens, a multiple of 16, and those that end with a segment.
+    pub fn new(
+        gpu: &Gpu,
+        shape: Shape,
+        limits: Limits,
+        selected: f32,
+        (parts, least_part): (usize, usize),
+    ) -> Result<Packed, Error> {
+        shape.check();
+        assert!((1..=MOST_SEGMENTS).contains(&limits.segments), "{limits:?}: 1 to {MOST_SEGMENTS} segments");
+        assert!(
+            selected > 0.0 && selected <= 1.0,
+            "a share of {selected} selected, wanted more than 0, at most 1"
+        );
+        assert!(parts > 0 && least_part > 0 && least_part.is_multiple_of(16), "parts of {least_part} tokens");
+        let (heads, c) = (shape.heads(), channels(shape.head_dim));
+        let of_segments = heads * limits.segments;
+        let slices = heads * slice_stride(limits);
+        let of_channels = |channels: usize| Shape { head_dim: channels, ..shape };
+        let zeros = |count: usize| -> Result<Buffer, Error> { gpu.upload(&vec![0u32; count]) };
+        Ok(Packed {
+            heads: zeros(heads * 4)?,
+            segments: gpu.alloc(of_segments * size_of::<parameters::PackedSegment>())?,
+            slices: gpu.alloc(slices * size_of::<PackedSlice>())?,
+            pages: gpu.alloc(heads * limits.pages * 8)?,
+            turned: gpu.alloc(of_segments * c * MOST_ROWS * 2 * 2)?,
+            scores: gpu.alloc(heads * limits.blocks * rows_stored(shape.rows) * 4)?,
+            sums: gpu.alloc(slices * MOST_ROWS * 2 * 4)?,
+            keys: gpu.alloc(heads * limits.blocks * 4)?,
+            histogram: zeros(heads * DIGITS)?,
+            candidates: gpu.alloc(heads * limits.blocks * 4)?,
+            candidate_counts: zeros(heads)?,
+            over: gpu.alloc(slices * 4)?,
+            cuts: gpu.alloc(heads * 8)?,
+            list: gpu.alloc(heads * list_stride(limits, selected) * 4)?,
+            runs: gpu.alloc(of_segments * 16)?,
+            plans: gpu.alloc(heads * 8)?,
+            states: States::new(gpu, of_channels(c), parts + limits.segments)?,
+            left: States::new(gpu, shape, limits.segments)?,
+            gpu: gpu.clone(),
+            shape,
+            limits,
+            selected,
+            least_part,
+            score_slot: 0,
+            attend_slot: 0,
+            selecting: gpu.full_grid(LIST, SELECT_SHARED)?.div_ceil(heads).min(slice_stride(limits)),
+        })
+    }
+
+    /// The heads `[B, G]` that steps read from now on, each of segments in the order of their tokens. These must live as long as this is used.
+    pub fn set(&mut self, heads: &[Vec<&Segment>]) -> Result<(), Error> {
+        assert_eq!(heads.len(), self.shape.heads(), "heads of another shape");
+        heads.iter().enumerate().try_for_each(|(i, segments)| self.set_head(i, segments))
+    }
+
+    /// One of them.
+    pub fn set_head(&mut self, index: usize, segments: &[&Segment]) -> Result<(), Error> {
+        let described = Described::of(segments);
+        let Limits { segments: most_segments, pages, blocks } = self.limits;
+        let head = described.head;
+        assert!(index < self.shape.heads(), "head {index} of {:?}", self.shape);
+        assert!(
+            segments.len() <= most_segments
+                && described.pages.len() <= pages
+                && head.blocks as usize <= blocks,
+            "{head:?} in {} pages: more than {:?}",
+            described.pages.len(),
+            self.limits
+        );
+        for segment in segments {
+            assert_eq!(segment.head_dim(), self.shape.head_dim, "segments of another width");
+            let page = segment.layout();
+            let sixteen = 16 / segment.block() * page.bytes_of_block();
+            self.score_slot = self.score_slot.max(16 * page.bytes_of_vector());
+            self.attend_slot = self.attend_slot.max(sixteen);
+        }
+        self.segments.write(index * most_segments * 32, &described.segments)?;
+        self.slices.write(index * slice_stride(self.limits) * 16, &described.slices)?;
+        self.pages.write(index * pages * 8, &described.pages)?;
+        self.heads.write(index * 16, &[head])
+    }
+
+    /// Fills with garbage what a step writes, so that what it does not write shows. Not what is 0 between steps.
+    pub fn poison(&self) -> Result<(), Error> {
+        let all = [
+            &self.turned,
+            &self.scores,
+            &self.sums,
+            &self.keys,
+            &self.candidates,
+            &self.over,
+            &self.cuts,
+            &self.list,
+            &self.runs,
+            &self.plans,
+        ];
+        all.into_iter().try_for_each(Buffer::poison)?;
+        self.states.poison()?;
+        self.left.poison()
+    }
+
+    /// The whole step: `queries` `[B, G, R, D]` as f16, scores times `scale`, to `out` `[B, G, R, D]` as f32. `known` are the tokens that were
+    /// attended to without pages in this step.
+    pub fn step(
+        &self,
+        queries: &Buffer,
+        scale: f32,
+        known: Option<&Exact>,
+        out: &Buffer,
+    ) -> Result<(), Error> {
+        Stage::ALL.into_iter().try_for_each(|stage| self.stage(stage, queries, scale, known, out))
+    }
+
+    /// One launch of it.
+    pub fn stage(
+        &self,
+        stage: Stage,
+        queries: &Buffer,
+        scale: f32,
+        known: Option<&Exact>,
+        out: &Buffer,
+    ) -> Result<(), Error> {
+        let shape = self.shape;
+        let numbers = shape.queries() * shape.head_dim;
+        assert!(queries.bytes() >= numbers * 2, "{} bytes of queries", queries.bytes());
+        assert!(out.bytes() >= numbers * 4, "{} bytes of outputs", out.bytes());
+        if self.selected >= 1.0 && matches!(stage, Stage::Score | Stage::Want | Stage::Narrow) {
+            return Ok(());
+        }
+        let parameters = self.parameters((queries, scale), known, out);
+        let (heads, turn) = (shape.heads(), turn_shared(shape.head_dim));
+        let (of_segments, selecting) = (heads * self.limits.segments, heads * self.selecting);
+        let (kernel, grid) = match stage {
+            Stage::Turn => (shape.pick(TURN[0], TURN[1]), (of_segments, turn)),
+            Stage::Score => self.filling(shape.pick(SCORE[0], SCORE[1]), 0, self.score_slot)?,
+            Stage::Want => (WANT, (selecting, SELECT_SHARED)),
+            Stage::Narrow => (NARROW, (selecting, SELECT_SHARED)),
+            Stage::List => (LIST, (selecting, SELECT_SHARED)),
+            Stage::Attend => {
+                let states = 4 * 4 * MOST_ROWS * channels(shape.head_dim);
+                self.filling(shape.pick(ATTEND[0], ATTEND[1]), states, self.attend_slot)?
+            }
+            Stage::Leave => (shape.pick(LEAVE[0], LEAVE[1]), (of_segments, turn)),
+            Stage::Finish => (shape.pick(FINISH[0], FINISH[1]), (shape.queries(), FINISH_SHARED)),
+        };
+        // SAFETY: heads are described as `set_head` checked them, by addresses of pages, which their segments have; all else has the sizes of shape and
+        // limits, lists have room for what may be chosen, and parts of a head are at most the states' slots.
+        unsafe { self.gpu.launch(kernel, grid, &parameters) }
+    }
+
+    /// As many blocks as fit, with slots for four warps and what the last of them reads behind its own.
+    fn filling(&self, kernel: Kernel, states: usize, slot: usize) -> Result<(Kernel, (usize, usize)), Error> {
+        let shared = WARPS_SHARED + states + 4 * SLOTS * slot + 16;
+        Ok((kernel, (self.gpu.full_grid(kernel, shared)?, shared)))
+    }
+
+    fn parameters(
+        &self,
+        (queries, scale): (&Buffer, f32),
+        known: Option<&Exact>,
+        out: &Buffer,
+    ) -> PackedParameters {
+        let (shape, limits) = (self.shape, self.limits);
+        let none = parameters::States { max: 0, sum: 0, accumulated: 0, slots: 0, unused: 0 };
+        let (exact, exact_lengths, exact_least_part) = known.map_or((none, 0, PAGE_TOKENS), |known| {
+            let (states, lengths, least) = known.states();
+            (states.parameters(), lengths.address(), least)
+        });
+        PackedParameters {
+            heads: self.heads.address(),
+            segments: self.segments.address(),
+            slices: self.slices.address(),
+            pages: self.pages.address(),
+            queries: queries.address(),
+            exact,
+            exact_lengths,
+            turned: self.turned.address(),
+            scores: self.scores.address(),
+            sums: self.sums.address(),
+            keys: self.keys.address(),
+            histogram: self.histogram.address(),
+            candidates: self.candidates.address(),
+            candidate_counts: self.candidate_counts.address(),
+            over: self.over.address(),
+            cuts: self.cuts.address(),
+            list: self.list.address(),
+            runs: self.runs.address(),
+            plans: self.plans.address(),
+            states: self.states.parameters(),
+            left: self.left.parameters(),
+            out: out.address(),
+            scale: scale * LOG2_E,
+            selected: self.selected,
+            sequences: shape.sequences as i32,
+            kv_heads: shape.kv_heads as i32,
+            rows: shape.rows as i32,
+            rows_stored: rows_stored(shape.rows) as i32,
+            segment_stride: limits.segments as i32,
+            slice_stride: slice_stride(limits) as i32,
+            page_stride: limits.pages as i32,
+            block_stride: limits.blocks as i32,
+            list_stride: list_stride(limits, self.selected) as i32,
+            score_slot: self.score_slot as i32,
+            attend_slot: self.attend_slot as i32,
+            least_part: self.least_part as i32,
+            exact_least_part: exact_least_part as i32,
+            selecting: self.selecting as i32,
+        }
+    }
+
+    /// Queries of segment `segment` of head `head` as the last step turned them, in octaves: `[R, C]`.
+    pub fn turned(&self, head: usize, segment: usize) -> Result<Vec<f32>, Error> {
+        let c = channels(self.shape.head_dim);
+        let count = c * MOST_ROWS * 2;
+        let first = (head * self.limits.segments + segment) * count;
+        let halves: Vec<u16> = self.turned.read(first + count)?;
+        let number = |at: usize| half::f16::from_bits(halves[first + at]).to_f32();
+        let of = |i: usize| {
+            let (row, (quarter, channel)) = (i / c, (i % c / (c / 4), i % (c / 4)));
+            let at = (channel / 4 * 32 + row * 4 + quarter) * 8 + channel % 4;
+            number(at) + number(at + 4)
+        };
+        Ok((0..self.shape.rows * c).map(of).collect())
+    }
+
+    /// Scores of the blocks of all heads, `[B * G, blocks, R]` each as the last step made them, in octaves.
+    pub fn scores(&self) -> Result<Vec<Vec<Vec<f32>>>, Error> {
+        let (stored, rows) = (rows_stored(self.shape.rows), self.shape.rows);
+        let all: Vec<f32> = self.scores.read(self.shape.heads() * self.limits.blocks * stored)?;
+        let of_block = |scores: &[f32]| scores[..rows].to_vec();
+        let of_head = |head: &[f32]| head.chunks_exact(stored).map(of_block).collect();
+        Ok(all.chunks_exact(self.limits.blocks * stored).map(of_head).collect())
+    }
+
+    /// What blocks were chosen by: integers of 22 bits, of each head those of all blocks.
+    pub fn keys(&self) -> Result<Vec<Vec<u32>>, Error> {
+        let all: Vec<u32> = self.keys.read(self.shape.heads() * self.limits.blocks)?;
+        Ok(all.chunks_exact(self.limits.blocks).map(<[u32]>::to_vec).collect())
+    }
+
+    /// The blocks that the last step read of each head, counted over its segments; `None`: all of them.
+    pub fn read_blocks(&self) -> Result<Vec<Option<Vec<u32>>>, Error> {
+        let (heads, stride) = (self.shape.heads(), list_stride(self.limits, self.selected));
+        if self.selected >= 1.0 {
+            return Ok(vec![None; heads]);
+        }
+        let runs: Vec<u32> = self.runs.read(heads * self.limits.segments * 4)?;
+        let described: Vec<u32> = self.heads.read(heads * 4)?;
+        let list: Vec<u32> = self.list.read(heads * stride)?;
+        let of_head = |i: usize| {
+            let of_segments = &runs[i * self.limits.segments * 4..][..described[4 * i] as usize * 4];
+            let count: u32 = of_segments.chunks_exact(4).map(|run| run[1]).sum();
+            Some(list[i * stride..][..count as usize].to_vec())
+        };
+        Ok((0..heads).map(of_head).collect())
+    }
+
+    /// Whether all counts are 0 again.
+    pub fn is_clean(&self) -> Result<bool, Error> {
+        let heads = self.shape.heads();
+        let mut counts: Vec<u32> = self.histogram.read(heads * DIGITS)?;
+        counts.extend(self.candidate_counts.read::<u32>(heads)?);
+        Ok(counts.iter().all(|x| *x == 0))
+    }
+}
+
+/// A slice ends with its segment.
+fn slice_stride(limits: Limits) -> usize {
+    SLICES.min(limits.pages.max(1)) + limits.segments
+}
+
+/// Blocks that may be chosen of a head, at most.
+fn list_stride(limits: Limits, selected: f32) -> usize {
+    let tokens = (f64::from(selected) * (limits.pages * PAGE_TOKENS) as f64).ceil() as usize;
+    if selected >= 1.0 { 1 } else { limits.blocks.min(tokens / BLOCKS[0] + 2) }
+}
+
+/// A head as kernels find it.
+struct Described {
+    head: PackedHead,
+    segments: Vec<parameters::PackedSegment>,
+    slices: Vec<PackedSlice>,
+    pages: Vec<u64>,
+}
+
+impl Described {
+    fn of(segments: &[&Segment]) -> Described {
+        let used = |segment: &Segment| segment.blocks().div_ceil(segment.layout().blocks());
+        // How a head is cut follows from its own length alone.
+        let of_slice = segments.iter().map(|s| used(s)).sum::<usize>().div_ceil(SLICES).max(1);
+        let head = PackedHead { segments: segments.len() as u32, slices: 0, blocks: 0, tokens: 0 };
+        let mut out = Described { head, segments: vec![], slices: vec![], pages: vec![] };
+        for (i, segment) in segments.iter().enumerate() {
+            let (first_page, first_block) = (out.pages.len() as u32, out.head.blocks);
+            out.segments.push(segment.parameters(first_page, first_block));
+            out.pages.extend(segment.pages().take(used(segment)));
+            let most = of_slice * segment.layout().blocks();
+            for start in (0..segment.blocks()).step_by(most) {
+                out.slices.push(PackedSlice {
+                    segment: i as u32,
+                    first_page: first_page + (start / segment.layout().blocks()) as u32,
+                    first_block: first_block + start as u32,
+                    blocks: most.min(segment.blocks() - start) as u32,
+                });
+            }
+            out.head.blocks += segment.blocks() as u32;
+            out.head.tokens += segment.tokens() as u32;
+        }
+        out.head.slices = out.slices.len() as u32;
+        out
+    }
+}
+
+/// The launches of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Queries enter the segments' channels.
+    Turn,
+    /// Block keys are scored.
+    Score,
+    /// How much each block is wanted.
+    Want,
+    /// Those that may be the last to be taken are put apart.
+    Narrow,
+    /// Which are read.
+    List,
+    /// Attention to them.
+    Attend,
+    /// What was attended to leaves the channels of its segment.
+    Leave,
+    /// Segments and exact tokens are merged.
+    Finish,
+}
+
+impl Stage {
+    /// In order.
+    pub const ALL: [Stage; 8] = [
+        Stage::Turn,
+        Stage::Score,
+        Stage::Want,
+        Stage::Narrow,
+        Stage::List,
+        Stage::Attend,
+        Stage::Leave,
+        Stage::Finish,
+    ];
+}
