@@ -1,6 +1,6 @@
 //! How many long contexts fit into a budget of bytes, and how fast are they answered? Requests to the engine itself, without HTTP.
 
-use super::{reach, show};
+use super::reach;
 use crate::answer::bar;
 use crate::bill::peak_rss;
 use crate::demo::DOCUMENT;
@@ -11,7 +11,7 @@ use mosaickv_engine::{End, Event, Figures, Request, Service, Settings};
 use mosaickv_kv::{ByteCount, KvFormat, KvFormats};
 use mosaickv_model::{Model, Text};
 use serde::Serialize;
-use std::io::{self, StdoutLock, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -106,22 +106,35 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     let prompts = prompts(args, &text)?;
     let progress = bar("answering", "requests");
     progress.set_length((prompts.len() * args.kv.0.len()) as u64);
-    let mut rows = vec![];
-    for kv in &args.kv.0 {
-        rows.push(run((&model, threads), *kv, args, &prompts, &mut || progress.inc(1))?);
-    }
-    progress.finish_and_clear();
-    let report = Report {
+    let mut report = Report {
         model: model.config.name.clone(),
         threads,
         kv_memory: args.kv_memory.0,
         prompt_tokens: prompts[0].len(),
         output_tokens: args.output.into(),
         requests: prompts.len(),
-        rows,
-        peak_rss_bytes: peak_rss(),
+        rows: vec![],
+        peak_rss_bytes: None,
     };
-    show(&report, args.json, print)
+    // A row takes minutes, and is printed when it is there: who interrupts the next one keeps it.
+    let say = |text: String| match args.json {
+        true => Ok(()),
+        false => progress.suspend(|| writeln!(io::stdout(), "{text}")),
+    };
+    say(report.head())?;
+    for kv in &args.kv.0 {
+        let row = run((&model, threads), *kv, args, &prompts, &mut || progress.inc(1))?;
+        say(row.line())?;
+        report.rows.push(row);
+    }
+    progress.finish_and_clear();
+    report.peak_rss_bytes = peak_rss();
+    if args.json {
+        writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&report)?)?;
+    } else if let Some(rss) = report.peak_rss_bytes {
+        writeln!(io::stdout(), "\nprocess: {:.0} MB at its peak", rss as f64 / 1e6)?;
+    }
+    Ok(())
 }
 
 /// As many different prompts as there are requests, each cut from the texts at a place of its own.
@@ -247,49 +260,44 @@ fn quantiles(mut x: Vec<f64>) -> Quantiles {
     Quantiles { p50: at(0.5).copied().unwrap_or(0.0), p99: at(0.99).copied().unwrap_or(0.0) }
 }
 
-fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
-    writeln!(
-        out,
-        "{}; {} requests of {} + {} tokens, {:.0} MB for keys and values, {} threads\n",
-        report.model,
-        report.requests,
-        report.prompt_tokens,
-        report.output_tokens,
-        report.kv_memory as f64 / 1e6,
-        report.threads
-    )?;
-    writeln!(
-        out,
-        "{:<24}{:>9}{:>10}{:>9}{:>9}{:>14}{:>16}{:>16}{:>14}{:>12}",
-        "kv",
-        "contexts",
-        "seconds",
-        "req/s",
-        "tok/s",
-        "decode tok/s",
-        "TTFT s p50/99",
-        "TBT ms p50/99",
-        "MB a request",
-        "preempted"
-    )?;
-    for row in &report.rows {
-        writeln!(
-            out,
+impl Report {
+    /// What is above the rows.
+    fn head(&self) -> String {
+        let Report { model, requests, prompt_tokens, output_tokens, kv_memory, threads, .. } = self;
+        let memory = *kv_memory as f64 / 1e6;
+        let columns = format!(
+            "{:<24}{:>9}{:>10}{:>9}{:>9}{:>14}{:>16}{:>16}{:>14}{:>12}",
+            "kv",
+            "contexts",
+            "seconds",
+            "req/s",
+            "tok/s",
+            "decode tok/s",
+            "TTFT s p50/99",
+            "TBT ms p50/99",
+            "MB a request",
+            "preempted"
+        );
+        format!(
+            "{model}; {requests} requests of {prompt_tokens} + {output_tokens} tokens, {memory:.0} MB for keys and values, {threads} threads\n\n{columns}"
+        )
+    }
+}
+
+impl Row {
+    fn line(&self) -> String {
+        format!(
             "{:<24}{:>9}{:>10.1}{:>9.3}{:>9.1}{:>14.1}{:>16}{:>16}{:>14.2}{:>12}",
-            row.kv,
-            row.contexts,
-            row.seconds,
-            row.requests_per_s,
-            row.output_tokens_per_s,
-            row.decode_tokens_per_s,
-            format!("{:.1} / {:.1}", row.ttft_s.p50, row.ttft_s.p99),
-            format!("{:.0} / {:.0}", row.tbt_ms.p50, row.tbt_ms.p99),
-            row.kv_bytes as f64 / 1e6,
-            row.preemptions
-        )?;
+            self.kv,
+            self.contexts,
+            self.seconds,
+            self.requests_per_s,
+            self.output_tokens_per_s,
+            self.decode_tokens_per_s,
+            format!("{:.1} / {:.1}", self.ttft_s.p50, self.ttft_s.p99),
+            format!("{:.0} / {:.0}", self.tbt_ms.p50, self.tbt_ms.p99),
+            self.kv_bytes as f64 / 1e6,
+            self.preemptions
+        )
     }
-    if let Some(rss) = report.peak_rss_bytes {
-        writeln!(out, "\nprocess: {:.0} MB at its peak", rss as f64 / 1e6)?;
-    }
-    Ok(())
 }
