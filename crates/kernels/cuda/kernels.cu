@@ -5,7 +5,7 @@
 static_assert(sizeof(States) == 32 && sizeof(ExactParameters) == 88 && sizeof(FinishParameters) == 64, "sizes of structures");
 static_assert(sizeof(SketchPage) == 8 && sizeof(Tile) == 32 && sizeof(Escape) == 4, "sizes of structures");
 static_assert(sizeof(EncodePage) == 20 && sizeof(EncodeParameters) == 88, "sizes of structures");
-static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredParameters) == 232, "sizes of structures");
+static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredParameters) == 240, "sizes of structures");
 
 // As `src/cuda/exact.rs`, `src/cuda/layered.rs` and `src/cuda/encode.rs` count shared memory.
 static_assert(sizeof(ExactShared<64>) == 2048 + 1024 + 8448 && sizeof(ExactShared<128>) == 2048 + 2048 + 16640, "shared memory");

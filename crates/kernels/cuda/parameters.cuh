@@ -119,6 +119,7 @@ struct LayeredParameters {
     uint32_t* counts;              // [B * G]: how many; from `ALL_TILES` on: the first ones, without a list
     States states;
     float* out;                    // [B, G, R, D]
+    float* log_sums;               // [B, G, R]: logarithms of what all weights sum up to, or null
     Selection selection;
     float scale;                   // of scores, log2(e) included
     int32_t sequences, kv_heads, rows, rows_stored;

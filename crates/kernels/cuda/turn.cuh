@@ -147,7 +147,9 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
         float mine = max == NONE ? 0 : exp2_fast(max - top), its = other_max == NONE ? 0 : exp2_fast(other_max - top);
         x = x * mine + other * its;
         sum = sum * mine + other_sum * its;
+        max = top;
     }
+    if (p.log_sums && thread_index() == 0) p.log_sums[block_index()] = max + log2_fast(sum);
     if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = sum > 0 ? x / sum : 0;
 }
 

@@ -123,6 +123,7 @@ pub(crate) struct LayeredParameters {
     pub counts: u64,
     pub states: States,
     pub out: u64,
+    pub log_sums: u64,
     pub selection: Selection,
     pub scale: f32,
     pub sequences: i32,
@@ -166,4 +167,4 @@ pub(crate) struct EncodeParameters {
     pub unused: i32,
 }
 
-plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 232, EncodePage: 20, EncodeParameters: 88);
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 240, EncodePage: 20, EncodeParameters: 88);
