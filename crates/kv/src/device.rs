@@ -15,8 +15,9 @@ use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use mosaickv_kernels::Pool as Threads;
+use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::exact::{PAGE_TOKENS, Pool};
-use mosaickv_kernels::cuda::layered::{Growing, Rotations, Scales};
+use mosaickv_kernels::cuda::layered::{Growing, Grown, Rotations, Scales};
 use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +36,8 @@ pub struct Store {
     free: Free,
     /// Of each layer and KV head.
     rotations: Option<(Arc<Calibration>, Vec<Rotations>)>,
+    /// Copies to the device that may be under way.
+    sent: Vec<Pending>,
 }
 
 /// Pages that nobody has, of a store and its mirrors.
@@ -59,7 +62,7 @@ impl Store {
         }
         let none = || Pool::new(gpu, 0, (shape.kv_heads, shape.head_dim));
         let pools = (0..shape.layers).map(|_| none()).collect::<Result<_, _>>()?;
-        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None })
+        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None, sent: vec![] })
     }
 
     /// Sequences that can take a step together.
@@ -84,6 +87,11 @@ impl Store {
         let of_page: usize = self.pools.iter().map(Pool::bytes_of_page).sum();
         let (all, free) = (self.pools[0].pages(), lock(&self.free).len());
         ((all - free) * of_page, free * of_page)
+    }
+
+    /// Has room for so many pages at once, where they are known beforehand.
+    pub fn reserve(&mut self, pages: usize) -> Result<(), KvError> {
+        if pages > self.pools[0].pages() { self.resize(pages) } else { Ok(()) }
     }
 
     /// Takes `count` pages, the lowest that are free.
@@ -124,6 +132,36 @@ impl Store {
         free.retain(|page| (*page as usize) < pages);
         free.extend(old as u32..pages as u32);
         Ok(())
+    }
+
+    /// Has bytes written to parts of the device's memory before anything that is asked for later.
+    fn send(&mut self, parts: &[Part], bytes: &[&[u8]]) -> Result<(), KvError> {
+        let count = bytes.iter().map(|bytes| bytes.len()).sum();
+        let mut pinned = self.pinned(count)?;
+        let mut rest = pinned.numbers_mut::<u8>(0, count);
+        for bytes in bytes {
+            let (to, after) = rest.split_at_mut(bytes.len());
+            to.copy_from_slice(bytes);
+            rest = after;
+        }
+        let pending = aside::send(pinned, parts)?;
+        pending.follow()?;
+        self.sent.push(pending);
+        Ok(())
+    }
+
+    /// Page-locked memory, of a copy that is done if there is one.
+    fn pinned(&mut self, bytes: usize) -> Result<Pinned, KvError> {
+        for i in 0..self.sent.len() {
+            if self.sent[i].is_done()? {
+                let pinned = self.sent.swap_remove(i).wait()?;
+                if pinned.bytes() >= bytes {
+                    return Ok(pinned);
+                }
+                break;
+            }
+        }
+        Ok(Pinned::new(&self.gpu, bytes + bytes / 4)?)
     }
 
     /// Rotations of the heads of a layer of models with this calibration.
@@ -222,13 +260,19 @@ impl Mirror {
     ) -> Result<(), KvError> {
         Mirror::check(cache.format)?;
         cache.make_room(threads);
-        if let Some(calibration) = &cache.calibration {
+        if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
             store.rotate(calibration)?;
         }
         let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
         self.fit(store, (self.before + exact + more).div_ceil(PAGE_TOKENS))?;
         for (l, (layer, held)) in cache.layers.iter().zip(&mut self.layers).enumerate() {
-            held.update(&store.gpu, (layer, self.times), threads)?;
+            let grown = held.update(&store.gpu, (layer, self.times), threads)?;
+            if !grown.is_empty() {
+                let heads = || held.heads.iter().zip(&grown);
+                let parts: Vec<Part> = heads().flat_map(|(head, grown)| head.pages.parts(grown)).collect();
+                let bytes: Vec<&[u8]> = grown.iter().flat_map(Grown::bytes).collect();
+                store.send(&parts, &bytes)?;
+            }
             let tokens = exact_tokens(layer);
             for page in held.tokens / PAGE_TOKENS..tokens.div_ceil(PAGE_TOKENS) {
                 if held.tokens < tokens {
@@ -283,27 +327,34 @@ impl Mirror {
 }
 
 impl Held {
-    /// Compressed heads as the host has them. What changed with them forgets the exact tokens after the first.
-    fn update(&mut self, gpu: &Gpu, (layer, times): (&Layer, usize), threads: &Threads) -> Result<(), KvError> {
+    /// Has compressed heads as the host has them, once what they grew by is written. What changed with them forgets the exact tokens after the
+    /// first.
+    fn update(
+        &mut self,
+        gpu: &Gpu,
+        (layer, times): (&Layer, usize),
+        threads: &Threads,
+    ) -> Result<Vec<Grown>, KvError> {
         let Layer::Layered(heads) = layer else {
             if !self.heads.is_empty() {
                 *self = Held { changes: self.changes + 1, ..Held::default() };
             }
-            return Ok(());
+            return Ok(vec![]);
         };
         if self.heads.len() == heads.len() && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head)) {
-            return Ok(());
+            return Ok(vec![]);
         }
-        let mut held: Vec<_> = heads.iter().map(|_| None).collect();
-        held.iter_mut().zip(self.heads.drain(..)).for_each(|(to, head)| *to = Some(Ok(head)));
-        threads.for_each(&mut held, |g, held| {
-            let before = held.take().and_then(Result::ok);
-            *held = Some(HeldHead::updated(before, gpu, (&heads[g], times)));
+        let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
+        let mut work: Vec<_> = heads.iter().zip(before).map(|(head, before)| (head, before, None)).collect();
+        threads.for_each(&mut work, |_, (head, before, after)| {
+            *after = Some(HeldHead::updated(before.take(), gpu, (head, times)));
         });
-        self.heads = held.into_iter().flatten().collect::<Result<_, _>>()?;
+        let updated: Result<Vec<_>, KvError> = work.into_iter().filter_map(|(_, _, after)| after).collect();
+        let (heads, grown) = updated?.into_iter().unzip();
+        self.heads = heads;
         self.tokens = self.tokens.min(SINKS);
         self.changes += 1;
-        Ok(())
+        Ok(grown)
     }
 }
 
@@ -312,12 +363,12 @@ impl HeldHead {
         self.sizes == sizes(head) && std::ptr::eq(self.prompt.as_ptr(), Arc::as_ptr(&head.prompt))
     }
 
-    /// What is held of `head`, after what was held before.
+    /// What is held of `head`, after what was held before, once what it grew by is written.
     fn updated(
         before: Option<HeldHead>,
         gpu: &Gpu,
         (head, times): (&LayeredHead, usize),
-    ) -> Result<HeldHead, KvError> {
+    ) -> Result<(HeldHead, Grown), KvError> {
         let of_tail = head.tail.pages.pages().len();
         let is_prefix = |held: &HeldHead| {
             std::ptr::eq(held.prompt.as_ptr(), Arc::as_ptr(&head.prompt)) && held.sizes[1] <= of_tail
@@ -331,9 +382,9 @@ impl HeldHead {
         };
         let mut newest = head.leaving.pages.clone();
         newest.append(&head.window.pages);
-        held.pages.grow(&head.tail.pages.after(held.sizes[1]), &newest)?;
+        let grown = held.pages.grow(&head.tail.pages.after(held.sizes[1]), &newest)?;
         held.sizes = sizes(head);
-        Ok(held)
+        Ok((held, grown))
     }
 }
 

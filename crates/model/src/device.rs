@@ -79,6 +79,16 @@ impl Device {
         DeviceBytes { weights: inner.weights.bytes(), exact, room: exact + free }
     }
 
+    /// Bytes of its memory that are taken: by the model, what is remembered, and what passes work with.
+    pub fn used(&self) -> usize {
+        self.lock().gpu.used().0
+    }
+
+    /// Has room for so many pages of exact tokens at once: growing to them takes more memory for a while.
+    pub fn reserve(&self, pages: usize) -> Result<(), KvError> {
+        self.lock().store.reserve(pages)
+    }
+
     /// Of an empty cache.
     pub(crate) fn mirror(&self) -> Mirror {
         Mirror::new(&self.lock().store)

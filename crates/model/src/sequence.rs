@@ -231,6 +231,11 @@ impl<'a> Sequence<'a> {
         self.mirror.as_ref().map_or(0, Mirror::bytes)
     }
 
+    /// Whose it is.
+    pub fn model(&self) -> &'a Model {
+        self.model
+    }
+
     /// What it remembers.
     pub fn cache(&self) -> &KvCache {
         &self.cache

@@ -17,6 +17,13 @@ pub struct DeviceArgs {
     /// that can (auto)
     #[arg(long, env = "MOSAICKV_DEVICE", value_enum, value_name = "WHERE", default_value_t = Where::Cpu)]
     device: Where,
+    #[command(flatten)]
+    memory: MemoryArgs,
+}
+
+/// How much of a GPU may be taken.
+#[derive(Args, Clone)]
+pub struct MemoryArgs {
     /// Bytes of the GPU's memory that model, caches and passes may take together: 40GiB [default: what is free, less 1 GiB]
     #[arg(long, env = "MOSAICKV_GPU_MEMORY", value_name = "BYTES")]
     gpu_memory: Option<ByteCount>,
@@ -46,6 +53,14 @@ impl DeviceArgs {
 
     fn to_gpu(&self, model: &mut Model, formats: &[KvFormat]) -> Result<()> {
         formats.iter().try_for_each(|format| Mirror::check(*format))?;
+        model.to_device(&self.memory.gpu()?).context("cannot have the model on the GPU")
+    }
+
+}
+
+impl MemoryArgs {
+    /// The GPU, of whose memory no more than that is taken.
+    pub fn gpu(&self) -> Result<Gpu> {
         let gpu = open()?;
         let (free, _) = gpu.memory()?;
         let budget = match self.gpu_memory {
@@ -58,7 +73,7 @@ impl DeviceArgs {
             ByteCount(budget),
             ByteCount(free)
         );
-        model.to_device(&gpu.with_budget(budget)).context("cannot have the model on the GPU")
+        Ok(gpu.with_budget(budget))
     }
 }
 

@@ -67,9 +67,10 @@ impl Pool {
         self.pages
     }
 
-    /// The same with room for another number of pages; those that fit in both are kept.
+    /// The same with room for another number of pages; those that fit in both are kept, others are zeros.
     pub fn resized(&self, gpu: &Gpu, pages: usize) -> Result<Pool, Error> {
         let other = Pool::new(gpu, pages, (self.kv_heads, self.head_dim))?;
+        other.data.fill(0)?;
         let both = self.pages.min(pages) * self.bytes_of_page();
         if both > 0 {
             other.data.copy_from(0, (&self.data, 0), both)?;

@@ -106,13 +106,14 @@ fn step_each(
     let log_sums = log_sums.unwrap_or_else(|| vec![f32::NAN; SHAPE.layers * count * heads]);
     for (i, (cache, mirror, token)) in sequences.iter_mut().enumerate() {
         mirror.added(1);
-        for (layer, log_sums) in log_sums.chunks_exact(count * heads).enumerate() {
-            let rows = &narrow(&[&token.key[..], &token.value].concat());
-            let asks = cache.asks(layer);
-            let queries: &[f16] = if asks { &narrow(&token.queries) } else { &[] };
-            let log_sums = &log_sums[i * heads..][..heads];
-            cache.take(threads, layer, Taken { rows, queries, log_sums }).unwrap();
-        }
+        let (rows, queries) = (narrow(&[&token.key[..], &token.value].concat()), narrow(&token.queries));
+        let asks: Vec<bool> = (0..SHAPE.layers).map(|layer| cache.asks(layer)).collect();
+        let taken = |layer: usize| Taken {
+            rows: &rows,
+            queries: if asks[layer] { &queries } else { &[] },
+            log_sums: &log_sums[(layer * count + i) * heads..][..heads],
+        };
+        cache.take_step(threads, taken).unwrap();
         cache.between_steps();
         cache.check().unwrap();
     }

@@ -156,7 +156,8 @@ impl OnDevice {
         let spans = |l| mirrors.iter().map(move |mirror| Span { past: mirror.exact_tokens(l), new: 1 });
         let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
-        work.places.set_layers(&spans, &pages)?;
+        work.places.set_each(&spans)?;
+        work.places.set_pages(&pages)?;
         Ok((attention, work))
     }
 
@@ -194,13 +195,15 @@ impl OnDevice {
         };
         for (i, Step { cache, mirror, .. }) in steps.iter_mut().enumerate() {
             mirror.added(1);
-            for l in 0..layers {
+            cache.take_step(threads, |l| {
                 let of_layer = asked.iter().position(|asked| *asked == l);
-                let queries = of_layer.map_or(&[][..], |a| &queries[(a * count + i) * of_queries..][..of_queries]);
-                let log_sums = sums.get((l * count + i) * heads..).unwrap_or_default();
-                let rows = &staged[(l * count + i) * of_keys..][..of_keys];
-                cache.take(threads, l, Taken { rows, queries, log_sums })?;
-            }
+                let queries = of_layer.map(|a| &queries[(a * count + i) * of_queries..][..of_queries]);
+                Taken {
+                    rows: &staged[(l * count + i) * of_keys..][..of_keys],
+                    queries: queries.unwrap_or_default(),
+                    log_sums: sums.get((l * count + i) * heads..).unwrap_or_default(),
+                }
+            })?;
         }
         let logits = pinned.numbers::<f32>(next(0), wanted * vocab).to_vec();
         work.pinned.push(pinned);
@@ -270,7 +273,8 @@ impl OnDevice {
         for (i, block) in tokens.chunks(PROMPT_ROWS).enumerate() {
             let (first, rows) = (i * PROMPT_ROWS, block.len());
             let spans = vec![vec![Span { past: mirror.exact_tokens(0), new: rows }]; layers];
-            work.places.set_layers(&spans, &[mirror.pages()])?;
+            work.places.set_each(&spans)?;
+            work.places.set_pages(&[mirror.pages()])?;
             let positions: Vec<usize> = (start + first..start + first + rows).collect();
             self.set_rows(work, threads, block, &positions)?;
             let of_keys = 2 * kv_heads * head_dim * 2;

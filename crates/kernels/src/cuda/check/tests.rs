@@ -144,7 +144,10 @@ fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
     let mut growing = Growing::new(&gpu, (&kept, 1), &scales).unwrap();
     for (more, newest) in [(9, 2), (0, 4), (30, 0), (3, 5)] {
         let (more, newest) = (pages(more), pages(newest));
-        growing.grow(&more, &newest).unwrap();
+        let grown = growing.grow(&more, &newest).unwrap();
+        for ((buffer, at, _), bytes) in growing.parts(&grown).into_iter().zip(grown.bytes()) {
+            buffer.write(at, bytes).unwrap();
+        }
         kept.append(&more);
         let mut all = kept.clone();
         all.append(&newest);

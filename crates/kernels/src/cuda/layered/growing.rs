@@ -1,10 +1,10 @@
 //! A head whose pages grow while it is read from: what may be left out stays where it is, and what follows is written anew.
 
 use super::{Head, Scales};
+use crate::cuda::aside::Part;
 use crate::cuda::device::{Buffer, Error, Gpu};
 use crate::layered::device::{device_bytes, lines_of_page};
 use crate::layered::{LINE, Pages, TILES};
-use std::mem::size_of_val;
 
 /// One KV head of one sequence.
 #[derive(Debug)]
@@ -37,8 +37,9 @@ impl Growing {
         self.head.bytes().iter().sum()
     }
 
-    /// Adds pages that may be left out after those that there are, and has `newest`, which are always read, in place of those before.
-    pub fn grow(&mut self, more: &Pages, newest: &Pages) -> Result<(), Error> {
+    /// Makes room for pages that may be left out after those that there are, and for `newest`, which are always read, in place of those before.
+    /// Until what is returned is [written](Growing::parts) its head is not to be read.
+    pub fn grow(&mut self, more: &Pages, newest: &Pages) -> Result<Grown, Error> {
         let mut all = more.clone();
         all.append(newest);
         let mut bytes = device_bytes(&all);
@@ -53,27 +54,56 @@ impl Growing {
             tile.value_escapes += escapes;
         }
         let [of_leading, of_lines, of_escapes] = self.kept;
-        let (gpu, pages, head) = (&self.gpu, self.head.selectable, &mut self.head);
-        write(gpu, &mut head.leading, of_leading * LINE, &bytes.leading)?;
-        write(gpu, &mut head.lines, of_lines * LINE, &bytes.lines)?;
-        write(gpu, &mut head.escapes, of_escapes * 4, bytemuck::cast_slice(&bytes.escapes))?;
-        write(gpu, &mut head.pages, pages * 8, bytemuck::cast_slice(&bytes.pages))?;
-        write(gpu, &mut head.tiles, pages * TILES * 32, bytemuck::cast_slice(&bytes.tiles))?;
-        let count = more.pages().len();
-        let ends = [of_leading + bytes.leading.len() / LINE, of_lines + bytes.lines.len() / LINE, of_escapes + bytes.escapes.len()];
+        let ends = [
+            of_leading + bytes.leading.len() / LINE,
+            of_lines + bytes.lines.len() / LINE,
+            of_escapes + bytes.escapes.len(),
+        ];
         assert!(ends.iter().all(|end| *end <= u32::MAX as usize), "too many lines: {ends:?}");
-        // Where the pages after those begin.
-        self.kept = bytes.tiles.get(count * TILES).map_or(ends, |tile| [tile.leading, tile.lines, tile.key_escapes].map(|x| x as usize));
-        head.selectable = pages + count;
+        // Where the pages after those that may be left out begin.
+        let next = bytes.tiles.get(more.pages().len() * TILES);
+        self.kept = next.map_or(ends, |tile| [tile.leading, tile.lines, tile.key_escapes].map(|x| x as usize));
+        let head = &mut self.head;
+        let pages = head.selectable;
+        let grown = Grown([
+            (of_leading * LINE, bytes.leading),
+            (of_lines * LINE, bytes.lines),
+            (of_escapes * 4, bytemuck::cast_slice(&bytes.escapes).to_vec()),
+            (pages * 8, bytemuck::cast_slice(&bytes.pages).to_vec()),
+            (pages * TILES * 32, bytemuck::cast_slice(&bytes.tiles).to_vec()),
+        ]);
+        head.selectable = pages + more.pages().len();
         head.page_count = pages + all.pages().len();
         head.most_bytes = head.most_bytes.max(bytes.most);
-        Ok(())
+        let buffers =
+            [&mut head.leading, &mut head.lines, &mut head.escapes, &mut head.pages, &mut head.tiles];
+        for (buffer, (at, bytes)) in buffers.into_iter().zip(&grown.0) {
+            make_room(&self.gpu, buffer, (*at, bytes.len()))?;
+        }
+        Ok(grown)
+    }
+
+    /// Where what it grew by is to be written.
+    pub fn parts(&self, grown: &Grown) -> [Part<'_>; 5] {
+        let buffers = self.head.parts();
+        std::array::from_fn(|i| (buffers[i], grown.0[i].0, grown.0[i].1.len()))
     }
 }
 
-/// Writes bytes at `at`; where there is no room, to a larger buffer with what was before them.
-fn write(gpu: &Gpu, buffer: &mut Buffer, at: usize, bytes: &[u8]) -> Result<(), Error> {
-    let needed = at + size_of_val(bytes);
+/// What a head grew by.
+#[derive(Debug)]
+pub struct Grown([(usize, Vec<u8>); 5]);
+
+impl Grown {
+    /// The bytes of each part.
+    pub fn bytes(&self) -> [&[u8]; 5] {
+        std::array::from_fn(|i| &self.0[i].1[..])
+    }
+}
+
+/// Has room for `bytes` bytes at `at`; what is before them stays.
+fn make_room(gpu: &Gpu, buffer: &mut Buffer, (at, bytes): (usize, usize)) -> Result<(), Error> {
+    let needed = at + bytes;
     if needed > buffer.bytes() {
         let larger = gpu.alloc(needed + needed / 16)?;
         if at > 0 {
@@ -81,5 +111,5 @@ fn write(gpu: &Gpu, buffer: &mut Buffer, at: usize, bytes: &[u8]) -> Result<(), 
         }
         *buffer = larger;
     }
-    buffer.write(at, bytes)
+    Ok(())
 }
