@@ -34,6 +34,16 @@ impl Pool {
         Ok(Pool { data, pages, kv_heads, head_dim })
     }
 
+    /// How many there are.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// `G` and `D`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.kv_heads, self.head_dim)
+    }
+
     /// Its memory.
     pub fn data(&self) -> &Buffer {
         &self.data
