@@ -1,11 +1,15 @@
 // All kernels, as one module.
+#include "dense.cuh"
 #include "encode.cuh"
+#include "prefill.cuh"
 
 // As `src/cuda/parameters.rs` has them.
 static_assert(sizeof(States) == 32 && sizeof(ExactParameters) == 88 && sizeof(FinishParameters) == 64, "sizes of structures");
 static_assert(sizeof(SketchPage) == 8 && sizeof(Tile) == 32 && sizeof(Escape) == 4, "sizes of structures");
 static_assert(sizeof(EncodePage) == 20 && sizeof(EncodeParameters) == 88, "sizes of structures");
 static_assert(sizeof(Head) == 96 && sizeof(Selection) == 20 && sizeof(LayeredParameters) == 240, "sizes of structures");
+static_assert(sizeof(EmbedParameters) == 40 && sizeof(NormParameters) == 48 && sizeof(HeadsParameters) == 112, "sizes of structures");
+static_assert(sizeof(GateParameters) == 40 && sizeof(NarrowParameters) == 24 && sizeof(PrefillParameters) == 64, "sizes of structures");
 
 // As `src/cuda/exact.rs`, `src/cuda/layered.rs` and `src/cuda/encode.rs` count shared memory.
 static_assert(sizeof(ExactShared<64>) == 2048 + 1024 + 8448 && sizeof(ExactShared<128>) == 2048 + 2048 + 16640, "shared memory");
@@ -15,3 +19,4 @@ static_assert(sizeof(SketchShared) == 43024, "shared memory, of which five block
 static_assert(sizeof(SelectShared) == 3148, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<64>, slots) == 19328, "shared memory");
 static_assert(__builtin_offsetof(LayeredShared<128>, slots) == 30080, "shared memory");
+static_assert(sizeof(PrefillShared<64>) == 49152 && sizeof(PrefillShared<128>) == 98304, "shared memory, of which two blocks fit");

@@ -236,7 +236,14 @@ impl Mirror {
     fn of(free: &Free, layers: usize) -> Mirror {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Mirror { id, free: free.clone(), pages: vec![], layers: (0..layers).map(|_| Held::default()).collect(), times: 1, before: 0 }
+        Mirror {
+            id,
+            free: free.clone(),
+            pages: vec![],
+            layers: (0..layers).map(|_| Held::default()).collect(),
+            times: 1,
+            before: 0,
+        }
     }
 
     /// Whether a GPU attends to caches in this format.
@@ -341,7 +348,9 @@ impl Held {
             }
             return Ok(vec![]);
         };
-        if self.heads.len() == heads.len() && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head)) {
+        if self.heads.len() == heads.len()
+            && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head))
+        {
             return Ok(vec![]);
         }
         let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));

@@ -15,10 +15,9 @@ use mosaickv_kv::device::{Attention, Mirror, Store};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pass::Work;
-pub use synthetic::Pages;
 pub(crate) use pass::{Prompt, Step};
+pub use synthetic::Pages;
 use weights::Weights;
-
 
 /// A model in a GPU's memory, and what its sequences have there.
 pub struct Device {

@@ -21,7 +21,8 @@ fn load(family: &str) -> Model {
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(from.join(name), folder.path().join(name)).unwrap();
     }
-    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&std::fs::read(from.join("config.json")).unwrap()).unwrap();
     config["head_dim"] = json!(64);
     config["max_position_embeddings"] = json!(8192);
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
@@ -40,8 +41,10 @@ fn load(family: &str) -> Model {
         }
     }
     tensors.sort();
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> =
-        tensors.into_iter().map(|(name, shape)| (name.clone(), shape.clone(), numbers(&name, &shape))).collect();
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .into_iter()
+        .map(|(name, shape)| (name.clone(), shape.clone(), numbers(&name, &shape)))
+        .collect();
     let views = bytes.iter().map(|(name, shape, bytes)| {
         (name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap())
     });
@@ -119,8 +122,7 @@ fn prompts_and_steps_of_each_family_are_the_cpu_s() {
         let mut rows = vec![vec![]; 2];
         for (sequence, rows) in [&mut got, &mut want].into_iter().zip(&mut rows) {
             sequence.score(&tokens(5, 3), &mut |_, logits| rows.push(logits.to_vec())).unwrap();
-            let share =
-                Share { sequence, tokens: &tokens(3, 4), part: Part::Step, wanted: Wanted::All };
+            let share = Share { sequence, tokens: &tokens(3, 4), part: Part::Step, wanted: Wanted::All };
             read_each(&mut [share], &mut |_, _, logits| rows.push(logits.to_vec())).unwrap();
         }
         assert_eq!(rows[0].len(), 8);
@@ -152,7 +154,8 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
     let (mut clone, mut new) = (together[1].clone(), sequence(&device, &pool, KvFormat::Exact));
     let (mut rows, prompt) = (vec![], tokens(66, 7));
     let shares = [(&mut clone, &[5u32][..], Part::Step), (&mut new, &prompt[..], Part::PromptEnd)];
-    let shares = shares.map(|(sequence, tokens, part)| Share { sequence, tokens, part, wanted: Wanted::Last });
+    let shares =
+        shares.map(|(sequence, tokens, part)| Share { sequence, tokens, part, wanted: Wanted::Last });
     read_each(&mut { shares }, &mut |share, t, logits| rows.push((share, t, logits.to_vec()))).unwrap();
     let mut other = sequence(&device, &pool, KvFormat::Exact);
     assert_eq!(rows[0], (0, 0, alone[1].step(5).unwrap()));

@@ -55,7 +55,6 @@ impl DeviceArgs {
         formats.iter().try_for_each(|format| Mirror::check(*format))?;
         model.to_device(&self.memory.gpu()?).context("cannot have the model on the GPU")
     }
-
 }
 
 impl MemoryArgs {

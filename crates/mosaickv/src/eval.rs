@@ -7,8 +7,8 @@ mod report;
 mod ruler;
 
 use crate::calibrate::{files_digest, hex, load_for};
-use crate::prefill::PrefillKv;
 use crate::device::DeviceArgs;
+use crate::prefill::PrefillKv;
 use crate::{ModelArgs, fetch};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};

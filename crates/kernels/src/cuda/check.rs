@@ -451,7 +451,10 @@ impl Check<'_> {
                 let all = state.merge(known);
                 let log_sum = f64::from(log_sums[want.len() / d]);
                 if all.sum > 0.0 && (log_sum - all.log_sum()).abs() > 2e-3 {
-                    return wrong(format!("head {i}: a sum of weights of 2^{log_sum}, wanted 2^{}", all.log_sum()));
+                    return wrong(format!(
+                        "head {i}: a sum of weights of 2^{log_sum}, wanted 2^{}",
+                        all.log_sum()
+                    ));
                 }
                 want.extend(all.acc.iter().map(|x| if all.sum > 0.0 { x / all.sum } else { 0.0 }));
             }

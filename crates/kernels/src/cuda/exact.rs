@@ -35,6 +35,16 @@ impl Pool {
         Ok(Pool { data, pages, kv_heads, head_dim })
     }
 
+    /// How many there are.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// `G` and `D`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.kv_heads, self.head_dim)
+    }
+
     /// Its memory.
     pub fn data(&self) -> &Buffer {
         &self.data
@@ -60,11 +70,6 @@ impl Pool {
         assert!(page < self.pages, "page {page} of {}", self.pages);
         assert_eq!(numbers.len() * 2, self.bytes_of_page(), "not a page");
         self.data.write(page * self.bytes_of_page(), numbers)
-    }
-
-    /// How many pages there is room for.
-    pub fn pages(&self) -> usize {
-        self.pages
     }
 
     /// The same with room for another number of pages; those that fit in both are kept, others are zeros.
@@ -97,12 +102,7 @@ pub struct Exact {
 
 impl Exact {
     /// For sequences of up to `most_pages` pages, cut into up to `parts` parts of at least `least_part` tokens. They have no tokens yet.
-    pub fn new(
-        gpu: &Gpu,
-        shape: Shape,
-        most_pages: usize,
-        parts: (usize, usize),
-    ) -> Result<Exact, Error> {
+    pub fn new(gpu: &Gpu, shape: Shape, most_pages: usize, parts: (usize, usize)) -> Result<Exact, Error> {
         Ok(Exact::layers(gpu, shape, most_pages, parts, 1)?.remove(0))
     }
 
@@ -142,7 +142,11 @@ impl Exact {
         for of_layer in tokens.chunks_exact(shape.sequences) {
             for (tokens, pages) in of_layer.iter().zip(pages) {
                 let needed = (*tokens as usize).div_ceil(PAGE_TOKENS);
-                assert!(needed <= pages.len() && pages.len() <= stride, "{tokens} tokens in {} pages of at most {stride}", pages.len());
+                assert!(
+                    needed <= pages.len() && pages.len() <= stride,
+                    "{tokens} tokens in {} pages of at most {stride}",
+                    pages.len()
+                );
             }
         }
         let mut table = vec![0; shape.sequences * stride];

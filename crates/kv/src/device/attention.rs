@@ -59,7 +59,8 @@ impl Attention {
         if most > self.most_pages || self.exact.is_empty() {
             self.most_pages = (most + most / 2).max(LEAST_PAGES);
             self.exact = vec![];
-            self.exact = Exact::layers(&self.gpu, self.shape, self.most_pages, (PARTS, LEAST_EXACT), self.layers)?;
+            self.exact =
+                Exact::layers(&self.gpu, self.shape, self.most_pages, (PARTS, LEAST_EXACT), self.layers)?;
         }
         let of_layer = |l: usize| mirrors.iter().map(move |mirror| mirror.exact_tokens(l) as u32 + 1);
         let tokens: Vec<u32> = (0..self.layers).flat_map(of_layer).collect();
@@ -78,10 +79,13 @@ impl Attention {
         let fits = |of: &OfLayered| of.most >= most && of.newest >= newest && of.choice == choice;
         if !self.layered.as_ref().is_some_and(fits) {
             self.layered = None;
-            self.layered = Some(OfLayered::new(&self.gpu, (self.shape, self.layers), (most, newest), choice)?);
+            self.layered =
+                Some(OfLayered::new(&self.gpu, (self.shape, self.layers), (most, newest), choice)?);
         }
         let Some(of) = &mut self.layered else { return Ok(()) };
-        let Some((_, rotations)) = &store.rotations else { unreachable!("compressed caches have a calibration") };
+        let Some((_, rotations)) = &store.rotations else {
+            unreachable!("compressed caches have a calibration")
+        };
         for l in 0..self.layers {
             let held: Vec<_> = mirrors.iter().map(|mirror| &mirror.layers[l]).collect();
             let is_compressed = held.iter().any(|held| !held.heads.is_empty());
@@ -117,7 +121,9 @@ impl Attention {
         let exact = &self.exact[layer];
         exact.attend(store.pool(layer), queries, scale)?;
         match &self.layered {
-            Some(of) if !of.set[layer].is_empty() => of.layers[layer].step(queries, scale, Some(exact), out)?,
+            Some(of) if !of.set[layer].is_empty() => {
+                of.layers[layer].step(queries, scale, Some(exact), out)?
+            }
             _ => exact.finish(out)?,
         }
         Ok(())

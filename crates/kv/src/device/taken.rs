@@ -92,7 +92,10 @@ impl Layer {
         let (keys, values) = taken.halves(shape);
         match self {
             Layer::Exact(heads) => {
-                heads.iter_mut().enumerate().for_each(|(g, head)| head.append(&keys, &values, (g * d, keys.len())));
+                heads
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(g, head)| head.append(&keys, &values, (g * d, keys.len())));
             }
             Layer::Layered(heads) => {
                 let rows = keys.chunks_exact(d).zip(values.chunks_exact(d));

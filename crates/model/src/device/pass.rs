@@ -73,7 +73,12 @@ pub(super) struct Work {
 }
 
 impl Work {
-    fn new(gpu: &Gpu, config: &ModelConfig, rows: usize, (kept, limits): (usize, Limits)) -> Result<Work, ForwardError> {
+    fn new(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        rows: usize,
+        (kept, limits): (usize, Limits),
+    ) -> Result<Work, ForwardError> {
         let ModelConfig { hidden, heads, kv_heads, head_dim, ffn, vocab, .. } = *config;
         let queries = heads * head_dim;
         let wanted = rows.min(LOGIT_ROWS);
@@ -147,7 +152,8 @@ impl OnDevice {
         let (mut attention, mut work) = match self.step.take().filter(fits) {
             Some(ready) => ready,
             None => {
-                let limits = Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
+                let limits =
+                    Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
                 let work = Work::new(&self.gpu, &self.config, count, (layers, limits))?;
                 (Attention::new(&self.store, count)?, work)
             }
@@ -173,19 +179,23 @@ impl OnDevice {
         let (count, of_keys, of_queries) = (steps.len(), 2 * kv_heads * head_dim, heads * head_dim);
         let asked: Vec<usize> =
             (0..layers).filter(|l| steps.iter().any(|step| step.cache.asks(*l))).collect();
+        let spare = work.pinned.pop();
         let mut parts: Vec<Part> = vec![(&work.staged, 0, layers * count * of_keys * 2)];
         parts.extend(asked.iter().map(|l| (work.queries(*l), 0, count * of_queries * 2)));
         let log_sums = attention.log_sums();
         parts.extend(log_sums.map(|sums| (sums, 0, layers * count * heads * 4)));
         parts.push((&work.logits, 0, wanted * vocab * 4));
         let bytes = parts.iter().map(|(_, _, bytes)| bytes).sum();
-        let pinned = match work.pinned.pop().filter(|pinned| pinned.bytes() >= bytes) {
+        let pinned = match spare.filter(|pinned| pinned.bytes() >= bytes) {
             Some(pinned) => pinned,
             None => Pinned::new(&self.gpu, bytes)?,
         };
         let pinned = aside::fetch(&parts, pinned)?.wait()?;
         let mut at = 0;
-        let mut next = |bytes: usize| std::mem::replace(&mut at, at + bytes);
+        let mut next = |bytes: usize| {
+            at += bytes;
+            at - bytes
+        };
         let staged: &[f16] = pinned.numbers(next(layers * count * of_keys * 2), layers * count * of_keys);
         let at_queries = next(asked.len() * count * of_queries * 2);
         let queries: &[f16] = pinned.numbers(at_queries, asked.len() * count * of_queries);
@@ -231,7 +241,14 @@ impl OnDevice {
             let (give_back, given) = mpsc::channel();
             let host = scope.spawn(move || of_host.store(layers, give_back));
             let mut sent = Sent { gpu: &self.gpu, free, given, to_host, last: None, out: 0, with_queries };
-            let result = self.blocks((mirror, tokens), (start, first_wanted), &mut work, threads, &mut sent, (done, each));
+            let result = self.blocks(
+                (mirror, tokens),
+                (start, first_wanted),
+                &mut work,
+                threads,
+                &mut sent,
+                (done, each),
+            );
             let flushed = sent.flush();
             let Sent { mut free, given, to_host, .. } = sent;
             drop(to_host);
@@ -287,11 +304,14 @@ impl OnDevice {
                 Ok(())
             })?;
             mirror.added(rows);
-            let wanted: Vec<u32> = (first_wanted.clamp(first, first + rows) - first..rows).map(|t| t as u32).collect();
+            let wanted: Vec<u32> =
+                (first_wanted.clamp(first, first + rows) - first..rows).map(|t| t as u32).collect();
             for some in wanted.chunks(LOGIT_ROWS) {
                 self.multiply_out(work, rows, some)?;
                 let logits = finite(work.logits.read(some.len() * vocab)?)?;
-                some.iter().zip(logits.chunks_exact(vocab)).for_each(|(t, logits)| each(first + *t as usize, logits));
+                some.iter()
+                    .zip(logits.chunks_exact(vocab))
+                    .for_each(|(t, logits)| each(first + *t as usize, logits));
             }
         }
         Ok(())
@@ -460,7 +480,11 @@ struct Host<'a> {
 }
 
 impl Host<'_> {
-    fn store(self, layers: mpsc::Receiver<Layer>, give_back: mpsc::Sender<Pinned>) -> Result<(), ForwardError> {
+    fn store(
+        self,
+        layers: mpsc::Receiver<Layer>,
+        give_back: mpsc::Sender<Pinned>,
+    ) -> Result<(), ForwardError> {
         for (layer, pending, [of_rows, of_queries]) in layers {
             let pinned = pending.wait()?;
             let taken = Taken {

@@ -41,7 +41,11 @@ impl Weights {
         let eps = model.config.norm_eps;
         Ok(Weights {
             embed: matrix(gpu, &[&model.embed])?,
-            layers: model.layers.iter().map(|layer| DeviceLayer::of(gpu, layer, eps)).collect::<Result<_, _>>()?,
+            layers: model
+                .layers
+                .iter()
+                .map(|layer| DeviceLayer::of(gpu, layer, eps))
+                .collect::<Result<_, _>>()?,
             norm: Norm::new(gpu, &model.norm, eps)?,
             head: model.head.as_ref().map(|head| matrix(gpu, &[head])).transpose()?,
         })
@@ -82,7 +86,9 @@ impl DeviceLayer {
 fn biases(layer: &Layer) -> Option<Vec<f32>> {
     let parts = [(&layer.bq, &layer.wq), (&layer.bk, &layer.wk), (&layer.bv, &layer.wv)];
     let is_there = parts.iter().any(|(bias, _)| bias.is_some());
-    let of = |(bias, matrix): (&Option<Vec<f32>>, &Matrix)| bias.clone().unwrap_or_else(|| vec![0.0; matrix.rows()]);
+    let of = |(bias, matrix): (&Option<Vec<f32>>, &Matrix)| {
+        bias.clone().unwrap_or_else(|| vec![0.0; matrix.rows()])
+    };
     is_there.then(|| parts.into_iter().flat_map(of).collect())
 }
 

@@ -20,11 +20,13 @@ use std::time::Instant;
 const PAGE: usize = 64;
 
 #[derive(Args)]
-#[command(after_help = "Of each format: tokens of the prompt, seconds to its first token and until it is compressed, host and device memory of a sequence, \
+#[command(
+    after_help = "Of each format: tokens of the prompt, seconds to its first token and until it is compressed, host and device memory of a sequence, \
     median and 90th percentile of the time between tokens. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
-    mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json")]
+    mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json"
+)]
 pub struct GpuArgs {
     /// Tokens that a step attends to, about
     #[arg(long, value_delimiter = ',', default_values_t = [32768, 131_072, 1_048_576])]
@@ -144,7 +146,8 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
             if let (KvFormat::Exact, Some(device)) = (kv, &model.device) {
                 device.reserve(batch * (before + (args.prompt + args.steps) / PAGE + 2))?;
             }
-            let timed = time(args, sequences).with_context(|| format!("--kv {kv}, {context} tokens, batch {batch}"));
+            let timed =
+                time(args, sequences).with_context(|| format!("--kv {kv}, {context} tokens, batch {batch}"));
             // What does not fit is told, and others are measured.
             let Timed { upload, mut steps, kv_bytes, gpu_bytes } = match timed {
                 Ok(timed) => timed,
@@ -214,7 +217,18 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(
         out,
         "{:<14}{:>9}{:>7}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
-        "kv", "context", "batch", "TBT ms", "90 %", "tokens/s", "KV GB", "GPU GB", "upload s", "TTFT s", "then s", "pages"
+        "kv",
+        "context",
+        "batch",
+        "TBT ms",
+        "90 %",
+        "tokens/s",
+        "KV GB",
+        "GPU GB",
+        "upload s",
+        "TTFT s",
+        "then s",
+        "pages"
     )?;
     for row in &report.rows {
         writeln!(

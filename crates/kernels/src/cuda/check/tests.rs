@@ -1,8 +1,8 @@
 //! The kernels, emulated, at odd sizes.
 
 use super::*;
-use crate::cuda::layered::Growing;
 use crate::cuda::emulated::Emulated;
+use crate::cuda::layered::Growing;
 
 fn shape(sequences: usize, kv_heads: usize, rows: usize, head_dim: usize) -> Shape {
     Shape { sequences, kv_heads, rows, head_dim }
@@ -153,7 +153,13 @@ fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
         all.append(&newest);
         let whole = Head::upload(&gpu, &all, kept.pages().len(), &scales).unwrap();
         let bytes = device_bytes(&all);
-        let sizes = [bytes.leading.len(), bytes.lines.len(), bytes.escapes.len() * 4, bytes.pages.len() * 8, bytes.tiles.len() * 32];
+        let sizes = [
+            bytes.leading.len(),
+            bytes.lines.len(),
+            bytes.escapes.len() * 4,
+            bytes.pages.len() * 8,
+            bytes.tiles.len() * 32,
+        ];
         for ((got, want), size) in growing.head().parts().into_iter().zip(whole.parts()).zip(sizes) {
             assert_eq!(got.read::<u8>(size).unwrap(), want.read::<u8>(size).unwrap());
         }

@@ -62,7 +62,8 @@ impl Growing {
         assert!(ends.iter().all(|end| *end <= u32::MAX as usize), "too many lines: {ends:?}");
         // Where the pages after those that may be left out begin.
         let next = bytes.tiles.get(more.pages().len() * TILES);
-        self.kept = next.map_or(ends, |tile| [tile.leading, tile.lines, tile.key_escapes].map(|x| x as usize));
+        self.kept =
+            next.map_or(ends, |tile| [tile.leading, tile.lines, tile.key_escapes].map(|x| x as usize));
         let head = &mut self.head;
         let pages = head.selectable;
         let grown = Grown([
