@@ -13,6 +13,7 @@ use mosaickv_kernels::cuda::Gpu;
 use mosaickv_kv::KvError;
 use mosaickv_kv::device::{Attention, Mirror, Store};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use pass::Work;
 pub(crate) use pass::{Prompt, Step};
@@ -36,6 +37,7 @@ pub(crate) struct OnDevice {
     step: Option<(Attention, Work)>,
     /// What the last prompt worked with.
     prompt: Option<Work>,
+    times: StepTimes,
 }
 
 /// Bytes in a GPU's memory.
@@ -47,6 +49,17 @@ pub struct DeviceBytes {
     pub exact: usize,
     /// Pages of exact tokens for which there is room.
     pub room: usize,
+}
+
+/// Time that steps took so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepTimes {
+    /// Until mirrors were in line with their caches: sealing, and what is sent to the device.
+    pub update: Duration,
+    /// Until the logits were there.
+    pub device: Duration,
+    /// Until the caches had stored what was computed.
+    pub store: Duration,
 }
 
 impl Model {
@@ -62,7 +75,16 @@ impl Model {
 
 impl Device {
     fn new(gpu: &Gpu, (config, rope): (ModelConfig, Rope), weights: Weights, store: Store) -> Device {
-        let on_device = OnDevice { gpu: gpu.clone(), config, rope, weights, store, step: None, prompt: None };
+        let on_device = OnDevice {
+            gpu: gpu.clone(),
+            config,
+            rope,
+            weights,
+            store,
+            step: None,
+            prompt: None,
+            times: StepTimes::default(),
+        };
         Device { inner: Mutex::new(on_device), name: gpu.name() }
     }
 
@@ -76,6 +98,11 @@ impl Device {
         let inner = self.lock();
         let (exact, free) = inner.store.bytes();
         DeviceBytes { weights: inner.weights.bytes(), exact, room: exact + free }
+    }
+
+    /// Time that steps took so far.
+    pub fn times(&self) -> StepTimes {
+        self.lock().times
     }
 
     /// Bytes of its memory that are taken: by the model, what is remembered, and what passes work with.

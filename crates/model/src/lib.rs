@@ -21,7 +21,7 @@ mod shards;
 mod source;
 
 pub use config::{Architecture, ModelConfig};
-pub use device::{Device, DeviceBytes};
+pub use device::{Device, DeviceBytes, StepTimes};
 pub use error::ModelError;
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
 pub use sequence::{ForwardError, Part, Sequence, Share, Wanted, feed_each, greedy, read_each, step_each};

@@ -69,7 +69,7 @@ fn numbers(name: &str, shape: &[usize]) -> Vec<u8> {
         [_] if name.contains("norm") => (1.0, 0.1),
         [_] => (0.0, 0.3),
         [_, cols] if name.contains("embed") || name.contains("head") => (0.0, (*cols as f32).sqrt().recip()),
-        [_, cols] => (0.0, 1.5 * (*cols as f32).sqrt().recip()),
+        [_, cols] => (0.0, (*cols as f32).sqrt().recip()),
         _ => unreachable!("{shape:?}"),
     };
     let count = shape.iter().product();

@@ -19,6 +19,7 @@ use mosaickv_kv::KvCache;
 use mosaickv_kv::device::{Attention, Mirror, Taken, choice_of};
 use std::sync::mpsc;
 use std::thread;
+use std::time::Instant;
 
 /// Tokens of a prompt that go through the layers together.
 const PROMPT_ROWS: usize = 2048;
@@ -45,6 +46,14 @@ pub(crate) struct Prompt<'s> {
     pub(crate) tokens: &'s [u32],
     /// The logits after the tokens from this one on are wanted.
     pub(crate) first_wanted: usize,
+}
+
+/// What came of a step, one after the other: keys and values of all layers, queries of some, sums of weights, logits.
+struct Brought {
+    asked: Vec<usize>,
+    has_log_sums: bool,
+    /// How many numbers.
+    logits: usize,
 }
 
 /// What passes of up to so many rows work with.
@@ -120,12 +129,14 @@ impl OnDevice {
     /// One more token in each of some sequences, whose caches choose alike: the logits `[n, vocab]` of those where they are wanted.
     /// Their caches have the token then.
     pub(crate) fn step(&mut self, steps: &mut [Step], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
+        let start = Instant::now();
         let tokens: Vec<u32> = steps.iter().map(|step| step.token).collect();
         let positions: Vec<usize> = steps.iter().map(|step| step.cache.tokens()).collect();
         for Step { cache, mirror, .. } in &mut *steps {
             mirror.update(&mut self.store, cache, threads, 1)?;
         }
         let (attention, mut work) = self.ready(steps)?;
+        let updated = Instant::now();
         self.set_rows(&work, threads, &tokens, &positions)?;
         let scale = (self.config.head_dim as f32).sqrt().recip();
         let queries = steps.len() * self.config.heads * self.config.head_dim;
@@ -136,9 +147,15 @@ impl OnDevice {
         let wanted = (0..steps.len() as u32).filter(|i| steps[*i as usize].is_wanted);
         let wanted: Vec<u32> = wanted.collect();
         self.multiply_out(&work, steps.len(), &wanted)?;
-        let logits = self.bring_home(steps, threads, (&attention, &mut work), wanted.len())?;
+        let (pinned, brought) = self.fetch(steps, (&attention, &mut work), wanted.len())?;
+        let waited = Instant::now();
+        let logits = self.store(steps, threads, (&pinned, &brought))?;
+        self.times.update += updated - start;
+        self.times.device += waited - updated;
+        self.times.store += waited.elapsed();
+        work.pinned.push(pinned);
         self.step = Some((attention, work));
-        Ok(logits)
+        finite(logits)
     }
 
     /// What a step of these sequences works with.
@@ -167,21 +184,20 @@ impl OnDevice {
         Ok((attention, work))
     }
 
-    /// Waits for a step, and has the caches store what it computed; the logits.
-    fn bring_home(
+    /// Waits for a step: what it computed.
+    fn fetch(
         &self,
-        steps: &mut [Step],
-        threads: &Pool,
+        steps: &[Step],
         (attention, work): (&Attention, &mut Work),
         wanted: usize,
-    ) -> Result<Vec<f32>, ForwardError> {
+    ) -> Result<(Pinned, Brought), ForwardError> {
         let ModelConfig { layers, heads, kv_heads, head_dim, vocab, .. } = self.config;
-        let (count, of_keys, of_queries) = (steps.len(), 2 * kv_heads * head_dim, heads * head_dim);
+        let count = steps.len();
         let asked: Vec<usize> =
             (0..layers).filter(|l| steps.iter().any(|step| step.cache.asks(*l))).collect();
         let spare = work.pinned.pop();
-        let mut parts: Vec<Part> = vec![(&work.staged, 0, layers * count * of_keys * 2)];
-        parts.extend(asked.iter().map(|l| (work.queries(*l), 0, count * of_queries * 2)));
+        let mut parts: Vec<Part> = vec![(&work.staged, 0, layers * count * 2 * kv_heads * head_dim * 2)];
+        parts.extend(asked.iter().map(|l| (work.queries(*l), 0, count * heads * head_dim * 2)));
         let log_sums = attention.log_sums();
         parts.extend(log_sums.map(|sums| (sums, 0, layers * count * heads * 4)));
         parts.push((&work.logits, 0, wanted * vocab * 4));
@@ -190,19 +206,30 @@ impl OnDevice {
             Some(pinned) => pinned,
             None => Pinned::new(&self.gpu, bytes)?,
         };
-        let pinned = aside::fetch(&parts, pinned)?.wait()?;
+        let brought = Brought { asked, has_log_sums: log_sums.is_some(), logits: wanted * vocab };
+        Ok((aside::fetch(&parts, pinned)?.wait()?, brought))
+    }
+
+    /// Has the caches store what a step computed; the logits.
+    fn store(
+        &self,
+        steps: &mut [Step],
+        threads: &Pool,
+        (pinned, brought): (&Pinned, &Brought),
+    ) -> Result<Vec<f32>, ForwardError> {
+        let ModelConfig { layers, heads, kv_heads, head_dim, .. } = self.config;
+        let (count, of_keys, of_queries) = (steps.len(), 2 * kv_heads * head_dim, heads * head_dim);
+        let Brought { asked, has_log_sums, logits } = brought;
         let mut at = 0;
         let mut next = |bytes: usize| {
             at += bytes;
             at - bytes
         };
         let staged: &[f16] = pinned.numbers(next(layers * count * of_keys * 2), layers * count * of_keys);
-        let at_queries = next(asked.len() * count * of_queries * 2);
-        let queries: &[f16] = pinned.numbers(at_queries, asked.len() * count * of_queries);
-        let sums: &[f32] = match log_sums {
-            Some(_) => pinned.numbers(next(layers * count * heads * 4), layers * count * heads),
-            None => &[],
-        };
+        let of_asked = asked.len() * count * of_queries;
+        let queries: &[f16] = pinned.numbers(next(of_asked * 2), of_asked);
+        let of_sums = if *has_log_sums { layers * count * heads } else { 0 };
+        let sums: &[f32] = pinned.numbers(next(of_sums * 4), of_sums);
         for (i, Step { cache, mirror, .. }) in steps.iter_mut().enumerate() {
             mirror.added(1);
             cache.take_step(threads, |l| {
@@ -215,9 +242,7 @@ impl OnDevice {
                 }
             })?;
         }
-        let logits = pinned.numbers::<f32>(next(0), wanted * vocab).to_vec();
-        work.pinned.push(pinned);
-        finite(logits)
+        Ok(pinned.numbers::<f32>(next(logits * 4), *logits).to_vec())
     }
 
     /// The next tokens of a prompt: `each(token, logits)` gets the logits `[vocab]` where they are wanted, `done` is called with the layers

@@ -5,7 +5,7 @@
 
 use super::{median, show};
 use crate::device::MemoryArgs;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
@@ -83,6 +83,10 @@ struct Row {
     upload_s: f64,
     tbt_ms: f64,
     tbt_ms_90: f64,
+    /// Means of what a step consists of: bringing the mirrors in line, the device, and storing what it computed; the rest closes segments.
+    update_ms: f64,
+    device_ms: f64,
+    store_ms: f64,
     tokens_per_s: f64,
 }
 
@@ -149,7 +153,7 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
             let timed =
                 time(args, sequences).with_context(|| format!("--kv {kv}, {context} tokens, batch {batch}"));
             // What does not fit is told, and others are measured.
-            let Timed { upload, mut steps, kv_bytes, gpu_bytes } = match timed {
+            let Timed { upload, mut steps, parts, kv_bytes, gpu_bytes } = match timed {
                 Ok(timed) => timed,
                 Err(error) => {
                     eprintln!("{error:#}");
@@ -170,6 +174,9 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
                 upload_s: upload,
                 tbt_ms: tbt * 1e3,
                 tbt_ms_90: steps[steps.len() * 9 / 10] * 1e3,
+                update_ms: parts[0] * 1e3,
+                device_ms: parts[1] * 1e3,
+                store_ms: parts[2] * 1e3,
                 tokens_per_s: batch as f64 / tbt,
             });
         }
@@ -180,6 +187,8 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
 struct Timed {
     upload: f64,
     steps: Vec<f64>,
+    /// Means of a step's.
+    parts: [f64; 3],
     kv_bytes: usize,
     gpu_bytes: usize,
 }
@@ -187,19 +196,24 @@ struct Timed {
 fn time(args: &GpuArgs, mut sequences: Vec<Sequence>) -> Result<Timed> {
     let model = sequences[0].model();
     let mut next = vec![1u32; sequences.len()];
-    let mut times = vec![];
-    for _ in 0..args.steps + 8 {
+    let device = model.device.as_ref().context("a model on a GPU")?;
+    let (mut times, mut before) = (vec![], device.times());
+    for i in 0..args.steps + 8 {
+        if i == 8 {
+            before = device.times();
+        }
         let start = Instant::now();
         let logits = step_each(&mut sequences.iter_mut().collect::<Vec<_>>(), &next)?;
         next = logits.chunks_exact(logits.len() / sequences.len()).map(greedy).collect();
         times.push(start.elapsed().as_secs_f64());
     }
-    let device = model.device.as_ref().context("a model on a GPU")?;
+    let after = device.times();
+    let parts = [after.update - before.update, after.device - before.device, after.store - before.store];
     let compressed: usize = sequences.iter().map(Sequence::device_bytes).sum();
-    ensure!(times.iter().all(|time| time.is_finite()), "no time");
     Ok(Timed {
         upload: times[0],
         steps: times.split_off(8),
+        parts: parts.map(|part| part.as_secs_f64() / args.steps as f64),
         kv_bytes: compressed + device.bytes().exact,
         gpu_bytes: device.used(),
     })
@@ -216,12 +230,15 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "{:<14}{:>9}{:>7}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
+        "{:<14}{:>9}{:>7}{:>9}{:>9}{:>9}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
         "kv",
         "context",
         "batch",
         "TBT ms",
         "90 %",
+        "update",
+        "device",
+        "store",
         "tokens/s",
         "KV GB",
         "GPU GB",
@@ -233,12 +250,15 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     for row in &report.rows {
         writeln!(
             out,
-            "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
+            "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
             row.kv,
             row.context,
             row.batch,
             row.tbt_ms,
             row.tbt_ms_90,
+            row.update_ms,
+            row.device_ms,
+            row.store_ms,
             row.tokens_per_s,
             row.kv_bytes as f64 / 1e9,
             row.gpu_bytes as f64 / 1e9,
