@@ -149,7 +149,7 @@ impl OnDevice {
         self.multiply_out(&work, steps.len(), &wanted)?;
         let (pinned, brought) = self.fetch(steps, (&attention, &mut work), wanted.len())?;
         let waited = Instant::now();
-        let logits = self.store(steps, threads, (&pinned, &brought))?;
+        let logits = self.keep(steps, threads, (&pinned, &brought))?;
         self.times.update += updated - start;
         self.times.device += waited - updated;
         self.times.store += waited.elapsed();
@@ -211,7 +211,7 @@ impl OnDevice {
     }
 
     /// Has the caches store what a step computed; the logits.
-    fn store(
+    fn keep(
         &self,
         steps: &mut [Step],
         threads: &Pool,
