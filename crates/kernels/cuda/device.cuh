@@ -17,7 +17,7 @@
 
 // The block's shared memory, whose size the launch says.
 DEVICE unsigned char* shared_memory() {
-    extern __shared__ __align__(128) unsigned char bytes[];
+    extern __shared__ __align__(256) unsigned char bytes[];
     return bytes;
 }
 
@@ -124,6 +124,7 @@ DEVICE uint4 load_shared_here(const uint4* from) {
 // Where something is in shared memory, as copies want it.
 using SharedAddress = uint32_t;
 DEVICE SharedAddress shared_address(const void* at) { return (uint32_t)__cvta_generic_to_shared(at); }
+DEVICE SharedAddress flip_address(SharedAddress x, uint32_t bits) { return x ^ bits; }
 
 // 16 bytes to shared memory, while the thread goes on: from `FROM` bytes after `from` to `TO` after `to`.
 template <int TO, int FROM>

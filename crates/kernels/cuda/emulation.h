@@ -336,6 +336,7 @@ DEVICE uint4 load_shared_here(const uint4* from) { return load_once(from); }
 
 using SharedAddress = unsigned char*;
 DEVICE SharedAddress shared_address(const void* at) { return (unsigned char*)at; }
+DEVICE SharedAddress flip_address(SharedAddress x, uint32_t bits) { return (SharedAddress)((uintptr_t)x ^ bits); }
 template <int TO, int FROM>
 DEVICE void copy_later(SharedAddress to, const void* start) {
     unsigned char *shared = to + TO, *from = (unsigned char*)start + FROM;

@@ -2,6 +2,8 @@
 //!
 //! Tests run this emulated, `examples/gpu_check.rs` on a device. What is compared is an error, relative to the largest output.
 
+pub mod dense;
+
 use super::layered::{CODE_OF_ONE, CODES_PER_OCTAVE, Choice, Head, LEAST_PART, Layered, Rotations, Scales};
 use super::{Error, Gpu, PARTS, Shape, encode, exact};
 use crate::isa::Isa;

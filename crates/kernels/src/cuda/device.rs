@@ -285,6 +285,9 @@ impl Buffer {
             bytes.len(),
             self.bytes
         );
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // SAFETY: they lie within the buffer.
         unsafe { self.gpu.device.write(self.address + at as u64, bytes) }
     }

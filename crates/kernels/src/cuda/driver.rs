@@ -433,4 +433,14 @@ mod tests {
         let error = Driver::open(0).unwrap_err().to_string();
         assert!(error.contains("no CUDA device") && error.contains("driver"), "{error}");
     }
+
+    #[test]
+    fn without_the_library_of_products_there_is_a_clear_error() {
+        // SAFETY: as in `Blas::open`.
+        if unsafe { cudarc::cublaslt::sys::is_culib_present() } {
+            return;
+        }
+        let error = Blas::open().err().expect("there is none").to_string();
+        assert!(error.contains("cuBLASLt") && error.contains("LD_LIBRARY_PATH"), "{error}");
+    }
 }
