@@ -172,7 +172,7 @@ fn placed(gpu: &Gpu, head_dim: usize, (past, new): (usize, usize)) -> Result<(Po
     let pool = Pool::new(gpu, pages, (KV_HEADS, head_dim))?;
     let mut places = Places::new(gpu, Limits { layers: 1, sequences: 1, pages, rows: new })?;
     places.set(&[Span { past, new }])?;
-    places.set_pages(0, 0, &(0..pages as u32).collect::<Vec<_>>())?;
+    places.set_pages(&[&(0..pages as u32).collect::<Vec<_>>()])?;
     Ok((pool, places))
 }
 

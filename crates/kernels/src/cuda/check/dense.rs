@@ -272,11 +272,10 @@ fn placed(
     let spans: Vec<Span> = spans.iter().map(|&(past, new)| Span { past, new }).collect();
     // Nothing is left of a pass before.
     places.set(&[Span { past: 0, new: rows }])?;
-    places.set(&spans)?;
+    let others = spans.iter().map(|span| Span { past: 0, ..*span }).collect();
+    places.set_each(&[others, spans])?;
     let pages: Vec<Vec<u32>> = counts.iter().map(|count| free.split_off(free.len() - count)).collect();
-    for (sequence, pages) in pages.iter().enumerate() {
-        places.set_pages(1, sequence, pages)?;
-    }
+    places.set_pages(&pages.iter().map(|pages| &pages[..]).collect::<Vec<_>>())?;
     Ok((pool, places, pages))
 }
 
@@ -513,7 +512,7 @@ mod tests {
         let pool = Pool::new(&gpu, 2, (1, 64)).unwrap();
         let mut places = Places::new(&gpu, Limits { layers: 1, sequences: 1, pages: 2, rows: 1 }).unwrap();
         places.set(&[Span { past: 64, new: 1 }]).unwrap();
-        places.set_pages(0, 0, &[1]).unwrap();
+        places.set_pages(&[&[1]]).unwrap();
         let buffer = gpu.alloc(128).unwrap();
         let tokens = Tokens { pool: &pool, places: &places, layer: 0 };
         prefill::attend(&tokens, &buffer, 1, 1.0, &buffer).unwrap();
