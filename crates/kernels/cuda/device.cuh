@@ -17,7 +17,7 @@
 
 // The block's shared memory, whose size the launch says.
 DEVICE unsigned char* shared_memory() {
-    extern __shared__ __align__(128) unsigned char bytes[];
+    extern __shared__ __align__(256) unsigned char bytes[];
     return bytes;
 }
 
@@ -102,6 +102,14 @@ DEVICE uint32_t halves(float low, float high) {
     return y;
 }
 
+// Two numbers as bf16, the first in the low half.
+DEVICE uint32_t bfloats(float low, float high) {
+    uint32_t y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+
 // 16 bytes that are read once: past the first cache.
 DEVICE uint4 load_once(const void* from) {
     uint4 x;
@@ -122,6 +130,7 @@ DEVICE uint4 load_shared_here(const uint4* from) {
 // Where something is in shared memory, as copies want it.
 using SharedAddress = uint32_t;
 DEVICE SharedAddress shared_address(const void* at) { return (uint32_t)__cvta_generic_to_shared(at); }
+DEVICE SharedAddress flip_address(SharedAddress x, uint32_t bits) { return x ^ bits; }
 
 // If `wanted` is not 0, the 16 bits at `at` in shared memory, and `at` moves on; otherwise 0.
 DEVICE uint32_t take_half(SharedAddress& at, uint32_t wanted) {
@@ -192,6 +201,22 @@ DEVICE void multiply_weights_only(int (&c)[4], uint32_t a0, uint32_t a1, uint32_
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 
+// Four 8x8 matrices of 16-bit elements out of shared memory: lane l says where row l % 8 of matrix l / 8 is, 16 bytes, and gets of each matrix
+// row g, columns 2t and 2t + 1.
+DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+// The same of the matrices transposed: rows 2t and 2t + 1, column g.
+DEVICE void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row)
+                 : "memory");
+}
+
 // An 8x8 matrix of 16-bit elements, transposed: a lane gives those of row g at columns 2t, 2t + 1.
 DEVICE uint32_t transpose(uint32_t x) {
     uint32_t y;
@@ -204,8 +229,10 @@ DEVICE uint32_t transpose(uint32_t x) {
 // What both share.
 
 constexpr int WARP = 32;
+constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NONE = -__builtin_huge_valf();
 
+DEVICE float bfloat_to_float(uint32_t x) { return bits_to_float(x << 16); }
 DEVICE float max_of(float a, float b) { return a > b ? a : b; }
 DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 DEVICE int max_of(int a, int b) { return a > b ? a : b; }

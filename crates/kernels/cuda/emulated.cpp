@@ -44,6 +44,15 @@ const Entry ENTRIES[] = {
     ENTRY(packed_rotate_128, PackedRotateParameters),
     ENTRY(packed_encode_64, PackedEncodeParameters),
     ENTRY(packed_encode_128, PackedEncodeParameters),
+    ENTRY(dense_embed, EmbedParameters),
+    ENTRY(dense_norm, NormParameters),
+    ENTRY(dense_norm_add, NormParameters),
+    ENTRY(dense_heads_64, HeadsParameters),
+    ENTRY(dense_heads_128, HeadsParameters),
+    ENTRY(dense_gate, GateParameters),
+    ENTRY(dense_narrow, NarrowParameters),
+    ENTRY(prefill_attend_64, PrefillParameters),
+    ENTRY(prefill_attend_128, PrefillParameters),
 };
 }  // namespace
 

@@ -17,6 +17,7 @@
 #include <memory>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define DEVICE static inline
@@ -43,7 +44,7 @@ namespace emulation {
 constexpr int LANES = 32;
 constexpr size_t STACK = 96 << 10;
 
-enum class Together { None, Sync, Shuffle, ShuffleXor, ShuffleUp, Any, Ballot, Transpose, Halves, Bytes, Weights };
+enum class Together { None, Sync, Shuffle, ShuffleXor, ShuffleUp, Any, Ballot, Transpose, Halves, Bytes, Weights, Matrices };
 
 // Bytes, a multiple of 16, before a page that can't be touched.
 inline size_t whole_pages(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
@@ -328,6 +329,17 @@ DEVICE uint16_t float_to_half(float x) {
 }
 DEVICE uint32_t halves(float low, float high) { return float_to_half(low) | (uint32_t)float_to_half(high) << 16; }
 
+DEVICE uint32_t bfloats(float low, float high) {
+    auto bits = [](float x) {
+        uint32_t y;
+        std::memcpy(&y, &x, 4);
+        if (x != x) return (y >> 16) | 0x40;
+        return (y + 0x7fff + (y >> 16 & 1)) >> 16;
+    };
+    return bits(low) | bits(high) << 16;
+}
+DEVICE float square_root(float x) { return std::sqrt(x); }
+
 DEVICE void check_alignment(const void* at, size_t to) {
     if ((uintptr_t)at % to != 0) emulation::fail("an address that is not aligned");
 }
@@ -350,6 +362,7 @@ DEVICE uint32_t take_half(SharedAddress& at, uint32_t wanted) {
     at += 2;
     return x;
 }
+DEVICE SharedAddress flip_address(SharedAddress x, uint32_t bits) { return (SharedAddress)((uintptr_t)x ^ bits); }
 template <int TO, int FROM>
 DEVICE void copy_later(SharedAddress to, const void* start) {
     unsigned char *shared = to + TO, *from = (unsigned char*)start + FROM;
@@ -414,4 +427,36 @@ DEVICE uint32_t transpose(uint32_t x) {
         }
     });
     return out;
+}
+
+namespace emulation {
+// `at(row, column)`s of each of four matrices, elements 0 and 1 of a word.
+template <class F>
+inline void load_matrices(uint32_t (&to)[4], SharedAddress row, F at) {
+    check_alignment(row, 16);
+    uint32_t words[2];
+    std::memcpy(words, &row, sizeof row);
+    together(Together::Matrices, words, 2, [&](uint32_t(&given)[LANES][8]) {
+        for (int i = 0; i < 4; i++) {
+            to[i] = 0;
+            for (int j = 0; j < 2; j++) {
+                auto [of_row, column] = at(j);
+                SharedAddress from;
+                std::memcpy(&from, given[i * 8 + of_row], sizeof from);
+                uint16_t element;
+                std::memcpy(&element, from + 2 * column, 2);
+                to[i] |= (uint32_t)element << (16 * j);
+            }
+        }
+    });
+}
+}  // namespace emulation
+
+DEVICE void load_matrices(uint32_t (&to)[4], SharedAddress row) {
+    int g = emulation::current % 32 / 4, t = emulation::current % 4;
+    emulation::load_matrices(to, row, [&](int j) { return std::pair(g, 2 * t + j); });
+}
+DEVICE void load_matrices_transposed(uint32_t (&to)[4], SharedAddress row) {
+    int g = emulation::current % 32 / 4, t = emulation::current % 4;
+    emulation::load_matrices(to, row, [&](int j) { return std::pair(2 * t + j, g); });
 }

@@ -119,6 +119,7 @@ struct LayeredParameters {
     uint32_t* counts;              // [B * G]: how many; from `ALL_TILES` on: the first ones, without a list
     States states;
     float* out;                    // [B, G, R, D]
+    float* log_sums;               // [B, G, R]: logarithms of what all weights sum up to, or null
     Selection selection;
     float scale;                   // of scores, log2(e) included
     int32_t sequences, kv_heads, rows, rows_stored;
@@ -133,3 +134,75 @@ struct LayeredParameters {
 
 // Marks a count of tiles that are not listed.
 constexpr uint32_t ALL_TILES = 0x80000000u;
+
+// Rows of a table, times a scale.
+struct EmbedParameters {
+    const uint16_t* table;   // [vocab, hidden], bf16
+    const uint32_t* tokens;  // [T]
+    float* out;              // [T, hidden]
+    float scale;
+    int32_t vocab, hidden;
+    int32_t unused;
+};
+
+// RMSNorm of rows.
+struct NormParameters {
+    const float* x;          // [rows, columns]
+    const float* weight;     // [columns]
+    const uint32_t* picked;  // [blocks], or null: rows as they come
+    void* out;               // [blocks, columns], bf16, or f32 to be added to
+    float eps;
+    int32_t columns, rows;
+    int32_t unused;
+};
+
+// Heads out of what is projected: H of queries, G of keys, G of values in each row.
+struct HeadsParameters {
+    const float* projected;   // [T, H + 2 G, D]
+    const float* bias;        // [H + 2 G, D], or null
+    const float* query_norm;  // [D], or null
+    const float* key_norm;    // [D], or null
+    const float* rotations;   // [T, turned / 2, 2], cosine and sine
+    const uint32_t* rows;     // [T, 2], sequence, and the token's index in its pages
+    const uint32_t* tables;   // [B, table_stride], pages of each sequence
+    uint16_t* queries;        // [T, H, D], f16
+    uint16_t* pool;           // [pages, G, 2, 64, D], f16
+    uint16_t* staged;         // [T, 2, G, D], f16, or null
+    float eps;
+    float query_factor;
+    int32_t heads, kv_heads;
+    int32_t turned;           // elements of a head that are turned, even
+    int32_t interleaved;      // pairs are (0, 1), (2, 3), ..; otherwise (0, turned / 2), ..
+    int32_t table_stride;
+    int32_t row_count;        // T
+};
+
+// x / (1 + e^-(linear x + cubic x^3)) of gates, times ups.
+struct GateParameters {
+    const float* both;  // [T, 2, width]
+    uint16_t* out;      // [T, width], bf16
+    int64_t count;      // T * width
+    int32_t width;
+    float linear, cubic;
+    int32_t unused;
+};
+
+// f32 as bf16.
+struct NarrowParameters {
+    const float* x;
+    uint16_t* out;
+    int64_t count;
+};
+
+// Attention of new tokens of some sequences.
+struct PrefillParameters {
+    const uint16_t* queries;  // [T, H, D], f16
+    const uint16_t* pool;     // [pages, G, 2, 64, D], f16
+    const uint32_t* tables;   // [B, table_stride], pages of each sequence
+    const uint32_t* spans;    // [B, 3]: first row, tokens before it, rows
+    const uint32_t* tiles;    // [tiles, 2]: sequence, first row of the tile in it
+    uint16_t* out;            // [T, H, D], bf16
+    float scale;              // of scores, log2(e) included
+    int32_t heads, kv_heads;
+    int32_t table_stride;
+};

@@ -147,6 +147,7 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     sync_block();
     x = rotated<D>(shared.vector, shared.parts, share);
     join(x, max, sum, other, other_max, other_sum);
+    if (p.log_sums && thread_index() == 0) p.log_sums[block_index()] = max + log2_fast(sum);
     if (thread_index() < D) p.out[(int64_t)block_index() * D + c] = sum > 0 ? x / sum : 0;
 }
 

@@ -30,7 +30,9 @@ const BATCHES: [usize; 3] = [1, 4, 8];
 const KNOWN: usize = 68;
 /// Pages that are made anew; more are copies of them.
 const DISTINCT: usize = 512;
-const CHECKS: [&str; 9] = [
+const CHECKS: [&str; 11] = [
+    "dense",
+    "dense-overlapped",
     "exact",
     "exact-long",
     "layered-all",
@@ -268,6 +270,9 @@ fn run_check(name: &str) -> Result<()> {
     // Fresh inputs each time.
     let seed = std::time::UNIX_EPOCH.elapsed()?.as_nanos() as u64;
     match name {
+        "dense" => check::dense::checks(&gpu, seed, check::dense::Size::Large)?
+            .iter()
+            .for_each(|of| report(name, &of.of, of.error, 1.0, "")),
         "exact" => {
             for (rows, d) in [(1, 64), (3, 128), (4, 128), (8, 64), (8, 128)] {
                 let shape = shape(4, 2, rows, d);

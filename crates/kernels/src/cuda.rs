@@ -1,4 +1,6 @@
-//! The same formats on a GPU: attention for one token of each of some sequences, and pages out of vectors.
+//! The same formats on a GPU: attention for one token of each of some sequences, and pages out of vectors; and what the rest of a model's pass
+//! needs: products ([`gemm`]), what lies between them ([`dense`]), attention of prompts ([`prefill`]), copies beside the device's work
+//! ([`aside`]).
 //!
 //! The kernels are CUDA C++ in this crate's folder `cuda`. With feature `cuda` they are compiled for GPUs and loaded through the driver at run time
 //! ([`driver`]), with `cuda-emulated` for the host, where tests run them thread by thread ([`emulated`]). A [`Gpu`] is one or the
@@ -7,7 +9,9 @@
 //! A step is a sequence of launches with fixed grids: lengths, tables and counts are read from the device's memory, so that it can be
 //! captured once as a graph and launched for every token.
 
+pub mod aside;
 pub mod check;
+pub mod dense;
 mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
@@ -15,11 +19,14 @@ pub mod driver;
 pub mod emulated;
 pub mod encode;
 pub mod exact;
+pub mod gemm;
 pub mod layered;
 pub mod packed;
 pub(crate) mod parameters;
+pub mod prefill;
 
-pub use device::{Buffer, Device, Error, Gpu, Kernel};
+pub use aside::{Pending, Pinned};
+pub use device::{Buffer, Device, Error, Gpu, Kernel, Piece};
 
 /// Most query heads of a KV head.
 pub const MOST_ROWS: usize = 8;

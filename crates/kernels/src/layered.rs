@@ -26,7 +26,6 @@ use std::ops::Range;
 mod attend;
 mod choose;
 mod credit;
-#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
 pub(crate) mod device;
 mod encode;
 pub mod oracle;
@@ -54,7 +53,7 @@ pub const SKETCH: usize = 4;
 const UNIT: f32 = 4.8 / 127.0;
 
 /// Codes of a block, and bytes of the lines that pages are made of.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// Bits of an element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -489,6 +488,13 @@ impl Pages {
             page.value_escapes -= escapes as u32;
         }
         first
+    }
+
+    /// A copy of the pages from `first` on.
+    pub fn after(&self, first: usize) -> Pages {
+        let mut rest = self.clone();
+        rest.split_first(first);
+        rest
     }
 
     /// Adds the pages of `others`, of vectors with as many channels, after these.

@@ -4,7 +4,6 @@
 //! policy. Shape letters: `H` query heads, `G` KV heads, `T` tokens, `D` head_dim; `[T, D]` is row-major.
 
 pub mod activation;
-#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
 pub mod cuda;
 pub mod exact;
 pub mod isa;

@@ -91,6 +91,19 @@ pub enum KvError {
         /// `D` of the cache.
         head_dim: usize,
     },
+    /// A GPU can't be used, or has no room.
+    #[error(transparent)]
+    Device(#[from] mosaickv_kernels::cuda::Error),
+    /// Something that kernels for GPUs are not there for.
+    #[error("{what} is {got}, and a GPU attends to {wanted}; use --device cpu")]
+    NotOnDevice {
+        /// What it is.
+        what: &'static str,
+        /// What it is like.
+        got: String,
+        /// What there are kernels for.
+        wanted: &'static str,
+    },
     /// A key or value is NaN or infinite; nothing was stored.
     #[error(
         "layer {layer} computed keys or values that are not finite; the model's weights are damaged, or its \

@@ -17,6 +17,7 @@ mod bound;
 #[path = "../tests/common/mod.rs"]
 mod common;
 mod compress;
+pub mod device;
 mod error;
 mod exact;
 mod format;

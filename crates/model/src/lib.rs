@@ -7,6 +7,7 @@
 
 pub mod calibrate;
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod rope;
 pub mod sequence;
@@ -20,6 +21,7 @@ mod shards;
 mod source;
 
 pub use config::{Architecture, ModelConfig};
+pub use device::{Device, DeviceBytes, StepTimes};
 pub use error::ModelError;
 pub use rope::{Rope, RopeConfig, RopeScaling, RopeStyle, Rotation};
 pub use sequence::{ForwardError, Part, Sequence, Share, Wanted, feed_each, greedy, read_each, step_each};

@@ -4,10 +4,13 @@
 //! up to 8,192 tokens) is uncompressed at a time. What a layer remembers, and how attention reads it, is the KV
 //! cache's business.
 
+mod on_device;
+
 use crate::forward::{BLOCK_TOKENS, Forward, Projected};
 use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
+use mosaickv_kv::device::Mirror;
 use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, attend_each};
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,6 +34,8 @@ pub struct Sequence<'a> {
     isa: Isa,
     precision: Precision,
     cache: KvCache,
+    /// What a GPU holds of it, if the model is on one.
+    mirror: Option<Mirror>,
     attention: Duration,
 }
 
@@ -44,6 +49,17 @@ pub struct Share<'s, 'a> {
     pub part: Part,
     /// After which of them logits are wanted.
     pub wanted: Wanted,
+}
+
+impl Share<'_, '_> {
+    /// The first of its tokens after which logits are wanted.
+    fn first_wanted(&self) -> usize {
+        match self.wanted {
+            Wanted::Nothing => self.tokens.len(),
+            Wanted::Last => self.tokens.len() - 1,
+            Wanted::All => 0,
+        }
+    }
 }
 
 /// What the tokens of a pass are to their sequence.
@@ -99,6 +115,9 @@ pub enum ForwardError {
     /// The cache refused.
     #[error(transparent)]
     Kv(#[from] KvError),
+    /// The GPU did.
+    #[error(transparent)]
+    Device(#[from] mosaickv_kernels::cuda::Error),
 }
 
 impl Model {
@@ -140,8 +159,16 @@ impl<'a> Sequence<'a> {
             }
             (None, _) => cache,
         };
+        let mirror = match &model.device {
+            Some(device) => {
+                Mirror::check(format)?;
+                Some(device.mirror())
+            }
+            None => None,
+        };
         Ok(Sequence {
             model,
+            mirror,
             pool,
             isa: Isa::current(),
             precision: Precision::EightBits,
@@ -180,14 +207,33 @@ impl<'a> Sequence<'a> {
     pub fn compressed(&self, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let start = Instant::now();
         let cache = self.cache.compressed(self.pool, format)?;
-        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
+        let mirror = self.mirror.clone();
+        Ok(Sequence { cache, mirror, attention: self.attention + start.elapsed(), ..*self })
     }
 
     /// The same with one layer compressed and the others exact.
     pub fn compressed_layer(&self, layer: usize, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let start = Instant::now();
         let cache = self.cache.compressed_layer(self.pool, layer, format)?;
-        Ok(Sequence { cache, attention: self.attention + start.elapsed(), ..*self })
+        let mirror = self.mirror.clone();
+        Ok(Sequence { cache, mirror, attention: self.attention + start.elapsed(), ..*self })
+    }
+
+    /// A copy that reads as if its compressed prompt were there `times` times on the GPU, or before its exact tokens `pages` pages of others:
+    /// see [`Mirror::stretched`].
+    pub fn stretched(&self, times: usize, pages: usize) -> Sequence<'a> {
+        let mirror = self.mirror.as_ref().map(|mirror| mirror.stretched(times, pages));
+        Sequence { mirror, ..self.clone() }
+    }
+
+    /// Bytes that a GPU holds of it in compressed pages.
+    pub fn device_bytes(&self) -> usize {
+        self.mirror.as_ref().map_or(0, Mirror::bytes)
+    }
+
+    /// Whose it is.
+    pub fn model(&self) -> &'a Model {
+        self.model
     }
 
     /// What it remembers.
@@ -224,17 +270,18 @@ impl<'a> Sequence<'a> {
         }
         let chunks = prompt.len().div_ceil(CHUNK_TOKENS);
         let layers = self.model.layers.len();
-        let mut last = Vec::new();
-        for (i, chunk) in prompt.chunks(CHUNK_TOKENS).enumerate() {
+        let mut logits = vec![];
+        for (i, tokens) in prompt.chunks(CHUNK_TOKENS).enumerate() {
+            let is_last = i + 1 == chunks;
+            let (part, wanted) =
+                if is_last { (Part::PromptEnd, Wanted::Last) } else { (Part::Prompt, Wanted::Nothing) };
             let report = &mut |layer| progress(i * layers + layer, chunks * layers);
-            let part = if i + 1 == chunks { Part::PromptEnd } else { Part::Prompt };
-            last = self.layers(chunk, part, report)?;
+            let share = Share { sequence: self, tokens, part, wanted };
+            read_shares(&mut [share], report, &mut |_, _, of_last| logits = of_last.to_vec())?;
         }
-        let hidden = self.model.config.hidden;
-        // The last layer is encoded meanwhile.
-        let logits = self.pass().logits(&last[last.len() - hidden..]);
+        // The last layer was encoded meanwhile.
         self.finish_prompt();
-        logits
+        Ok(logits)
     }
 
     /// Waits until every layer of a prompt that was read to its [end](Part::PromptEnd) is compressed.
@@ -264,15 +311,12 @@ impl<'a> Sequence<'a> {
 
     /// Reads one more token, whatever follows it.
     pub fn feed(&mut self, token: u32) -> Result<(), ForwardError> {
-        self.check(&[token])?;
-        self.layers(&[token], Part::Step, &mut |_| ()).map(|_| ())
+        feed_each(&mut [self], &[token])
     }
 
     /// Reads one more token and returns the logits `[vocab]` that follow it.
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>, ForwardError> {
-        self.check(&[token])?;
-        let hidden = self.layers(&[token], Part::Step, &mut |_| ())?;
-        self.pass().logits(&hidden)
+        step_each(&mut [self], &[token])
     }
 
     /// Reads tokens as one exact chunk and calls `each(i, logits)` with the logits `[vocab]` that follow every
@@ -308,16 +352,6 @@ impl<'a> Sequence<'a> {
     fn pass(&self) -> Forward<'a> {
         Forward { model: self.model, pool: self.pool, isa: self.isa, precision: self.precision }
     }
-
-    /// The residual stream `[T, hidden]` of the next `tokens` after all layers.
-    fn layers(
-        &mut self,
-        tokens: &[u32],
-        part: Part,
-        done: &mut dyn FnMut(usize),
-    ) -> Result<Vec<f32>, ForwardError> {
-        layers_each(&mut [Share { sequence: self, tokens, part, wanted: Wanted::Nothing }], done)
-    }
 }
 
 /// A pass that several sequences of one model share: each reads its next tokens, and `each(share, token, logits)` gets the
@@ -338,15 +372,25 @@ pub fn read_each(
         assert!(!tokens.is_empty(), "a share without tokens");
         sequence.check(tokens)?;
     }
-    let hidden = layers_each(shares, &mut |_| ())?;
+    read_shares(shares, &mut |_| (), each)
+}
+
+/// The same of shares that were checked; `done` is called with the layers that are done.
+fn read_shares(
+    shares: &mut [Share],
+    done: &mut dyn FnMut(usize),
+    each: &mut dyn FnMut(usize, usize, &[f32]),
+) -> Result<(), ForwardError> {
+    let Some(first) = shares.first() else { return Ok(()) };
+    let pass = first.sequence.pass();
+    if let Some(device) = &pass.model.device {
+        return on_device::read(device, shares, done, each);
+    }
+    let hidden = layers_each(shares, done)?;
     let (width, vocab) = (pass.model.config.hidden, pass.model.config.vocab);
-    let wanted = shares.iter().enumerate().flat_map(|(i, Share { tokens, wanted, .. })| {
-        let first = match wanted {
-            Wanted::Nothing => tokens.len(),
-            Wanted::Last => tokens.len() - 1,
-            Wanted::All => 0,
-        };
-        (0..tokens.len()).map(move |t| (i, t, t >= first))
+    let wanted = shares.iter().enumerate().flat_map(|(i, share)| {
+        let first = share.first_wanted();
+        (0..share.tokens.len()).map(move |t| (i, t, t >= first))
     });
     let rows = wanted.zip(hidden.chunks_exact(width));
     let rows: Vec<_> = rows.filter(|((_, _, is_wanted), _)| *is_wanted).collect();

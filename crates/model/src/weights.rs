@@ -10,6 +10,7 @@ use mosaickv_kv::Calibration;
 
 use crate::ModelError;
 use crate::config::{self, Architecture, ModelConfig};
+use crate::device::Device;
 use crate::gguf::Gguf;
 use crate::rope::Rope;
 use crate::shards::{Shards, read_json};
@@ -81,6 +82,8 @@ pub struct Model {
     pub rope: Rope,
     /// Rotary embedding of the layers that are [`LayerRope::Local`].
     pub local_rope: Option<Rope>,
+    /// Where passes are computed; `None`: on the CPU.
+    pub device: Option<Device>,
     /// What the layered format needs to know; `None` until somebody [calibrates](crate::calibrate).
     pub calibration: Option<Arc<Calibration>>,
 }
@@ -158,7 +161,7 @@ fn read_tensors(
     progress(total, total);
     let rope = Rope::new(&config.rope);
     let local_rope = config.local_rope.as_ref().map(Rope::new);
-    Ok(Model { config, embed, layers, norm, head, rope, local_rope, calibration: None })
+    Ok(Model { config, embed, layers, norm, head, rope, local_rope, device: None, calibration: None })
 }
 
 fn read_layer(tensors: &mut dyn Tensors, config: &ModelConfig, index: usize) -> Result<Layer, ModelError> {

@@ -2,6 +2,7 @@
 
 mod attention;
 mod decode;
+mod gpu;
 mod serve;
 
 use anyhow::{Result, ensure};
@@ -18,6 +19,8 @@ pub enum BenchCommand {
     Attention(attention::AttentionArgs),
     /// Prefill and time between tokens of a real model at several depths
     Decode(decode::DecodeArgs),
+    /// Time between tokens of an 8B model's shape on a GPU, up to a million tokens
+    Gpu(gpu::GpuArgs),
     /// Many long contexts at once under one budget of bytes
     Serve(serve::ServeArgs),
 }
@@ -26,6 +29,7 @@ pub fn bench(command: &BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Attention(args) => attention::attention(args),
         BenchCommand::Decode(args) => decode::decode(args),
+        BenchCommand::Gpu(args) => gpu::gpu(args),
         BenchCommand::Serve(args) => serve::serve(args),
     }
 }

@@ -7,6 +7,7 @@ mod report;
 mod ruler;
 
 use crate::calibrate::{files_digest, hex, load_for};
+use crate::device::DeviceArgs;
 use crate::prefill::PrefillKv;
 use crate::{ModelArgs, fetch};
 use anyhow::{Context, Result, bail};
@@ -53,6 +54,8 @@ pub fn eval(command: &EvalCommand) -> Result<()> {
 struct RunArgs {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// KV formats to compare, separated by commas, such as exact,layered,layered:4,packed,q8_0,kivi4,snapkv
     #[arg(long, default_value = "exact,layered", value_name = "FORMATS")]
     kv: KvFormats,
@@ -84,7 +87,8 @@ impl RunArgs {
     fn load(&self) -> Result<Loaded> {
         let pool = self.model.threads.pool();
         let path = fetch::resolve(&self.model.model)?;
-        let (model, text) = load_for((&path, self.model.calibration.as_deref()), &pool, &self.kv.0)?;
+        let (mut model, text) = load_for((&path, self.model.calibration.as_deref()), &pool, &self.kv.0)?;
+        self.device.place(&mut model, &self.kv.0)?;
         let name = Path::new(&self.model.model);
         let gguf = name.extension().is_some_and(|extension| extension == "gguf");
         let name = if gguf { name.file_stem() } else { name.file_name() }.unwrap_or(name.as_os_str());
@@ -123,6 +127,9 @@ impl RunArgs {
             && let Some(calibration) = &loaded.model.calibration
         {
             options.insert("calibration".to_owned(), calibrate::digest(calibration)[..16].to_owned());
+        }
+        if let Some(device) = &loaded.model.device {
+            options.insert("device".to_owned(), device.name().to_owned());
         }
         if self.prefill_kv != PrefillKv::Exact {
             options.insert("prefill".to_owned(), self.prefill_kv.to_string());

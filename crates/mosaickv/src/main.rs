@@ -9,6 +9,7 @@ mod budget;
 mod calibrate;
 mod config;
 mod demo;
+mod device;
 mod eval;
 mod fetch;
 mod inspect;
@@ -75,6 +76,7 @@ enum Command {
     mosaickv run --model smollm2-135m \"Name three rivers.\"\n  \
     mosaickv run --model ./model.gguf --file book.txt --kv layered:4 \"Who is the captain?\"\n  \
     mosaickv run --model ./model.gguf --file book.txt --kv-budget 24MB \"Who is the captain?\"\n  \
+    mosaickv run --model ./model.gguf --file book.txt --device cuda \"Who is the captain?\"\n  \
     mosaickv run --model ./Qwen3-0.6B --kv packed:kept=0.375,group=2,selected=0.2 --json \"Why is the sky blue?\"")]
 struct RunArgs {
     #[command(flatten)]
@@ -89,6 +91,8 @@ struct RunArgs {
     kv: Option<KvFormat>,
     #[command(flatten)]
     budget: budget::BudgetArgs,
+    #[command(flatten)]
+    device: device::DeviceArgs,
     /// Longest answer, in tokens
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     max_tokens: u32,
@@ -209,6 +213,7 @@ fn run(args: &RunArgs) -> Result<()> {
     let format = args.budget.format_for(args.kv, prompt.len())?;
     let file = args.model.calibration.as_deref();
     calibrate::attach((&mut model, &text), &pool, (&path, file), &[format])?;
+    args.device.place(&mut model, &[format])?;
     let asked = answer::Asked { prompt: &prompt, format, max_tokens };
     let json = args.json;
     let mut out = io::stdout().lock();

@@ -2,6 +2,7 @@
 //!
 //! The socket is there before the model: while it loads, /health says so.
 
+use crate::device::DeviceArgs;
 use crate::prefill::PrefillKv;
 use crate::{ThreadArgs, calibrate, fetch};
 use anyhow::{Context, Result, bail, ensure};
@@ -27,6 +28,7 @@ const CONNECTION_THREADS: usize = 2;
 #[command(after_help = "Examples:\n  \
     mosaickv serve smollm2-135m\n  \
     mosaickv serve ./model.gguf --kv layered:8 --kv-memory 8GiB --max-num-seqs 32 --api-key-file keys.txt\n  \
+    mosaickv serve ./model.gguf --device cuda --kv-memory 40GiB\n  \
     mosaickv serve --config server.toml\n  \
     mosaickv serve ./Qwen3-0.6B --host 0.0.0.0 --port 80 --api-key secret --allow-origin https://chat.example\n  \
     curl http://127.0.0.1:8000/v1/completions -d '{\"prompt\": \"Three rivers:\", \"kv\": {\"format\": \"layered:6\"}}'")]
@@ -103,6 +105,8 @@ pub struct ServeArgs {
     contexts: Option<PathBuf>,
     #[command(flatten)]
     threads: ThreadArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     clients: ClientArgs,
 }
@@ -195,10 +199,11 @@ async fn run(args: &ServeArgs, options: Options, settings: Settings, path: PathB
     let stops = signals()?;
     let loading = tokio::task::spawn_blocking({
         let (app, kv, threads) = (app.clone(), args.kv, args.threads.count());
-        let calibration = args.calibration.clone();
+        let (calibration, device) = (args.calibration.clone(), args.device.clone());
         move || -> Result<()> {
             let weights = calibrate::weights_name(&path)?;
-            let (model, text) = load((&path, calibration.as_deref()), threads, kv)?;
+            let (mut model, text) = load((&path, calibration.as_deref()), threads, kv)?;
+            device.place(&mut model, &[kv])?;
             app.load((Arc::new(model), weights), text, threads, settings);
             Ok(())
         }

@@ -173,3 +173,31 @@ fn a_benchmark_prints_rows_with_what_was_measured() {
     // 2,400 tokens, 2 KV heads, 32 channels, keys and values, 2 bytes each.
     assert_eq!(rows[0]["bytes_read"], 2400 * 2 * 32 * 2 * 2);
 }
+
+/// With the feature or without, there is no GPU where tests run; a machine that has one skips this.
+#[test]
+fn without_a_gpu_it_is_said_what_to_do() {
+    if std::path::Path::new("/dev/nvidia0").exists() {
+        return;
+    }
+    let model = tiny("llama.gguf");
+    let run = |rest: &[&str], says: &[&str]| refused(&[&["run", "--model", &model], rest].concat(), says);
+    run(&["--device", "cuda", "--kv", "exact", "hello"], &["--device cpu", "CUDA"]);
+    run(&["--device", "cuda", "--kv", "q8_0", "hello"], &["--kv is q8_0", "exact and layered"]);
+    run(&["--device", "tpu", "hello"], &["cpu", "cuda", "auto"]);
+    let output = mosaickv(&[
+        "run",
+        "--model",
+        &model,
+        "--device",
+        "auto",
+        "--kv",
+        "exact",
+        "--max-tokens",
+        "2",
+        "hello",
+    ]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("computing on the CPU: "), "{said}");
+    assert_eq!(said.matches("computing on the CPU").count(), 1, "{said}");
+}

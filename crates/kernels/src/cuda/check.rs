@@ -2,6 +2,7 @@
 //!
 //! Tests run this emulated, `examples/gpu_check.rs` on a device. What is compared is an error, relative to the largest output.
 
+pub mod dense;
 pub mod packed;
 
 use super::layered::{CODE_OF_ONE, CODES_PER_OCTAVE, Choice, Head, LEAST_PART, Layered, Rotations, Scales};
@@ -434,6 +435,7 @@ impl Check<'_> {
         let (bytes, read) = (self.step.query_bytes()?, self.step.read_tiles()?);
         let selects = read.iter().any(Option::is_some);
         let codes = if selects { self.step.codes()? } else { vec![] };
+        let log_sums: Vec<f32> = self.step.log_sums().read(shape.queries())?;
         let mut want = vec![];
         let mut tiles = (0, 0);
         for (i, inputs) in self.heads.iter().enumerate() {
@@ -462,6 +464,13 @@ impl Check<'_> {
             let states = self.attended(i, &on_cpu, &chosen);
             for (state, known) in states.into_iter().zip(known) {
                 let all = state.merge(known);
+                let log_sum = f64::from(log_sums[want.len() / d]);
+                if all.sum > 0.0 && (log_sum - all.log_sum()).abs() > 2e-3 {
+                    return wrong(format!(
+                        "head {i}: a sum of weights of 2^{log_sum}, wanted 2^{}",
+                        all.log_sum()
+                    ));
+                }
                 want.extend(all.acc.iter().map(|x| if all.sum > 0.0 { x / all.sum } else { 0.0 }));
             }
         }

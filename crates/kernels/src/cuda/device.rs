@@ -1,8 +1,11 @@
-//! What is a GPU to those who use it? Memory and launches.
+//! What is a GPU to those who use it? Memory, launches, products of matrices, and copies beside them.
 
+use super::aside::Copied;
+use super::gemm::Product;
 use bytemuck::{AnyBitPattern, NoUninit};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What went wrong on the way to or on the device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +21,21 @@ pub enum Error {
         /// The driver's words.
         why: String,
     },
+    /// It would be more than a budget allows.
+    #[error(
+        "{wanted} bytes of GPU memory do not fit in a budget of {limit} bytes, of which {used} are taken: raise the budget or ask for less"
+    )]
+    Budget {
+        /// Bytes.
+        wanted: usize,
+        /// Bytes taken.
+        used: usize,
+        /// Bytes in all.
+        limit: usize,
+    },
+    /// A library that a pass needs is not there.
+    #[error("{0}")]
+    NoLibrary(String),
     /// A call of the driver failed.
     #[error("CUDA: {call}: {why}")]
     Call {
@@ -37,20 +55,33 @@ pub struct Kernel {
     pub threads: usize,
 }
 
+/// A copy between page-locked memory of the host and the device's memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Where it goes.
+    pub to: u64,
+    /// Where it comes from.
+    pub from: u64,
+    /// How much it is.
+    pub bytes: usize,
+}
+
 /// Memory and launches: the driver's, or emulated ones.
 ///
-/// Work is done in the order in which it is asked for.
+/// Work is done in the order in which it is asked for, but for [`Device::fetch`] and [`Device::send`].
 pub trait Device: fmt::Debug + Send + Sync {
     /// What it is called.
     fn name(&self) -> String;
     /// Multiprocessors.
     fn multiprocessors(&self) -> usize;
+    /// Bytes of memory that are free, and all.
+    fn memory(&self) -> Result<(usize, usize), Error>;
     /// Address of `bytes` bytes, a multiple of 16, aligned to 16 at least.
     fn alloc(&self, bytes: usize) -> Result<u64, Error>;
-    /// Gives them back.
+    /// Gives them back, when copies beside other work are done.
     ///
     /// # Safety
-    /// `address` comes from `alloc`, and nothing uses the memory any more.
+    /// `address` comes from `alloc`, and nothing but such copies uses the memory any more.
     unsafe fn free(&self, address: u64, bytes: usize);
     /// Copies bytes to the device.
     ///
@@ -85,33 +116,109 @@ pub trait Device: fmt::Debug + Send + Sync {
         shared: usize,
         parameters: &[u8],
     ) -> Result<(), Error>;
+    /// Opens the library that multiplies matrices; an error if there is none.
+    fn open_products(&self) -> Result<(), Error>;
+    /// Multiplies matrices.
+    ///
+    /// # Safety
+    /// The matrices of the product are allocated, and its output overlaps no other.
+    unsafe fn multiply(&self, product: &Product) -> Result<(), Error>;
+    /// Address of page-locked memory of the host, aligned to 16 at least.
+    fn pin(&self, bytes: usize) -> Result<u64, Error>;
+    /// Gives it back.
+    ///
+    /// # Safety
+    /// `address` comes from `pin`, and nothing uses the memory any more.
+    unsafe fn unpin(&self, address: u64, bytes: usize);
+    /// Copies to page-locked memory after all that was asked for before, beside what is asked for from now on. If it fails, nothing is
+    /// under way.
+    ///
+    /// # Safety
+    /// The pieces are allocated until they are copied, and nobody touches those of the host.
+    unsafe fn fetch(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error>;
+    /// The same from page-locked memory to the device's.
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn send(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error>;
 }
 
 /// The bytes of a structure, aligned as it is.
+#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
 pub(super) fn aligned(parameters: &[u8]) -> Vec<u64> {
     let word = |bytes: &[u8]| u64::from_ne_bytes(std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(0)));
     parameters.chunks(8).map(word).collect()
 }
 
+/// Bytes taken of those that may be.
+#[derive(Debug)]
+struct Budget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl Budget {
+    fn new(limit: usize) -> Arc<Budget> {
+        Arc::new(Budget { limit, used: AtomicUsize::new(0) })
+    }
+
+    fn take(&self, wanted: usize) -> Result<(), Error> {
+        let more = |used: usize| used.checked_add(wanted).filter(|used| *used <= self.limit);
+        match self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more) {
+            Ok(_) => Ok(()),
+            Err(used) => Err(Error::Budget { wanted, used, limit: self.limit }),
+        }
+    }
+}
+
 /// A device that many share.
 #[derive(Clone, Debug)]
-pub struct Gpu(Arc<dyn Device>);
+pub struct Gpu {
+    device: Arc<dyn Device>,
+    budget: Arc<Budget>,
+}
 
 impl Gpu {
     /// That is this device.
     pub fn new(device: impl Device + 'static) -> Gpu {
-        Gpu(Arc::new(device))
+        Gpu { device: Arc::new(device), budget: Budget::new(usize::MAX) }
+    }
+
+    /// The same device, of whose memory no more than `bytes` may be taken through this and its clones at any time.
+    pub fn with_budget(&self, bytes: usize) -> Gpu {
+        Gpu { device: self.device.clone(), budget: Budget::new(bytes) }
+    }
+
+    /// Bytes taken through this and its clones, and how many may be.
+    pub fn used(&self) -> (usize, usize) {
+        (self.budget.used.load(Ordering::Relaxed), self.budget.limit)
+    }
+
+    /// Bytes of the device's memory that are free, and all.
+    pub fn memory(&self) -> Result<(usize, usize), Error> {
+        self.device.memory()
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.device
     }
 
     /// What it is called.
     pub fn name(&self) -> String {
-        self.0.name()
+        self.device.name()
     }
 
     /// Memory of at least one byte, which holds anything.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer, Error> {
         let bytes = bytes.max(1).next_multiple_of(16);
-        Ok(Buffer { address: self.0.alloc(bytes)?, gpu: self.clone(), bytes })
+        self.budget.take(bytes)?;
+        match self.device.alloc(bytes) {
+            Ok(address) => Ok(Buffer { address, gpu: self.clone(), bytes }),
+            Err(e) => {
+                self.budget.used.fetch_sub(bytes, Ordering::Relaxed);
+                Err(e)
+            }
+        }
     }
 
     /// Memory that holds `numbers`.
@@ -123,7 +230,7 @@ impl Gpu {
 
     /// Blocks that fill the device with a kernel.
     pub(super) fn full_grid(&self, kernel: Kernel, shared: usize) -> Result<usize, Error> {
-        Ok(self.0.multiprocessors() * self.0.resident(kernel, shared)?)
+        Ok(self.device.multiprocessors() * self.device.resident(kernel, shared)?)
     }
 
     /// See [`Device::launch`].
@@ -137,7 +244,7 @@ impl Gpu {
         parameters: &P,
     ) -> Result<(), Error> {
         // SAFETY: by the caller's promise.
-        unsafe { self.0.launch(kernel, blocks, shared, bytemuck::bytes_of(parameters)) }
+        unsafe { self.device.launch(kernel, blocks, shared, bytemuck::bytes_of(parameters)) }
     }
 }
 
@@ -160,6 +267,15 @@ impl Buffer {
         self.address
     }
 
+    /// Panics unless it has room for `bytes` bytes from `at` on.
+    pub(super) fn holds(&self, what: &str, at: usize, bytes: usize) {
+        assert!(
+            at.saturating_add(bytes) <= self.bytes,
+            "{what}: {bytes} bytes at {at} of a buffer of {}",
+            self.bytes
+        );
+    }
+
     /// Copies `numbers` to the place that begins `at` bytes into the buffer.
     pub fn write<T: NoUninit>(&self, at: usize, numbers: &[T]) -> Result<(), Error> {
         let bytes: &[u8] = bytemuck::cast_slice(numbers);
@@ -169,8 +285,11 @@ impl Buffer {
             bytes.len(),
             self.bytes
         );
+        if bytes.is_empty() {
+            return Ok(());
+        }
         // SAFETY: they lie within the buffer.
-        unsafe { self.gpu.0.write(self.address + at as u64, bytes) }
+        unsafe { self.gpu.device.write(self.address + at as u64, bytes) }
     }
 
     /// The first `count` numbers, when all that was asked for before is done.
@@ -179,7 +298,7 @@ impl Buffer {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut numbers);
         assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
         // SAFETY: they lie within the buffer.
-        unsafe { self.gpu.0.read(self.address, bytes) }?;
+        unsafe { self.gpu.device.read(self.address, bytes) }?;
         Ok(numbers)
     }
 
@@ -188,13 +307,13 @@ impl Buffer {
         assert!(to.saturating_add(bytes) <= self.bytes && at.saturating_add(bytes) <= from.bytes);
         assert!(self.address != from.address || to + bytes <= at || at + bytes <= to, "they overlap");
         // SAFETY: they lie within the buffers and do not overlap.
-        unsafe { self.gpu.0.copy(self.address + to as u64, from.address + at as u64, bytes) }
+        unsafe { self.gpu.device.copy(self.address + to as u64, from.address + at as u64, bytes) }
     }
 
     /// Fills it with a byte.
     pub fn fill(&self, byte: u8) -> Result<(), Error> {
         // SAFETY: it is all of the buffer.
-        unsafe { self.gpu.0.fill(self.address, byte, self.bytes) }
+        unsafe { self.gpu.device.fill(self.address, byte, self.bytes) }
     }
 
     /// Fills it with what is no number as f32 and as f16.
@@ -205,7 +324,9 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: it was allocated there, and launches that use it hold what owns it; work is done in order.
-        unsafe { self.gpu.0.free(self.address, self.bytes) }
+        // SAFETY: it was allocated there, and launches that use it hold what owns it; work is done in order, and copies beside it are
+        // waited for.
+        unsafe { self.gpu.device.free(self.address, self.bytes) }
+        self.gpu.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

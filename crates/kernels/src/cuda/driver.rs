@@ -1,6 +1,12 @@
 //! The kernels on a GPU, through CUDA's driver, which is loaded at run time: a binary with this starts where there is none.
 
-use super::device::{Device, Error, Gpu, Kernel, aligned};
+mod aside;
+mod blas;
+
+use super::aside::Copied;
+use super::device::{Device, Error, Gpu, Kernel, Piece, aligned};
+use super::gemm::Product;
+use blas::Blas;
 use cudarc::driver::result::{self, DriverError, ctx, device, event, graph, module, primary_ctx, stream};
 use cudarc::driver::sys;
 use std::collections::HashMap;
@@ -27,6 +33,10 @@ struct Inner {
     context: sys::CUcontext,
     module: sys::CUmodule,
     stream: sys::CUstream,
+    /// Copies beside that.
+    side: sys::CUstream,
+    /// Open once a product was asked for.
+    products: Mutex<Option<Blas>>,
     /// Whether launches may begin before the one before has ended.
     overlap: AtomicBool,
     /// Loaded so far, with the shared memory that they may have.
@@ -76,9 +86,10 @@ impl Driver {
             unsafe { module::load_data(MODULE.0.as_ptr().cast()) }.map_err(failed("load the kernels"))?;
         // It waits for copies of the default stream, and they for it.
         let stream = stream::create(stream::StreamKind::Default).map_err(failed("create a stream"))?;
-        let functions = Mutex::default();
+        let side = stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
+        let (functions, products) = Default::default();
         let overlap = AtomicBool::new(false);
-        Ok(Driver(Arc::new(Inner { device, context, module, stream, overlap, functions })))
+        Ok(Driver(Arc::new(Inner { device, context, module, stream, side, products, overlap, functions })))
     }
 
     /// Lets each launch from now on begin while the one before ends (programmatic dependent launch), on GPUs that can. Kernels
@@ -105,10 +116,14 @@ impl Driver {
         unsafe { stream::synchronize(self.0.stream) }.map_err(failed("wait for the device"))
     }
 
-    /// Bytes of memory that are free, and all.
-    pub fn memory(&self) -> Result<(usize, usize), Error> {
+    /// Has `work` use the library of products, opened if need be.
+    fn with_products(&self, work: impl FnOnce(&mut Blas) -> Result<(), Error>) -> Result<(), Error> {
         self.enter()?;
-        result::mem_get_info().map_err(failed("ask for free memory"))
+        let mut products = self.0.products.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if products.is_none() {
+            *products = Some(Blas::open()?);
+        }
+        work(products.as_mut().expect("it was just opened"))
     }
 
     /// Bytes of the second cache.
@@ -182,6 +197,11 @@ impl Device for Driver {
         self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).max(1)
     }
 
+    fn memory(&self) -> Result<(usize, usize), Error> {
+        self.enter()?;
+        result::mem_get_info().map_err(failed("ask for free memory"))
+    }
+
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
         self.enter()?;
         // SAFETY: a context is current; nobody relies on what the memory holds.
@@ -190,8 +210,8 @@ impl Device for Driver {
 
     unsafe fn free(&self, address: u64, _: usize) {
         if self.enter().is_ok() {
-            // SAFETY: by the caller's promise. What fails leaks, and shows in the next call.
-            let _ = unsafe { result::free_sync(address) };
+            // SAFETY: the stream exists; what else uses the memory, the caller promises. What fails leaks, and shows in the next call.
+            let _ = unsafe { stream::synchronize(self.0.side).and_then(|()| result::free_sync(address)) };
         }
     }
 
@@ -267,6 +287,37 @@ impl Device for Driver {
             sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
         };
         launched.result().map_err(failed(kernel.name))
+    }
+
+    fn open_products(&self) -> Result<(), Error> {
+        self.with_products(|_| Ok(()))
+    }
+
+    unsafe fn multiply(&self, product: &Product) -> Result<(), Error> {
+        // SAFETY: by the caller's promise.
+        self.with_products(|products| unsafe { products.multiply(product, self.0.stream) })
+    }
+
+    fn pin(&self, bytes: usize) -> Result<u64, Error> {
+        self.enter()?;
+        aside::pin(bytes)
+    }
+
+    unsafe fn unpin(&self, address: u64, _: usize) {
+        if self.enter().is_ok() {
+            // SAFETY: by the caller's promise it comes from `pin`. What fails leaks.
+            let _ = unsafe { result::free_host(address as *mut c_void) };
+        }
+    }
+
+    unsafe fn fetch(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.copy_aside(pieces, aside::to_host) }
+    }
+
+    unsafe fn send(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.copy_aside(pieces, aside::to_device) }
     }
 }
 
@@ -381,5 +432,15 @@ mod tests {
         }
         let error = Driver::open(0).unwrap_err().to_string();
         assert!(error.contains("no CUDA device") && error.contains("driver"), "{error}");
+    }
+
+    #[test]
+    fn without_the_library_of_products_there_is_a_clear_error() {
+        // SAFETY: as in `Blas::open`.
+        if unsafe { cudarc::cublaslt::sys::is_culib_present() } {
+            return;
+        }
+        let error = Blas::open().err().expect("there is none").to_string();
+        assert!(error.contains("cuBLASLt") && error.contains("LD_LIBRARY_PATH"), "{error}");
     }
 }

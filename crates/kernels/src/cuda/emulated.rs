@@ -2,7 +2,10 @@
 //!
 //! What that cannot catch, `cuda/emulation.h` says: races, the order of memory accesses, and speed.
 
-use super::device::{Device, Error, Gpu, Kernel, aligned};
+use super::aside::Copied;
+use super::device::{Device, Error, Gpu, Kernel, Piece, aligned};
+use super::gemm::{Into, Product};
+use half::bf16;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
@@ -11,6 +14,9 @@ use std::sync::Mutex;
 pub struct Emulated {
     multiprocessors: usize,
 }
+
+/// Bytes that it says it has.
+const MEMORY: usize = 16 << 30;
 
 /// The emulation has one state for the whole process.
 static LAUNCHES: Mutex<()> = Mutex::new(());
@@ -42,6 +48,10 @@ impl Device for Emulated {
 
     fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    fn memory(&self) -> Result<(usize, usize), Error> {
+        Ok((MEMORY, MEMORY))
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64, Error> {
@@ -104,6 +114,88 @@ impl Device for Emulated {
             mosaickv_emulated_launch(name.as_ptr(), blocks, threads, shared, words.as_ptr().cast())
         };
         assert_eq!(rc, 0, "no kernel {}", kernel.name);
+        Ok(())
+    }
+
+    fn open_products(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    unsafe fn multiply(&self, product: &Product) -> Result<(), Error> {
+        let (tokens, rows, cols) = product.size;
+        // SAFETY: by the caller's promise; numbers of 16 bits have no values that are not allowed.
+        let weights =
+            widened(unsafe { std::slice::from_raw_parts(product.weights as *const bf16, rows * cols) });
+        // SAFETY: as above.
+        let x = widened(unsafe { std::slice::from_raw_parts(product.x as *const bf16, tokens * cols) });
+        for (i, x) in x.chunks_exact(cols).enumerate() {
+            for (j, weights) in weights.chunks_exact(cols).enumerate() {
+                let (sum, at) = (dot(x, weights), i * rows + j);
+                // SAFETY: the output has `tokens * rows` elements, by the caller's promise.
+                unsafe {
+                    match product.into {
+                        Into::F32 => *(product.out as *mut f32).add(at) = sum,
+                        Into::AddF32 => *(product.out as *mut f32).add(at) += sum,
+                        Into::Bf16 => *(product.out as *mut bf16).add(at) = bf16::from_f32(sum),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pin(&self, bytes: usize) -> Result<u64, Error> {
+        self.alloc(bytes)
+    }
+
+    unsafe fn unpin(&self, address: u64, bytes: usize) {
+        // SAFETY: by the caller's promise it comes from `pin`.
+        unsafe { self.free(address, bytes) }
+    }
+
+    unsafe fn fetch(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error> {
+        for piece in pieces {
+            // SAFETY: by the caller's promise; memory of host and device is not the same.
+            unsafe { self.copy(piece.to, piece.from, piece.bytes) }?;
+        }
+        Ok(Box::new(Done))
+    }
+
+    unsafe fn send(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.fetch(pieces) }
+    }
+}
+
+fn widened(x: &[bf16]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
+}
+
+/// Eight sums side by side; lengths are multiples of 8.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 8];
+    for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum()
+}
+
+/// Copies are done at once.
+#[derive(Debug)]
+struct Done;
+
+impl Copied for Done {
+    fn is_done(&self) -> Result<bool, Error> {
+        Ok(true)
+    }
+
+    fn wait(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn follow(&self) -> Result<(), Error> {
         Ok(())
     }
 }

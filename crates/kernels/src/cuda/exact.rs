@@ -5,6 +5,7 @@ use super::parameters::{ExactParameters, FinishParameters};
 use super::{MOST_HEADS, MOST_ROWS, Shape, States};
 use half::f16;
 use std::f32::consts::LOG2_E;
+use std::sync::Arc;
 
 /// Tokens of a page.
 pub const PAGE_TOKENS: usize = 64;
@@ -34,6 +35,16 @@ impl Pool {
         Ok(Pool { data, pages, kv_heads, head_dim })
     }
 
+    /// How many there are.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// `G` and `D`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.kv_heads, self.head_dim)
+    }
+
     /// Its memory.
     pub fn data(&self) -> &Buffer {
         &self.data
@@ -53,17 +64,37 @@ impl Pool {
         self.data.write(at, keys)?;
         self.data.write(at + 2 * most, values)
     }
+
+    /// Writes a whole page: `[G, 2, 64, D]`.
+    pub fn write_page(&self, page: usize, numbers: &[f16]) -> Result<(), Error> {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        assert_eq!(numbers.len() * 2, self.bytes_of_page(), "not a page");
+        self.data.write(page * self.bytes_of_page(), numbers)
+    }
+
+    /// The same with room for another number of pages; those that fit in both are kept, others are zeros.
+    pub fn resized(&self, gpu: &Gpu, pages: usize) -> Result<Pool, Error> {
+        let other = Pool::new(gpu, pages, (self.kv_heads, self.head_dim))?;
+        other.data.fill(0)?;
+        let both = self.pages.min(pages) * self.bytes_of_page();
+        if both > 0 {
+            other.data.copy_from(0, (&self.data, 0), both)?;
+        }
+        Ok(other)
+    }
 }
 
 /// A step over exact keys and values: what it works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Exact {
     gpu: Gpu,
     shape: Shape,
-    lengths: Buffer,
-    tables: Buffer,
+    /// Of all layers: `[L, B]`.
+    lengths: Arc<Buffer>,
+    layer: usize,
+    tables: Arc<Buffer>,
     table_stride: usize,
-    states: States,
+    states: Arc<States>,
     /// Pages that tables name lie below this.
     named: usize,
     least_part: usize,
@@ -71,42 +102,78 @@ pub struct Exact {
 
 impl Exact {
     /// For sequences of up to `most_pages` pages, cut into up to `parts` parts of at least `least_part` tokens. They have no tokens yet.
-    pub fn new(
+    pub fn new(gpu: &Gpu, shape: Shape, most_pages: usize, parts: (usize, usize)) -> Result<Exact, Error> {
+        Ok(Exact::layers(gpu, shape, most_pages, parts, 1)?.remove(0))
+    }
+
+    /// The same for each of some layers, which come one after the other in a step: they share tables and what they work with, and have lengths
+    /// of their own.
+    pub fn layers(
         gpu: &Gpu,
         shape: Shape,
         most_pages: usize,
         (parts, least_part): (usize, usize),
-    ) -> Result<Exact, Error> {
+        layers: usize,
+    ) -> Result<Vec<Exact>, Error> {
         shape.check();
         assert!(parts > 0 && least_part.is_multiple_of(PAGE_TOKENS) && least_part > 0, "{least_part} tokens");
-        let lengths = gpu.upload(&vec![0u32; shape.sequences])?;
-        let tables = gpu.upload(&vec![0u32; shape.sequences * most_pages])?;
-        let states = States::new(gpu, shape, parts)?;
-        let gpu = gpu.clone();
-        Ok(Exact { gpu, shape, lengths, tables, table_stride: most_pages, states, named: 0, least_part })
+        let lengths = Arc::new(gpu.upload(&vec![0u32; layers * shape.sequences])?);
+        let tables = Arc::new(gpu.upload(&vec![0u32; shape.sequences * most_pages])?);
+        let states = Arc::new(States::new(gpu, shape, parts)?);
+        let all = Exact {
+            gpu: gpu.clone(),
+            shape,
+            lengths,
+            layer: 0,
+            tables,
+            table_stride: most_pages,
+            states,
+            named: 0,
+            least_part,
+        };
+        Ok((0..layers).map(|layer| Exact { layer, ..all.clone() }).collect())
     }
 
-    /// Sets tokens and pages of all sequences.
-    pub fn set(&mut self, sequences: &[(usize, Vec<u32>)]) -> Result<(), Error> {
-        assert_eq!(sequences.len(), self.shape.sequences);
-        let lengths: Vec<u32> = sequences.iter().map(|(tokens, _)| *tokens as u32).collect();
-        for (i, (tokens, pages)) in sequences.iter().enumerate() {
-            assert!(
-                tokens.div_ceil(PAGE_TOKENS) <= pages.len() && pages.len() <= self.table_stride,
-                "{tokens} tokens in {} pages of at most {}",
-                pages.len(),
-                self.table_stride
-            );
-            self.tables.write(i * self.table_stride * 4, pages)?;
-            let named = pages.iter().map(|page| *page as usize + 1).max().unwrap_or(0);
-            self.named = self.named.max(named);
+    /// Sets the tokens `[L, B]` of all layers and the pages of all sequences, the same in each layer.
+    pub fn set_layers(layers: &mut [Exact], tokens: &[u32], pages: &[&[u32]]) -> Result<(), Error> {
+        let Some(first) = layers.first() else { return Ok(()) };
+        let (shape, stride, tables) = (first.shape, first.table_stride, first.tables.clone());
+        assert_eq!((tokens.len(), pages.len()), (layers.len() * shape.sequences, shape.sequences));
+        for of_layer in tokens.chunks_exact(shape.sequences) {
+            for (tokens, pages) in of_layer.iter().zip(pages) {
+                let needed = (*tokens as usize).div_ceil(PAGE_TOKENS);
+                assert!(
+                    needed <= pages.len() && pages.len() <= stride,
+                    "{tokens} tokens in {} pages of at most {stride}",
+                    pages.len()
+                );
+            }
         }
-        self.lengths.write(0, &lengths)
+        let mut table = vec![0; shape.sequences * stride];
+        for (to, from) in table.chunks_exact_mut(stride.max(1)).zip(pages) {
+            to[..from.len()].copy_from_slice(from);
+        }
+        tables.write(0, &table)?;
+        layers[0].lengths.write(0, tokens)?;
+        let named = pages.iter().copied().flatten().max().map_or(0, |page| *page as usize + 1);
+        layers.iter_mut().for_each(|layer| layer.named = named);
+        Ok(())
     }
 
-    /// States and lengths, for those who merge more into them.
-    pub(super) fn states(&self) -> (&States, &Buffer, usize) {
-        (&self.states, &self.lengths, self.least_part)
+    /// Sets tokens and pages of all sequences, of one layer.
+    pub fn set(&mut self, sequences: &[(usize, Vec<u32>)]) -> Result<(), Error> {
+        let tokens: Vec<u32> = sequences.iter().map(|(tokens, _)| *tokens as u32).collect();
+        let pages: Vec<&[u32]> = sequences.iter().map(|(_, pages)| &pages[..]).collect();
+        Exact::set_layers(std::slice::from_mut(self), &tokens, &pages)
+    }
+
+    /// States and the address of lengths, for those who merge more into them.
+    pub(super) fn states(&self) -> (&States, u64, usize) {
+        (&self.states, self.lengths_address(), self.least_part)
+    }
+
+    fn lengths_address(&self) -> u64 {
+        self.lengths.address() + (self.layer * self.shape.sequences * 4) as u64
     }
 
     /// What parts left.
@@ -131,7 +198,7 @@ impl Exact {
         let parameters = ExactParameters {
             queries: queries.address(),
             pool: pool.data.address(),
-            lengths: self.lengths.address(),
+            lengths: self.lengths_address(),
             tables: self.tables.address(),
             states: self.states.parameters(),
             scale: scale * LOG2_E,
@@ -156,7 +223,7 @@ impl Exact {
         assert!(out.bytes() >= shape.queries() * shape.head_dim * 4, "{} bytes of outputs", out.bytes());
         let parameters = FinishParameters {
             states: self.states.parameters(),
-            lengths: self.lengths.address(),
+            lengths: self.lengths_address(),
             out: out.address(),
             sequences: shape.sequences as i32,
             kv_heads: shape.kv_heads as i32,

@@ -2,6 +2,8 @@
 //!
 //! Six launches, or seven with the exact tokens that are attended to in any case. Where a head is read whole, sketch and selection find nothing to do.
 
+mod growing;
+
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::exact::Exact;
 use super::parameters::{self, LayeredParameters};
@@ -10,6 +12,9 @@ use crate::layered::device::{Most, device_bytes};
 use crate::layered::{Needed, Pages, TILES};
 use half::f16;
 use std::f32::consts::LOG2_E;
+use std::sync::Arc;
+
+pub use growing::{Growing, Grown};
 
 /// Fewer tiles are not cut into parts.
 pub const LEAST_PART: usize = 32;
@@ -215,6 +220,16 @@ impl Head {
         [&self.leading, &self.lines, &self.escapes, &self.pages, &self.tiles]
     }
 
+    /// Pages.
+    pub fn page_count(&self) -> usize {
+        self.page_count
+    }
+
+    /// Those that may be left out.
+    pub fn selectable(&self) -> usize {
+        self.selectable
+    }
+
     /// Bytes in the device's memory: of what lies apart, of other lines, of all else.
     pub fn bytes(&self) -> [usize; 3] {
         let others = [&self.escapes, &self.pages, &self.tiles, &self.scales];
@@ -242,21 +257,25 @@ impl Head {
 }
 
 /// What a step over layered heads works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Layered {
     gpu: Gpu,
     shape: Shape,
-    heads: Buffer,
-    turned: Buffer,
-    bytes: Buffer,
-    steps: Buffer,
-    codes: Buffer,
-    histogram: Buffer,
-    wanted: Buffer,
-    wanted_counts: Buffer,
-    list: Buffer,
-    counts: Buffer,
-    states: States,
+    /// Of this layer.
+    heads: Arc<Buffer>,
+    /// Of all layers `[L, B, G, R]`.
+    log_sums: Arc<Buffer>,
+    layer: usize,
+    turned: Arc<Buffer>,
+    bytes: Arc<Buffer>,
+    steps: Arc<Buffer>,
+    codes: Arc<Buffer>,
+    histogram: Arc<Buffer>,
+    wanted: Arc<Buffer>,
+    wanted_counts: Arc<Buffer>,
+    list: Arc<Buffer>,
+    counts: Arc<Buffer>,
+    states: Arc<States>,
     choice: Choice,
     tile_stride: usize,
     list_stride: usize,
@@ -283,8 +302,20 @@ impl Layered {
         shape: Shape,
         (most_pages, always): (usize, usize),
         choice: Choice,
-        (parts, least_part): (usize, usize),
+        parts: (usize, usize),
     ) -> Result<Layered, Error> {
+        Ok(Layered::layers(gpu, shape, (most_pages, always), choice, parts, 1)?.remove(0))
+    }
+
+    /// The same for each of some layers, which come one after the other in a step and share what they work with.
+    pub fn layers(
+        gpu: &Gpu,
+        shape: Shape,
+        (most_pages, always): (usize, usize),
+        choice: Choice,
+        (parts, least_part): (usize, usize),
+        layers: usize,
+    ) -> Result<Vec<Layered>, Error> {
         shape.check();
         assert!(parts > 0 && least_part > 0 && least_part.is_multiple_of(8), "parts of {least_part} tiles");
         let (heads, d) = (shape.heads(), shape.head_dim);
@@ -292,18 +323,23 @@ impl Layered {
         let list_stride = choice.least_tiles + tile_stride / choice.one_in + 1 + always * TILES;
         let histogram = gpu.alloc(heads * MOST_ROWS * BINS * 4)?;
         histogram.fill(0)?;
-        Ok(Layered {
-            heads: gpu.alloc(heads * size_of::<parameters::Head>())?,
-            turned: gpu.alloc(heads * MOST_ROWS * d * 4)?,
-            bytes: gpu.alloc(heads * MOST_ROWS * d)?,
-            steps: gpu.alloc(heads * MOST_ROWS * STEP * 4)?,
-            codes: gpu.alloc(heads * tile_stride * rows_stored(shape.rows))?,
-            histogram,
-            wanted: gpu.alloc(heads * tile_stride)?,
-            wanted_counts: gpu.alloc(heads * slices(tile_stride) * BINS * 4)?,
-            list: gpu.alloc(heads * list_stride * 4)?,
-            counts: gpu.upload(&vec![0u32; heads])?,
-            states: States::new(gpu, shape, parts)?,
+        let alloc = |bytes: usize| gpu.alloc(bytes).map(Arc::new);
+        let described = |_| alloc(heads * size_of::<parameters::Head>());
+        let described: Vec<Arc<Buffer>> = (0..layers).map(described).collect::<Result<_, _>>()?;
+        let all = Layered {
+            heads: described[0].clone(),
+            log_sums: alloc(layers * shape.queries() * 4)?,
+            layer: 0,
+            turned: alloc(heads * MOST_ROWS * d * 4)?,
+            bytes: alloc(heads * MOST_ROWS * d)?,
+            steps: alloc(heads * MOST_ROWS * STEP * 4)?,
+            codes: alloc(heads * tile_stride * rows_stored(shape.rows))?,
+            histogram: Arc::new(histogram),
+            wanted: alloc(heads * tile_stride)?,
+            wanted_counts: alloc(heads * slices(tile_stride) * BINS * 4)?,
+            list: alloc(heads * list_stride * 4)?,
+            counts: Arc::new(gpu.upload(&vec![0u32; heads])?),
+            states: Arc::new(States::new(gpu, shape, parts)?),
             gpu: gpu.clone(),
             shape,
             choice,
@@ -312,7 +348,14 @@ impl Layered {
             slot_bytes: 0,
             page_runs: 1,
             least_part,
-        })
+        };
+        let of_layer = |(layer, heads)| Layered { heads, layer, ..all.clone() };
+        Ok(described.into_iter().enumerate().map(of_layer).collect())
+    }
+
+    /// Logarithms, to base 2, of what each query's weights summed up to in the last step, of all layers: `[L, B, G, R]`.
+    pub fn log_sums(&self) -> &Buffer {
+        &self.log_sums
     }
 
     /// The heads `[B, G]` that steps read from now on, with the rotations of each of the `G`. They must live as long as this is used.
@@ -341,7 +384,8 @@ impl Layered {
 
     /// Fills with garbage what a step writes, so that what it does not write shows. Not the histogram: it is 0 between steps.
     pub fn poison(&self) -> Result<(), Error> {
-        let all = [
+        let all: [&Buffer; 9] = [
+            &self.log_sums,
             &self.turned,
             &self.bytes,
             &self.steps,
@@ -439,7 +483,7 @@ impl Layered {
         let none = parameters::States { max: 0, sum: 0, accumulated: 0, slots: 0, unused: 0 };
         let (exact, exact_lengths, exact_least_part) = known.map_or((none, 0, 64), |known| {
             let (states, lengths, least) = known.states();
-            (states.parameters(), lengths.address(), least)
+            (states.parameters(), lengths, least)
         });
         LayeredParameters {
             heads: self.heads.address(),
@@ -457,6 +501,7 @@ impl Layered {
             counts: self.counts.address(),
             states: self.states.parameters(),
             out: out.address(),
+            log_sums: self.log_sums.address() + (self.layer * shape.queries() * 4) as u64,
             selection: self.choice.parameters(),
             scale: scale * LOG2_E,
             sequences: shape.sequences as i32,

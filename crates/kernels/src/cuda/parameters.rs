@@ -123,6 +123,7 @@ pub(crate) struct LayeredParameters {
     pub counts: u64,
     pub states: States,
     pub out: u64,
+    pub log_sums: u64,
     pub selection: Selection,
     pub scale: f32,
     pub sequences: i32,
@@ -168,7 +169,7 @@ pub(crate) struct EncodeParameters {
     pub unused: i32,
 }
 
-plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 240, EncodePage: 20, EncodeParameters: 88);
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 248, EncodePage: 20, EncodeParameters: 88);
 
 // Of `cuda/packed.cuh` and `cuda/packed_encode.cuh`.
 
@@ -278,3 +279,90 @@ plain!(
     PackedStrategy: 4, PackedSegment: 32, PackedSlice: 16, PackedHead: 16, PackedParameters: 312,
     PackedRotateParameters: 32, PackedEncodeParameters: 40
 );
+
+// Of `cuda/dense.cuh` and `cuda/prefill.cuh`.
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct EmbedParameters {
+    pub table: u64,
+    pub tokens: u64,
+    pub out: u64,
+    pub scale: f32,
+    pub vocab: i32,
+    pub hidden: i32,
+    pub unused: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct NormParameters {
+    pub x: u64,
+    pub weight: u64,
+    pub picked: u64,
+    pub out: u64,
+    pub eps: f32,
+    pub columns: i32,
+    pub rows: i32,
+    pub unused: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct HeadsParameters {
+    pub projected: u64,
+    pub bias: u64,
+    pub query_norm: u64,
+    pub key_norm: u64,
+    pub rotations: u64,
+    pub rows: u64,
+    pub tables: u64,
+    pub queries: u64,
+    pub pool: u64,
+    pub staged: u64,
+    pub eps: f32,
+    pub query_factor: f32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub turned: i32,
+    pub interleaved: i32,
+    pub table_stride: i32,
+    pub row_count: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct GateParameters {
+    pub both: u64,
+    pub out: u64,
+    pub count: i64,
+    pub width: i32,
+    pub linear: f32,
+    pub cubic: f32,
+    pub unused: i32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct NarrowParameters {
+    pub x: u64,
+    pub out: u64,
+    pub count: i64,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct PrefillParameters {
+    pub queries: u64,
+    pub pool: u64,
+    pub tables: u64,
+    pub spans: u64,
+    pub tiles: u64,
+    pub out: u64,
+    pub scale: f32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub table_stride: i32,
+}
+
+plain!(EmbedParameters: 40, NormParameters: 48, HeadsParameters: 112, GateParameters: 40, NarrowParameters: 24, PrefillParameters: 64);

@@ -50,6 +50,24 @@ pub(crate) struct Work {
     pub(crate) read: u64,
 }
 
+impl Work {
+    /// Queries `[R, D]` of a head, times `scale`, as the kernels want them.
+    pub(crate) fn turn(&mut self, isa: Isa, head: &LayeredHead, queries: &[f32], scale: f32) {
+        let d = head.head_dim();
+        self.scaled.clear();
+        self.scaled.extend(queries.iter().map(|q| q * scale));
+        self.turned.resize(queries.len(), 0.0);
+        rotate(isa, &self.scaled, &head.calibration.heads[head.index].queries, &mut self.turned, d);
+        let (mean, spread) = (head.scales.key_mean(), head.scales.key_spread());
+        self.offsets.clear();
+        for query in self.turned.chunks_exact_mut(d) {
+            self.offsets.push(query.iter().zip(mean).map(|(q, m)| q * m.to_f32()).sum());
+            query.iter_mut().zip(spread).for_each(|(q, s)| *q *= s.to_f32());
+        }
+        self.queries.set(isa, &self.turned, &self.offsets);
+    }
+}
+
 /// One head of one cache in a step.
 type Lane<'a> = crate::Lane<'a, LayeredHead, Work>;
 
@@ -77,17 +95,7 @@ impl Lane<'_> {
     fn turn(&mut self, step: Step) {
         let (head, work) = (self.head, &mut *self.work);
         let (rows, d) = (step.shape.group(), step.shape.head_dim);
-        work.scaled.clear();
-        work.scaled.extend(self.queries.iter().map(|q| q * step.scale));
-        work.turned.resize(rows * d, 0.0);
-        rotate(step.isa, &work.scaled, &head.calibration.heads[head.index].queries, &mut work.turned, d);
-        let (mean, spread) = (head.scales.key_mean(), head.scales.key_spread());
-        work.offsets.clear();
-        for query in work.turned.chunks_exact_mut(d) {
-            work.offsets.push(query.iter().zip(mean).map(|(q, m)| q * m.to_f32()).sum());
-            query.iter_mut().zip(spread).for_each(|(q, s)| *q *= s.to_f32());
-        }
-        work.queries.set(step.isa, &work.turned, &work.offsets);
+        work.turn(step.isa, head, self.queries, step.scale);
         let [state] = cleared(&mut work.whole, 1, rows, d) else { unreachable!("one state was asked for") };
         let mut sinks = Rows::new(d, rows);
         let (keys, values) = sinks.push_many(SINKS);

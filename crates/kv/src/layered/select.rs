@@ -83,9 +83,11 @@ impl Select {
     /// What it asks for of a head whose pages hold `tokens` tokens; `None`: all of them are read.
     pub(crate) fn needed(self, tokens: usize) -> Option<Needed> {
         // Tiles here and there cost more a token than pages in order.
-        if tokens < 2 * LEAST_TOKENS {
-            return None;
-        }
+        if tokens < 2 * LEAST_TOKENS { None } else { self.asked() }
+    }
+
+    /// The same of a head with enough tokens.
+    pub(crate) fn asked(self) -> Option<Needed> {
         match self {
             Select::All => None,
             Select::Mass(mass) => Some(Needed::Mass(mass)),

@@ -78,9 +78,7 @@ impl LayeredHead {
 
     /// Adds a token, its key `[D]` and value `[D]`.
     pub(crate) fn append(&mut self, key: &[f32], value: &[f32]) {
-        if self.is_full() {
-            self.seal();
-        }
+        self.make_room();
         self.fill(key, value);
     }
 
@@ -99,6 +97,13 @@ impl LayeredHead {
                 Some(buffer) => buffer,
             };
             self.buffer.insert(buffer).push(key, value);
+        }
+    }
+
+    /// What [`append`](LayeredHead::append) of the next token begins with.
+    pub(crate) fn make_room(&mut self) {
+        if self.is_full() {
+            self.seal();
         }
     }
 
@@ -130,8 +135,24 @@ impl LayeredHead {
     /// Remembers what was read, and some of the steps' queries, after the attention of the newest token.
     pub(crate) fn remember(&mut self, work: &Work) {
         self.count_reads(&work.chosen);
-        if self.buffer.as_ref().is_some_and(|buffer| buffer.tokens().is_multiple_of(EVERY)) {
-            self.asked.push(self.tokens() - 1, &work.queries, |r| work.whole[0].log_sum(r));
+        if self.is_asked() {
+            self.ask(work, |r| work.whole[0].log_sum(r));
         }
+    }
+
+    /// Whether the newest token's queries are to be remembered.
+    pub(crate) fn is_asked(&self) -> bool {
+        self.buffer.as_ref().is_some_and(|buffer| buffer.tokens().is_multiple_of(EVERY))
+    }
+
+    /// The same of the token after it.
+    pub(crate) fn asks_next(&self) -> bool {
+        let buffered = self.buffer.as_ref().map_or(0, ExactPage::tokens) % FULL;
+        (buffered + 1).is_multiple_of(EVERY)
+    }
+
+    /// Remembers them, and of each row the logarithm of what its weights summed up to.
+    pub(crate) fn ask(&mut self, work: &Work, log_sum: impl Fn(usize) -> f32) {
+        self.asked.push(self.tokens() - 1, &work.queries, log_sum);
     }
 }

@@ -6,6 +6,7 @@ use crate::answer::{MOST_RAW_BYTES, bar};
 use crate::bill::peak_rss;
 use crate::budget::{self, BudgetArgs};
 use crate::demo::DOCUMENT;
+use crate::device::DeviceArgs;
 use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kernels::Pool;
@@ -22,11 +23,14 @@ use std::time::Instant;
     of a step in which one sequence packs the oldest tokens of full update buffers.\n\nExamples:\n  \
     mosaickv bench decode --model smollm2-135m --depth 512,2048,8192 --kv exact,layered --json\n  \
     mosaickv bench decode --model smollm2-135m --depth 4096 --batch 1,4\n  \
-    mosaickv bench decode --model smollm2-135m --depth 32768 --batch 4 --stretch --rounds 1"
+    mosaickv bench decode --model smollm2-135m --depth 32768 --batch 4 --stretch --rounds 1\n  \
+    mosaickv bench decode --model smollm2-135m --depth 8192 --device cuda"
 )]
 pub struct DecodeArgs {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Tokens in the cache when decoding ends; 0 starts at one token, and measures
     /// next to nothing but the weights
     #[arg(long, value_delimiter = ',', default_values_t = [512, 2048, 8192])]
@@ -86,6 +90,7 @@ pub fn decode(args: &DecodeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
     let formats = args.budget.formats(args.kv.as_ref())?;
     let (mut model, text) = args.model.load(&pool, &formats)?;
+    args.device.place(&mut model, &formats)?;
     let deepest = args.depth.iter().copied().max().unwrap_or(0);
     reach(&mut model, (args.stretch, deepest), "depth")?;
     // At least one token must be there to begin with.

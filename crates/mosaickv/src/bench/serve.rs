@@ -4,6 +4,7 @@ use super::reach;
 use crate::answer::bar;
 use crate::bill::peak_rss;
 use crate::demo::DOCUMENT;
+use crate::device::DeviceArgs;
 use crate::{ModelArgs, read_document};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
@@ -30,6 +31,8 @@ const WATCHED_EVERY: Duration = Duration::from_millis(20);
 pub struct ServeArgs {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Bytes that all caches may take together
     #[arg(long, default_value = "1GiB")]
     kv_memory: ByteCount,
@@ -100,6 +103,7 @@ struct Quantiles {
 pub fn serve(args: &ServeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
     let (mut model, text) = args.model.load(&pool, &args.kv.0)?;
+    args.device.place(&mut model, &args.kv.0)?;
     reach(&mut model, (args.stretch, args.context), "--context")?;
     let (threads, model) = (pool.threads(), Arc::new(model));
     drop(pool);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cuda::emulated::Emulated;
+use crate::cuda::layered::Growing;
 
 fn shape(sequences: usize, kv_heads: usize, rows: usize, head_dim: usize) -> Shape {
     Shape { sequences, kv_heads, rows, head_dim }
@@ -122,4 +123,46 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
     let all = run(&[0, 1, 2]);
     assert_eq!(run(&[1]), all[1..2]);
     assert_eq!(run(&[2, 0]), [all[2].clone(), all[0].clone()]);
+}
+
+/// Pages come in three times, each time with other newest ones, in a buffer that has to grow.
+#[test]
+fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
+    let (gpu, d) = (Emulated::gpu(1), 64);
+    let mut random = Random::new(5);
+    let mut pages = |count: usize| {
+        let mut pages = Pages::new(d);
+        for i in 0..count {
+            let (keys, values) = (random.normals((64 - i) * d), random.normals((64 - i) * d));
+            pages.push((&keys, &values), profiles(d)[(i + count) % 9]);
+        }
+        pages
+    };
+    let one = || vec![f16::ONE; d];
+    let scales = Scales { key_mean: one(), key_spread: one(), value_mean: one(), value_spread: one() };
+    let mut kept = pages(3);
+    let mut growing = Growing::new(&gpu, (&kept, 1), &scales).unwrap();
+    for (more, newest) in [(9, 2), (0, 4), (30, 0), (3, 5)] {
+        let (more, newest) = (pages(more), pages(newest));
+        let grown = growing.grow(&more, &newest).unwrap();
+        for ((buffer, at, _), bytes) in growing.parts(&grown).into_iter().zip(grown.bytes()) {
+            buffer.write(at, bytes).unwrap();
+        }
+        kept.append(&more);
+        let mut all = kept.clone();
+        all.append(&newest);
+        let whole = Head::upload(&gpu, &all, kept.pages().len(), &scales).unwrap();
+        let bytes = device_bytes(&all);
+        let sizes = [
+            bytes.leading.len(),
+            bytes.lines.len(),
+            bytes.escapes.len() * 4,
+            bytes.pages.len() * 8,
+            bytes.tiles.len() * 32,
+        ];
+        for ((got, want), size) in growing.head().parts().into_iter().zip(whole.parts()).zip(sizes) {
+            assert_eq!(got.read::<u8>(size).unwrap(), want.read::<u8>(size).unwrap());
+        }
+        assert!(growing.bytes() >= whole.bytes().iter().sum::<usize>() - 5 * 16);
+    }
 }

@@ -1,0 +1,475 @@
+//! What does a GPU hold of caches?
+//!
+//! The host keeps, the device attends: a [`KvCache`] stays the one truth of what a sequence remembers, and plans what becomes of it. A
+//! [`Mirror`] is the device's copy of one: exact tokens in pages of a [`Store`], which all sequences of a model share, and compressed pages as
+//! the host encoded them. Before each pass it is [brought in line](Mirror::update), and only what changed is uploaded: what has left the
+//! window, and the window. The device itself adds the keys and values of the tokens that it reads, and the host gets them
+//! afterwards ([`KvCache::take`]).
+
+mod attention;
+mod taken;
+
+use crate::exact::ExactHead;
+use crate::layered::{LayeredHead, SINKS, Segment};
+use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use mosaickv_kernels::Pool as Threads;
+use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
+use mosaickv_kernels::cuda::exact::{PAGE_TOKENS, Pool};
+use mosaickv_kernels::cuda::layered::{Growing, Grown, Rotations, Scales};
+use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+pub use attention::{Attention, choice_of};
+pub use taken::Taken;
+
+/// Pages of exact tokens, for all sequences of a model: page `i` is one of each layer.
+#[derive(Debug)]
+pub struct Store {
+    gpu: Gpu,
+    shape: KvShape,
+    /// Of each layer.
+    pools: Vec<Pool>,
+    free: Free,
+    /// Of each layer and KV head.
+    rotations: Option<(Arc<Calibration>, Vec<Rotations>)>,
+    /// Copies to the device that may be under way.
+    sent: Vec<Pending>,
+}
+
+/// Pages that nobody has, of a store and its mirrors.
+type Free = Arc<Mutex<BTreeSet<u32>>>;
+
+fn lock(free: &Free) -> MutexGuard<'_, BTreeSet<u32>> {
+    free.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store {
+    /// Without pages, for caches of this shape.
+    pub fn new(gpu: &Gpu, shape: KvShape) -> Result<Store, KvError> {
+        let no = |what, got: String, wanted| Err(KvError::NotOnDevice { what, got, wanted });
+        if shape.window.is_some() {
+            return no("the model's attention", "a sliding window".into(), "all tokens");
+        }
+        if !matches!(shape.head_dim, 64 | 128) {
+            return no("the model's head_dim", shape.head_dim.to_string(), "64 or 128 channels");
+        }
+        if shape.group() > MOST_ROWS {
+            return no("the query heads of a KV head", shape.group().to_string(), "at most 8");
+        }
+        let none = || Pool::new(gpu, 0, (shape.kv_heads, shape.head_dim));
+        let pools = (0..shape.layers).map(|_| none()).collect::<Result<_, _>>()?;
+        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None, sent: vec![] })
+    }
+
+    /// Sequences that can take a step together.
+    pub fn most_sequences(&self) -> usize {
+        (MOST_HEADS / self.shape.kv_heads).max(1)
+    }
+
+    /// The pages of a layer.
+    pub fn pool(&self, layer: usize) -> &Pool {
+        &self.pools[layer % self.pools.len()]
+    }
+
+    /// The same with the pages of all layers in the same memory: what is attended to means nothing, for measurements of contexts that do
+    /// not fit. Each layer reads as many bytes as ever.
+    pub fn sharing_layers(mut self) -> Store {
+        self.pools.truncate(1);
+        self
+    }
+
+    /// Bytes of the pages that some sequence has, and of those that none has.
+    pub fn bytes(&self) -> (usize, usize) {
+        let of_page: usize = self.pools.iter().map(Pool::bytes_of_page).sum();
+        let (all, free) = (self.pools[0].pages(), lock(&self.free).len());
+        ((all - free) * of_page, free * of_page)
+    }
+
+    /// Has room for so many pages at once, where they are known beforehand.
+    pub fn reserve(&mut self, pages: usize) -> Result<(), KvError> {
+        if pages > self.pools[0].pages() { self.resize(pages) } else { Ok(()) }
+    }
+
+    /// Takes `count` pages, the lowest that are free.
+    fn take(&mut self, count: usize) -> Result<Vec<u32>, KvError> {
+        let (all, free) = (self.pools[0].pages(), lock(&self.free).len());
+        if count > free {
+            let needed = all + count - free;
+            self.resize(needed + needed / 4).or_else(|_| self.resize(needed))?;
+        }
+        let mut free = lock(&self.free);
+        Ok((0..count).map_while(|_| free.pop_first()).collect())
+    }
+
+    /// Gives the device back what nobody has, if that is more than half.
+    fn trim(&mut self) -> Result<(), KvError> {
+        let all = self.pools[0].pages();
+        let free = lock(&self.free);
+        let mut used = all;
+        while used > 0 && free.contains(&(used as u32 - 1)) {
+            used -= 1;
+        }
+        drop(free);
+        if used < all / 2 { self.resize(used) } else { Ok(()) }
+    }
+
+    /// Has room for `pages` pages in each layer; those beyond must be free.
+    fn resize(&mut self, pages: usize) -> Result<(), KvError> {
+        let (old, mut free) = (self.pools[0].pages(), lock(&self.free));
+        for (i, pool) in self.pools.iter().enumerate() {
+            // One that an error left larger than the others is taken as it is.
+            assert!(i == 0 || pool.pages() >= old, "{} pages in layer {i} of {old}", pool.pages());
+        }
+        for pool in self.pools.iter_mut().rev() {
+            if pool.pages() != pages {
+                *pool = pool.resized(&self.gpu, pages)?;
+            }
+        }
+        free.retain(|page| (*page as usize) < pages);
+        free.extend(old as u32..pages as u32);
+        Ok(())
+    }
+
+    /// Has bytes written to parts of the device's memory before anything that is asked for later.
+    fn send(&mut self, parts: &[Part], bytes: &[&[u8]]) -> Result<(), KvError> {
+        let count = bytes.iter().map(|bytes| bytes.len()).sum();
+        let mut pinned = self.pinned(count)?;
+        let mut rest = pinned.numbers_mut::<u8>(0, count);
+        for bytes in bytes {
+            let (to, after) = rest.split_at_mut(bytes.len());
+            to.copy_from_slice(bytes);
+            rest = after;
+        }
+        let pending = aside::send(pinned, parts)?;
+        pending.follow()?;
+        self.sent.push(pending);
+        Ok(())
+    }
+
+    /// Page-locked memory, of a copy that is done if there is one.
+    fn pinned(&mut self, bytes: usize) -> Result<Pinned, KvError> {
+        for i in 0..self.sent.len() {
+            if self.sent[i].is_done()? {
+                let pinned = self.sent.swap_remove(i).wait()?;
+                if pinned.bytes() >= bytes {
+                    return Ok(pinned);
+                }
+                break;
+            }
+        }
+        Ok(Pinned::new(&self.gpu, bytes + bytes / 4)?)
+    }
+
+    /// Rotations of the heads of a layer of models with this calibration.
+    fn rotate(&mut self, calibration: &Arc<Calibration>) -> Result<(), KvError> {
+        if self.rotations.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, calibration)) {
+            return Ok(());
+        }
+        let upload = |head: &crate::HeadCalibration| {
+            Rotations::new(&self.gpu, &head.queries, &head.outputs, self.shape.head_dim)
+        };
+        let rotations = calibration.heads.iter().map(upload).collect::<Result<_, _>>()?;
+        self.rotations = Some((calibration.clone(), rotations));
+        Ok(())
+    }
+}
+
+/// What the device holds of one cache. A clone begins with nothing, and is brought in line like any other.
+#[derive(Debug)]
+pub struct Mirror {
+    /// No other has the same.
+    id: u64,
+    free: Free,
+    /// Of the store, for exact tokens, the same in all layers.
+    pages: Vec<u32>,
+    layers: Vec<Held>,
+    /// How often the prompt is there, and exact tokens before the cache's: for measurements.
+    times: usize,
+    before: usize,
+}
+
+/// What the device holds of a layer.
+#[derive(Debug, Default)]
+struct Held {
+    /// Exact tokens.
+    tokens: usize,
+    /// Compressed heads; empty while all tokens are exact.
+    heads: Vec<HeldHead>,
+    /// How often heads changed.
+    changes: u64,
+}
+
+/// What the device holds of a compressed head.
+#[derive(Debug)]
+struct HeldHead {
+    pages: Growing,
+    /// Of these pages.
+    prompt: Weak<Segment>,
+    /// Pages in each of the segments, and tokens in the newest.
+    sizes: [usize; 5],
+}
+
+impl Clone for Mirror {
+    fn clone(&self) -> Mirror {
+        let mut mirror = Mirror::of(&self.free, self.layers.len());
+        (mirror.times, mirror.before) = (self.times, self.before);
+        mirror
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        lock(&self.free).extend(self.pages.drain(..));
+    }
+}
+
+impl Mirror {
+    /// Of an empty cache.
+    pub fn new(store: &Store) -> Mirror {
+        Mirror::of(&store.free, store.shape.layers)
+    }
+
+    fn of(free: &Free, layers: usize) -> Mirror {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Mirror {
+            id,
+            free: free.clone(),
+            pages: vec![],
+            layers: (0..layers).map(|_| Held::default()).collect(),
+            times: 1,
+            before: 0,
+        }
+    }
+
+    /// Whether a GPU attends to caches in this format.
+    pub fn check(format: KvFormat) -> Result<(), KvError> {
+        match format {
+            KvFormat::Exact | KvFormat::Layered(_) => Ok(()),
+            other => {
+                let wanted = "caches in the formats exact and layered";
+                Err(KvError::NotOnDevice { what: "--kv", got: other.to_string(), wanted })
+            }
+        }
+    }
+
+    /// Makes it the same as the cache, with room for `more` tokens, which the device adds then. One in a compressed cache.
+    pub fn update(
+        &mut self,
+        store: &mut Store,
+        cache: &mut KvCache,
+        threads: &Threads,
+        more: usize,
+    ) -> Result<(), KvError> {
+        Mirror::check(cache.format)?;
+        cache.make_room(threads);
+        if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
+            store.rotate(calibration)?;
+        }
+        let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
+        self.fit(store, (self.before + exact + more).div_ceil(PAGE_TOKENS))?;
+        for (l, (layer, held)) in cache.layers.iter().zip(&mut self.layers).enumerate() {
+            let grown = held.update(&store.gpu, (layer, self.times), threads)?;
+            if !grown.is_empty() {
+                let heads = || held.heads.iter().zip(&grown);
+                let parts: Vec<Part> = heads().flat_map(|(head, grown)| head.pages.parts(grown)).collect();
+                let bytes: Vec<&[u8]> = grown.iter().flat_map(Grown::bytes).collect();
+                store.send(&parts, &bytes)?;
+            }
+            let tokens = exact_tokens(layer);
+            for page in held.tokens / PAGE_TOKENS..tokens.div_ceil(PAGE_TOKENS) {
+                if held.tokens < tokens {
+                    let numbers = page_of(layer, page, cache.shape.head_dim);
+                    let page = self.pages[self.before / PAGE_TOKENS + page];
+                    store.pool(l).write_page(page as usize, &numbers)?;
+                }
+            }
+            held.tokens = tokens;
+        }
+        Ok(())
+    }
+
+    /// Has so many pages.
+    fn fit(&mut self, store: &mut Store, pages: usize) -> Result<(), KvError> {
+        if pages < self.pages.len() {
+            lock(&self.free).extend(self.pages.drain(pages..));
+            store.trim()?;
+        }
+        let more = store.take(pages - self.pages.len())?;
+        self.pages.extend(more);
+        Ok(())
+    }
+
+    /// The same of a cache whose compressed prompt is there so many times, or before whose exact tokens there are others: longer contexts, for
+    /// measurements of speed alone.
+    pub fn stretched(&self, times: usize, pages: usize) -> Mirror {
+        let mut mirror = self.clone();
+        (mirror.times, mirror.before) = (times, pages * PAGE_TOKENS);
+        mirror
+    }
+
+    /// Pages for exact tokens, in order.
+    pub fn pages(&self) -> &[u32] {
+        &self.pages
+    }
+
+    /// Exact tokens of a layer on the device.
+    pub fn exact_tokens(&self, layer: usize) -> usize {
+        self.before + self.layers[layer].tokens
+    }
+
+    /// The device has added the keys and values of so many tokens in each layer.
+    pub fn added(&mut self, tokens: usize) {
+        self.layers.iter_mut().for_each(|held| held.tokens += tokens);
+    }
+
+    /// Bytes of the compressed pages on the device, with the room that they have to grow.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().flat_map(|held| &held.heads).map(|head| head.pages.bytes()).sum()
+    }
+}
+
+impl Held {
+    /// Has compressed heads as the host has them, once what they grew by is written. What changed with them forgets the exact tokens after the
+    /// first.
+    fn update(
+        &mut self,
+        gpu: &Gpu,
+        (layer, times): (&Layer, usize),
+        threads: &Threads,
+    ) -> Result<Vec<Grown>, KvError> {
+        let Layer::Layered(heads) = layer else {
+            if !self.heads.is_empty() {
+                *self = Held { changes: self.changes + 1, ..Held::default() };
+            }
+            return Ok(vec![]);
+        };
+        if self.heads.len() == heads.len()
+            && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head))
+        {
+            return Ok(vec![]);
+        }
+        let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
+        let mut work: Vec<_> = heads.iter().zip(before).map(|(head, before)| (head, before, None)).collect();
+        threads.for_each(&mut work, |_, (head, before, after)| {
+            *after = Some(HeldHead::updated(before.take(), gpu, (head, times)));
+        });
+        let updated: Result<Vec<_>, KvError> = work.into_iter().filter_map(|(_, _, after)| after).collect();
+        let (heads, grown) = updated?.into_iter().unzip();
+        self.heads = heads;
+        self.tokens = self.tokens.min(SINKS);
+        self.changes += 1;
+        Ok(grown)
+    }
+}
+
+impl HeldHead {
+    fn is_of(&self, head: &LayeredHead) -> bool {
+        self.sizes == sizes(head) && std::ptr::eq(self.prompt.as_ptr(), Arc::as_ptr(&head.prompt))
+    }
+
+    /// What is held of `head`, after what was held before, once what it grew by is written.
+    fn updated(
+        before: Option<HeldHead>,
+        gpu: &Gpu,
+        (head, times): (&LayeredHead, usize),
+    ) -> Result<(HeldHead, Grown), KvError> {
+        let of_tail = head.tail.pages.pages().len();
+        let is_prefix = |held: &HeldHead| {
+            std::ptr::eq(held.prompt.as_ptr(), Arc::as_ptr(&head.prompt)) && held.sizes[1] <= of_tail
+        };
+        let mut held = match before.filter(is_prefix) {
+            Some(held) => held,
+            None => {
+                let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(head))?;
+                HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5] }
+            }
+        };
+        let mut newest = head.leaving.pages.clone();
+        newest.append(&head.window.pages);
+        let grown = held.pages.grow(&head.tail.pages.after(held.sizes[1]), &newest)?;
+        held.sizes = sizes(head);
+        Ok((held, grown))
+    }
+}
+
+/// By which a change of a head's pages shows.
+fn sizes(head: &LayeredHead) -> [usize; 5] {
+    let [prompt, tail, leaving, window] = head.segments().map(|segment| segment.pages.pages().len());
+    let newest = head.window.pages.pages().last().map_or(0, |page| page.tokens());
+    [prompt, tail, leaving, window, newest]
+}
+
+fn scales(head: &LayeredHead) -> Scales {
+    Scales {
+        key_mean: head.scales.key_mean().to_vec(),
+        key_spread: head.scales.key_spread().to_vec(),
+        value_mean: head.scales.value_mean().to_vec(),
+        value_spread: head.scales.value_spread().to_vec(),
+    }
+}
+
+/// Tokens of a layer that are in no compressed page.
+fn exact_tokens(layer: &Layer) -> usize {
+    match layer {
+        Layer::Layered(heads) => SINKS + heads[0].buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
+        Layer::Exact(_) | Layer::Packed(_) | Layer::Baseline(_) => layer.tokens(),
+    }
+}
+
+/// One page of a layer's exact tokens as the device has it: `[G, 2, 64, D]`.
+fn page_of(layer: &Layer, page: usize, d: usize) -> Vec<f16> {
+    let half = PAGE_TOKENS * d;
+    let mut numbers = vec![];
+    let mut add = |keys: &[f32], values: &[f32]| {
+        for rows in [keys, values] {
+            let start = numbers.len();
+            numbers.resize(start + half, f16::ZERO);
+            numbers[start..start + rows.len()].convert_from_f32_slice(rows);
+        }
+    };
+    match layer {
+        Layer::Exact(heads) => heads.iter().for_each(|head| {
+            let (keys, values) = rows_of_page(head, page, d);
+            add(&keys, &values);
+        }),
+        Layer::Layered(heads) => heads.iter().for_each(|head| {
+            let (keys, values) = head.outside_pages();
+            add(&keys, &values);
+        }),
+        Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+    }
+    numbers
+}
+
+fn rows_of_page(head: &ExactHead, page: usize, d: usize) -> (Vec<f32>, Vec<f32>) {
+    let page = head.page(page);
+    let (mut keys, mut values) = (vec![0.0; page.tokens() * d], vec![0.0; page.tokens() * d]);
+    page.rows(&mut keys, &mut values);
+    (keys, values)
+}
+
+impl LayeredHead {
+    /// Keys and values `[n, D]` of the first tokens and the buffer's.
+    fn outside_pages(&self) -> (Vec<f32>, Vec<f32>) {
+        let d = self.head_dim();
+        let (mut keys, mut values) = (vec![], vec![]);
+        for token in self.sinks.chunks_exact(2 * d) {
+            keys.extend(token[..d].iter().map(|x| x.to_f32()));
+            values.extend(token[d..].iter().map(|x| x.to_f32()));
+        }
+        if let Some(buffer) = &self.buffer {
+            let (more_keys, more_values) = crate::packed::rows(&[buffer]);
+            keys.extend(more_keys);
+            values.extend(more_values);
+        }
+        (keys, values)
+    }
+}
+
+#[cfg(all(test, feature = "cuda-emulated"))]
+mod tests;

@@ -1,0 +1,274 @@
+//! Time between tokens of an 8B model's shape on a GPU, at contexts as long as fit: random weights, and caches of random tokens.
+//!
+//! A prompt is read, compressed and kept as always. Then steps read it as if it were there several times, with memory of its own each time, so
+//! that contexts are as long as they are said to be. Host and device do in a step what they do for any model; what comes out means nothing.
+
+use super::{median, show};
+use crate::device::MemoryArgs;
+use anyhow::{Context, Result};
+use clap::Args;
+use mosaickv_kernels::Pool;
+use mosaickv_kv::{Background, KvFormat, KvFormats, Timing};
+use mosaickv_model::device::Pages;
+use mosaickv_model::{Model, ModelConfig, Sequence, greedy, step_each};
+use serde::Serialize;
+use std::io::{self, StdoutLock, Write};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokens of a page.
+const PAGE: usize = 64;
+
+#[derive(Args)]
+#[command(
+    after_help = "Of each format: tokens of the prompt, seconds to its first token and until it is compressed, host and device memory of a sequence, \
+    median and 90th percentile of the time between tokens. Exact contexts that do not fit are read from pages that all layers share: as many \
+    bytes a step, in less memory.\n\nExamples:\n  \
+    mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
+    mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json"
+)]
+pub struct GpuArgs {
+    /// Tokens that a step attends to, about
+    #[arg(long, value_delimiter = ',', default_values_t = [32768, 131_072, 1_048_576])]
+    context: Vec<usize>,
+    /// Sequences that decode together
+    #[arg(long, value_delimiter = ',', default_values_t = [1])]
+    batch: Vec<usize>,
+    /// KV formats: exact, and layered ones
+    #[arg(long, default_value = "exact,layered")]
+    kv: KvFormats,
+    /// Tokens of the prompt that is read
+    #[arg(long, default_value_t = 8192)]
+    prompt: usize,
+    /// Layers of the model
+    #[arg(long, default_value_t = 32)]
+    layers: usize,
+    /// Steps that are timed, after 8 others
+    #[arg(long, default_value_t = 48)]
+    steps: usize,
+    #[command(flatten)]
+    threads: crate::ThreadArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    model: String,
+    device: String,
+    threads: usize,
+    weight_bytes: usize,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    kv: String,
+    context: usize,
+    batch: usize,
+    /// Whether all layers' exact pages were in the same memory.
+    shared: bool,
+    prompt_tokens: usize,
+    /// Until the first token was known, and from then on until the prompt was compressed.
+    ttft_s: f64,
+    compress_s: f64,
+    /// What the GPU holds of all sequences.
+    kv_bytes: usize,
+    /// Of which libraries, weights and working memory are the rest.
+    gpu_bytes: usize,
+    /// Of the first step, which brings what was compressed to the GPU.
+    upload_s: f64,
+    tbt_ms: f64,
+    tbt_ms_90: f64,
+    /// Means of what a step consists of: bringing the mirrors in line, the device, and storing what it computed; the rest closes segments.
+    update_ms: f64,
+    device_ms: f64,
+    store_ms: f64,
+    tokens_per_s: f64,
+}
+
+/// `mosaickv bench gpu`
+pub fn gpu(args: &GpuArgs) -> Result<()> {
+    let pool = args.threads.pool();
+    let gpu = args.memory.gpu()?;
+    let most = args.context.iter().copied().max().unwrap_or(0) + args.steps + 64;
+    let mut rows = vec![];
+    let mut weight_bytes = 0;
+    for shared in [false, true] {
+        let wanted = |kv: &&KvFormat| shared == (**kv == KvFormat::Exact);
+        let formats: Vec<&KvFormat> = args.kv.0.iter().filter(wanted).collect();
+        if formats.is_empty() {
+            continue;
+        }
+        let pages = if shared { Pages::Shared } else { Pages::OfEachLayer };
+        let model = Model::random_on(&gpu, ModelConfig::like_8b(args.layers, most), pages)?;
+        weight_bytes = model.device.as_ref().map_or(0, |device| device.bytes().weights);
+        for kv in formats {
+            rows.extend(of_format(args, (&model, &pool), *kv, shared)?);
+        }
+    }
+    let report = Report {
+        model: ModelConfig::like_8b(args.layers, most).name,
+        device: gpu.name(),
+        threads: pool.threads(),
+        weight_bytes,
+        rows,
+    };
+    show(&report, args.json, print)
+}
+
+fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, shared: bool) -> Result<Vec<Row>> {
+    let prompt: Vec<u32> = (0..args.prompt as u32).map(|i| i.wrapping_mul(2_654_435_761) % 128_000).collect();
+    let background = Arc::new(Background::new(1, usize::MAX));
+    // Once to warm up.
+    Sequence::new(model, pool, kv)?.prefill(&prompt[..args.prompt.min(2047)], &mut |_, _| ())?;
+    let mut first = Sequence::new(model, pool, kv)?.with_background(background, Timing::Fixed);
+    let start = Instant::now();
+    let share = mosaickv_model::Share {
+        sequence: &mut first,
+        tokens: &prompt,
+        part: mosaickv_model::Part::PromptEnd,
+        wanted: mosaickv_model::Wanted::Last,
+    };
+    mosaickv_model::read_each(&mut [share], &mut |_, _, _| ())?;
+    let ttft = start.elapsed().as_secs_f64();
+    first.finish_prompt();
+    let compress = start.elapsed().as_secs_f64() - ttft;
+    let mut rows = vec![];
+    for &context in &args.context {
+        for &batch in &args.batch {
+            // A prompt's newest tokens, which are there once, are 700 of 8,192.
+            let times =
+                (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
+            let before = context.saturating_sub(args.prompt) / PAGE;
+            let stretched = || match kv {
+                KvFormat::Exact => first.stretched(1, before),
+                _ => first.stretched(times, 0),
+            };
+            let sequences: Vec<Sequence> = (0..batch).map(|_| stretched()).collect();
+            if let (KvFormat::Exact, Some(device)) = (kv, &model.device) {
+                device.reserve(batch * (before + (args.prompt + args.steps) / PAGE + 2))?;
+            }
+            let timed =
+                time(args, sequences).with_context(|| format!("--kv {kv}, {context} tokens, batch {batch}"));
+            // What does not fit is told, and others are measured.
+            let Timed { upload, mut steps, parts, kv_bytes, gpu_bytes } = match timed {
+                Ok(timed) => timed,
+                Err(error) => {
+                    eprintln!("{error:#}");
+                    continue;
+                }
+            };
+            let tbt = median(&mut steps);
+            rows.push(Row {
+                kv: kv.to_string(),
+                context,
+                batch,
+                shared,
+                prompt_tokens: args.prompt,
+                ttft_s: ttft,
+                compress_s: compress,
+                kv_bytes,
+                gpu_bytes,
+                upload_s: upload,
+                tbt_ms: tbt * 1e3,
+                tbt_ms_90: steps[steps.len() * 9 / 10] * 1e3,
+                update_ms: parts[0] * 1e3,
+                device_ms: parts[1] * 1e3,
+                store_ms: parts[2] * 1e3,
+                tokens_per_s: batch as f64 / tbt,
+            });
+        }
+    }
+    Ok(rows)
+}
+
+struct Timed {
+    upload: f64,
+    steps: Vec<f64>,
+    /// Means of a step's.
+    parts: [f64; 3],
+    kv_bytes: usize,
+    gpu_bytes: usize,
+}
+
+fn time(args: &GpuArgs, mut sequences: Vec<Sequence>) -> Result<Timed> {
+    let model = sequences[0].model();
+    let mut next = vec![1u32; sequences.len()];
+    let device = model.device.as_ref().context("a model on a GPU")?;
+    let (mut times, mut before) = (vec![], device.times());
+    for i in 0..args.steps + 8 {
+        if i == 8 {
+            before = device.times();
+        }
+        let start = Instant::now();
+        let logits = step_each(&mut sequences.iter_mut().collect::<Vec<_>>(), &next)?;
+        next = logits.chunks_exact(logits.len() / sequences.len()).map(greedy).collect();
+        times.push(start.elapsed().as_secs_f64());
+    }
+    let after = device.times();
+    let parts = [after.update - before.update, after.device - before.device, after.store - before.store];
+    let compressed: usize = sequences.iter().map(Sequence::device_bytes).sum();
+    Ok(Timed {
+        upload: times[0],
+        steps: times.split_off(8),
+        parts: parts.map(|part| part.as_secs_f64() / args.steps as f64),
+        kv_bytes: compressed + device.bytes().exact,
+        gpu_bytes: device.used(),
+    })
+}
+
+fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
+    writeln!(
+        out,
+        "{}, {:.1} GB, on {} with {} threads\n",
+        report.model,
+        report.weight_bytes as f64 / 1e9,
+        report.device,
+        report.threads
+    )?;
+    writeln!(
+        out,
+        "{:<14}{:>9}{:>7}{:>9}{:>9}{:>9}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
+        "kv",
+        "context",
+        "batch",
+        "TBT ms",
+        "90 %",
+        "update",
+        "device",
+        "store",
+        "tokens/s",
+        "KV GB",
+        "GPU GB",
+        "upload s",
+        "TTFT s",
+        "then s",
+        "pages"
+    )?;
+    for row in &report.rows {
+        writeln!(
+            out,
+            "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
+            row.kv,
+            row.context,
+            row.batch,
+            row.tbt_ms,
+            row.tbt_ms_90,
+            row.update_ms,
+            row.device_ms,
+            row.store_ms,
+            row.tokens_per_s,
+            row.kv_bytes as f64 / 1e9,
+            row.gpu_bytes as f64 / 1e9,
+            row.upload_s,
+            row.ttft_s,
+            row.compress_s,
+            if row.shared { "shared" } else { "own" }
+        )?;
+    }
+    Ok(())
+}
