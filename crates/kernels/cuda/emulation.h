@@ -35,9 +35,6 @@ struct float4 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
-struct float4 {
-    float x, y, z, w;
-};
 
 namespace emulation {
 

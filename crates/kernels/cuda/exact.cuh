@@ -186,6 +186,12 @@ DEVICE void share_fold(Shared& shared, const Fold& fold) {
     }
 }
 
+// Channel `c` of four rows of a warp's sums.
+template <int C>
+DEVICE float4 four_rows(const float (&of)[ROWS][C], int row, int c) {
+    return float4{of[row][c], of[row + 1][c], of[row + 2][c], of[row + 3][c]};
+}
+
 // Merges the warps' states into the slot of the part; `sums_at(warp, row, channel)` are their sums of four rows from `row` on.
 template <int D, class Shared, class F>
 DEVICE void store_state(const States& states, Shared& shared, int64_t slot, int rows, F sums_at) {
@@ -269,10 +275,8 @@ DEVICE void exact_attend_of(const ExactParameters& p) {
             }
         }
         int64_t slot = (int64_t)(sequence * p.kv_heads + kv_head) * p.states.slots + index;
-        store_state<D>(p.states, shared, slot, p.rows, [&](int warp, int row, int c) {
-            const float(&of)[ROWS][D] = shared.accumulated[warp];
-            return float4{of[row][c], of[row + 1][c], of[row + 2][c], of[row + 3][c]};
-        });
+        store_state<D>(p.states, shared, slot, p.rows,
+                       [&](int of, int row, int c) { return four_rows(shared.accumulated[of], row, c); });
     }
 }
 

@@ -522,13 +522,9 @@ DEVICE void packed_attend_of(const PackedParameters& p) {
         int from = first + sixteens * warp / EXACT_WARPS * blocks;
         int to = min_of(end, first + sixteens * (warp + 1) / EXACT_WARPS * blocks);
         if (from < to) fold_entries<D>(p, shared, fold, index, number, run.first + from, run.first + to);
+        share_fold(shared, fold);
 #pragma unroll
         for (int column = 0; column < 2; column++) {
-            float sum = warp_sum<4>(fold.sum[column]);
-            if (g == 0) {
-                shared.max[warp][2 * t + column] = fold.max[column];
-                shared.sum[warp][2 * t + column] = sum;
-            }
 #pragma unroll
             for (int i = 0; i < C / 16; i++) {
                 int c = C / 8 * g + 2 * i;
@@ -537,7 +533,7 @@ DEVICE void packed_attend_of(const PackedParameters& p) {
             }
         }
         store_state<C>(p.states, shared, state_slot(p, index, part), p.rows,
-                       [&](int of, int row, int c) { return shared.accumulated[of][row][c]; });
+                       [&](int of, int row, int c) { return four_rows(shared.accumulated[of], row, c); });
     }
 }
 

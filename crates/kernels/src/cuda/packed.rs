@@ -276,7 +276,7 @@ impl Packed {
         let none = parameters::States { max: 0, sum: 0, accumulated: 0, slots: 0, unused: 0 };
         let (exact, exact_lengths, exact_least_part) = known.map_or((none, 0, PAGE_TOKENS), |known| {
             let (states, lengths, least) = known.states();
-            (states.parameters(), lengths.address(), least)
+            (states.parameters(), lengths, least)
         });
         PackedParameters {
             heads: self.heads.address(),

@@ -75,7 +75,7 @@ impl Growing {
         ]);
         head.selectable = pages + more.pages().len();
         head.page_count = pages + all.pages().len();
-        head.most_bytes = head.most_bytes.max(bytes.most);
+        head.most = all.pages().iter().fold(head.most, |most, page| most.with(page.keys, page.values));
         let buffers =
             [&mut head.leading, &mut head.lines, &mut head.escapes, &mut head.pages, &mut head.tiles];
         for (buffer, (at, bytes)) in buffers.into_iter().zip(&grown.0) {
