@@ -141,7 +141,8 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
     for &context in &args.context {
         for &batch in &args.batch {
             // A prompt's newest tokens, which are there once, are 700 of 8,192.
-            let times = (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
+            let times =
+                (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
             let before = context.saturating_sub(args.prompt) / PAGE;
             let stretched = || match kv {
                 KvFormat::Exact => first.stretched(1, before),
