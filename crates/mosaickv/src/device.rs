@@ -1,6 +1,6 @@
 //! `--device`: does a model compute on the CPU or on a GPU?
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use mosaickv_kernels::cuda::Gpu;
 use mosaickv_kv::device::Mirror;
@@ -85,7 +85,7 @@ fn open() -> Result<Gpu> {
 
 #[cfg(not(feature = "cuda"))]
 fn open() -> Result<Gpu> {
-    bail!(
+    anyhow::bail!(
         "this program was built without CUDA; build it with `scripts/cuda-toolchain && cargo build --release --features cuda`, or use --device cpu"
     )
 }

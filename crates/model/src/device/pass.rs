@@ -56,6 +56,12 @@ struct Brought {
     logits: usize,
 }
 
+/// Who is told of a prompt: layers that were asked for, and logits `[vocab]` after tokens.
+struct Told<'a> {
+    done: &'a mut dyn FnMut(usize),
+    each: &'a mut dyn FnMut(usize, &[f32]),
+}
+
 /// What passes of up to so many rows work with.
 pub(super) struct Work {
     rows: usize,
@@ -272,7 +278,7 @@ impl OnDevice {
                 &mut work,
                 threads,
                 &mut sent,
-                (done, each),
+                &mut Told { done, each },
             );
             let flushed = sent.flush();
             let Sent { mut free, given, to_host, .. } = sent;
@@ -308,7 +314,7 @@ impl OnDevice {
         work: &mut Work,
         threads: &Pool,
         sent: &mut Sent,
-        (done, each): (&mut dyn FnMut(usize), &mut dyn FnMut(usize, &[f32])),
+        told: &mut Told,
     ) -> Result<(), ForwardError> {
         let ModelConfig { layers, heads, head_dim, kv_heads, vocab, .. } = self.config;
         let scale = (head_dim as f32).sqrt().recip();
@@ -325,7 +331,7 @@ impl OnDevice {
                 sent.send(l, staged, (work.queries(l), 0, rows * heads * head_dim * 2))?;
                 let tokens = Tokens { pool: self.store.pool(l), places: &work.places, layer: l };
                 prefill::attend(&tokens, work.queries(l), heads, scale, &work.x)?;
-                done(l + 1);
+                (told.done)(l + 1);
                 Ok(())
             })?;
             mirror.added(rows);
@@ -336,7 +342,7 @@ impl OnDevice {
                 let logits = finite(work.logits.read(some.len() * vocab)?)?;
                 some.iter()
                     .zip(logits.chunks_exact(vocab))
-                    .for_each(|(t, logits)| each(first + *t as usize, logits));
+                    .for_each(|(t, logits)| (told.each)(first + *t as usize, logits));
             }
         }
         Ok(())
