@@ -9,7 +9,7 @@ use mosaickv_kernels::cuda::check::packed::{Case, Outcome, encoding, packed, par
 use mosaickv_kernels::cuda::driver::Driver;
 use mosaickv_kernels::cuda::exact::{Exact, LEAST_PART as EXACT_LEAST_PART, Pool};
 use mosaickv_kernels::cuda::packed::{LEAST_PART, Limits, Packed, Rotation, Segment, Stage};
-use mosaickv_kernels::cuda::{Gpu, PARTS, Shape};
+use mosaickv_kernels::cuda::{Device, Gpu, PARTS, Shape};
 use mosaickv_kernels::packed::{PAGE_TOKENS, PackedPage, PackedShape};
 use std::fmt::Write as _;
 use std::sync::Arc;

@@ -1,5 +1,6 @@
 //! What does the host keep of a pass that the device computed?
 
+use crate::baselines::WINDOW;
 use crate::layered::Work;
 use crate::{KvCache, KvError, KvShape, Layer};
 use half::f16;
@@ -35,8 +36,15 @@ impl KvCache {
     pub fn take(&mut self, threads: &Pool, layer: usize, taken: Taken) -> Result<(), KvError> {
         let (keys, values) = taken.halves(self.shape);
         self.append(threads, layer, &keys, &values)?;
-        if self.asks(layer) {
-            self.observe(layer, &wide(taken.queries));
+        let row = self.shape.heads * self.shape.head_dim;
+        let count = taken.queries.len() / row;
+        if let Some(recent) = &mut self.recent {
+            recent[layer].push(&wide(&taken.queries[count.saturating_sub(WINDOW) * row..]), row);
+        }
+        if let Some(samples) = &mut self.samples {
+            // Few are.
+            let of_token = |t: usize| taken.queries[t * row..][..row].iter().map(|x| x.to_f32());
+            samples[layer].push_some(count, row, |t, rows| rows.extend(of_token(t)));
         }
         Ok(())
     }

@@ -40,11 +40,18 @@ impl Samples {
 
     /// Adds the queries of further tokens, in rows of `row` numbers.
     pub(crate) fn push(&mut self, queries: &[f32], row: usize) {
-        for query in queries.chunks_exact(row) {
+        self.push_some(queries.len() / row, row, |t, rows| {
+            rows.extend_from_slice(&queries[t * row..][..row])
+        });
+    }
+
+    /// The same of `count` tokens; `add(t, rows)` adds the queries of the `t`-th, if they are wanted.
+    pub(crate) fn push_some(&mut self, count: usize, row: usize, add: impl Fn(usize, &mut Vec<f32>)) {
+        for t in 0..count {
             self.tokens += 1;
             if self.is_wanted(self.tokens - 1) {
                 self.positions.push(self.tokens - 1);
-                self.rows.extend_from_slice(query);
+                add(t, &mut self.rows);
             }
             if self.positions.len() > 2 * (EVEN + RECENT) {
                 self.thin(row);
