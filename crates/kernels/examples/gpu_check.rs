@@ -7,6 +7,7 @@
 //! follow each other in one CUDA graph, as the layers of a model do; times are medians of its launches, by CUDA events.
 
 use half::f16;
+use mosaickv_kernels::cuda::check::dense::Size;
 use mosaickv_kernels::cuda::check::{self, Case, Outcome, Random, profile, profiles, storable};
 use mosaickv_kernels::cuda::driver::{Driver, resources};
 use mosaickv_kernels::cuda::exact::{Exact, LEAST_PART, PAGE_TOKENS, Pool};
@@ -27,8 +28,9 @@ const BATCHES: [usize; 3] = [1, 4, 8];
 const KNOWN: usize = 68;
 /// Pages that are made anew; more are copies of them.
 const DISTINCT: usize = 512;
-const CHECKS: [&str; 11] = [
+const CHECKS: [&str; 12] = [
     "dense",
+    "dense-small",
     "dense-overlapped",
     "exact",
     "exact-long",
@@ -262,9 +264,12 @@ fn run_check(name: &str) -> Result<()> {
     // Fresh inputs each time.
     let seed = std::time::UNIX_EPOCH.elapsed()?.as_nanos() as u64;
     match name {
-        "dense" => check::dense::checks(&gpu, seed, check::dense::Size::Large)?
-            .iter()
-            .for_each(|of| report(name, &of.of, of.error, 1.0, "")),
+        "dense" | "dense-small" => {
+            let size = if name == "dense" { Size::Large } else { Size::Small };
+            for of in check::dense::checks(&gpu, seed, size)? {
+                report(name, &of.of, of.error, 1.0, "");
+            }
+        }
         "exact" => {
             for (rows, d) in [(1, 64), (3, 128), (4, 128), (8, 64), (8, 128)] {
                 let shape = shape(4, 2, rows, d);

@@ -237,6 +237,9 @@ fn copies(driver: &Driver) -> Result<()> {
         weights.multiply(&x, 4096, &out, Into::F32)?;
     }
     driver.synchronize()?;
-    println!("{{\"copy\": \"none\", \"products_beside\": 20, \"all_ms\": {:.2}}}", start.elapsed().as_secs_f64() * 1e3);
+    println!(
+        "{{\"copy\": \"none\", \"products_beside\": 20, \"all_ms\": {:.2}}}",
+        start.elapsed().as_secs_f64() * 1e3
+    );
     Ok(())
 }
