@@ -10,6 +10,7 @@
 mod packed;
 
 use half::f16;
+use mosaickv_kernels::cuda::check::dense::Size;
 use mosaickv_kernels::cuda::check::{self, Case, Outcome, Random, profile, profiles, storable};
 use mosaickv_kernels::cuda::driver::{Driver, resources};
 use mosaickv_kernels::cuda::exact::{Exact, LEAST_PART, PAGE_TOKENS, Pool};
@@ -30,8 +31,9 @@ const BATCHES: [usize; 3] = [1, 4, 8];
 const KNOWN: usize = 68;
 /// Pages that are made anew; more are copies of them.
 const DISTINCT: usize = 512;
-const CHECKS: [&str; 11] = [
+const CHECKS: [&str; 12] = [
     "dense",
+    "dense-small",
     "dense-overlapped",
     "exact",
     "exact-long",
@@ -270,9 +272,12 @@ fn run_check(name: &str) -> Result<()> {
     // Fresh inputs each time.
     let seed = std::time::UNIX_EPOCH.elapsed()?.as_nanos() as u64;
     match name {
-        "dense" => check::dense::checks(&gpu, seed, check::dense::Size::Large)?
-            .iter()
-            .for_each(|of| report(name, &of.of, of.error, 1.0, "")),
+        "dense" | "dense-small" => {
+            let size = if name == "dense" { Size::Large } else { Size::Small };
+            for of in check::dense::checks(&gpu, seed, size)? {
+                report(name, &of.of, of.error, 1.0, "");
+            }
+        }
         "exact" => {
             for (rows, d) in [(1, 64), (3, 128), (4, 128), (8, 64), (8, 128)] {
                 let shape = shape(4, 2, rows, d);
