@@ -20,7 +20,6 @@
 
 mod attend;
 mod bytes;
-#[cfg_attr(not(any(feature = "cuda", feature = "cuda-emulated")), expect(dead_code, reason = "for GPUs"))]
 pub(crate) mod device;
 mod encode;
 mod score;

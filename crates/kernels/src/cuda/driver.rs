@@ -41,6 +41,8 @@ struct Inner {
     overlap: AtomicBool,
     /// Loaded so far, with the shared memory that they may have.
     functions: Mutex<HashMap<&'static str, (usize, usize)>>,
+    /// Blocks of a kernel with so much shared memory that a multiprocessor holds. A step asks at each launch, and the driver takes its time.
+    resident: Mutex<HashMap<(&'static str, usize), usize>>,
 }
 
 // SAFETY: the driver's handles may be used by any thread whose current context is theirs, which every call here sees to.
@@ -87,9 +89,19 @@ impl Driver {
         // It waits for copies of the default stream, and they for it.
         let stream = stream::create(stream::StreamKind::Default).map_err(failed("create a stream"))?;
         let side = stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
-        let (functions, products) = Default::default();
+        let (functions, resident, products) = Default::default();
         let overlap = AtomicBool::new(false);
-        Ok(Driver(Arc::new(Inner { device, context, module, stream, side, products, overlap, functions })))
+        Ok(Driver(Arc::new(Inner {
+            device,
+            context,
+            module,
+            stream,
+            side,
+            products,
+            overlap,
+            functions,
+            resident,
+        })))
     }
 
     /// Lets each launch from now on begin while the one before ends (programmatic dependent launch), on GPUs that can. Kernels
@@ -241,6 +253,10 @@ impl Device for Driver {
     }
 
     fn resident(&self, kernel: Kernel, shared: usize) -> Result<usize, Error> {
+        let mut resident = self.0.resident.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(count) = resident.get(&(kernel.name, shared)) {
+            return Ok(*count);
+        }
         let function = self.function(kernel, shared)?;
         let threads = kernel.threads as i32;
         // SAFETY: the function is the module's.
@@ -251,6 +267,7 @@ impl Device for Driver {
             let why = format!("a multiprocessor has no room for {threads} threads and {shared} bytes");
             return Err(Error::Call { call: kernel.name.into(), why });
         }
+        resident.insert((kernel.name, shared), count as usize);
         Ok(count as usize)
     }
 
