@@ -216,8 +216,9 @@ fn copies(driver: &Driver) -> Result<()> {
         for _ in 0..beside {
             weights.multiply(&x, 4096, &out, Into::F32)?;
         }
-        pinned = pending.wait()?;
+        let done = pending.wait()?;
         let copied = start.elapsed().as_secs_f64();
+        pinned = done;
         driver.synchronize()?;
         Ok((copied, start.elapsed().as_secs_f64()))
     };

@@ -18,7 +18,7 @@ pub trait Copied: fmt::Debug + Send + Sync {
     fn follow(&self) -> Result<(), Error>;
 }
 
-/// Page-locked memory of the host; given back when dropped.
+/// Page-locked memory of the host; given back when dropped. Both wait for the device to be idle: keep it and use it again.
 pub struct Pinned {
     gpu: Gpu,
     address: u64,

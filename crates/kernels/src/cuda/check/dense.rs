@@ -79,7 +79,7 @@ const F32: i32 = 22;
 fn off(got: impl IntoIterator<Item = f64>, want: &[f64], (bits, slack): (i32, f64)) -> f64 {
     let most = want.iter().fold(1e-30, |most: f64, x| most.max(x.abs()));
     let of = |(got, want): (f64, &f64)| {
-        let off = (got - want).abs() / (want.abs() * 2f64.powi(-bits) + slack * most);
+        let off = (got - want).abs() / (want.abs() * 2f64.powi(-bits) + slack * most).max(1e-300);
         if off.is_nan() { f64::INFINITY } else { off }
     };
     let mut got = got.into_iter();

@@ -112,6 +112,8 @@ fn plan(handle: sys::cublasLtHandle_t, product: &Product) -> Result<Plan, Error>
     let of = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32)
         .map_err(refused("describe a product"))?;
     let workspace = WORKSPACE;
+    // Parts of sums are added as f32, never as what comes out.
+    let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
     let preference = result::create_matmul_pref().map_err(refused("prefer"))?;
     // SAFETY: descriptions were just made; attributes have the types that they are documented with, and are copied.
     let found = unsafe {
@@ -126,7 +128,15 @@ fn plan(handle: sys::cublasLtHandle_t, product: &Product) -> Result<Plan, Error>
                 preference,
                 sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 (&raw const workspace).cast(),
-                size_of::<usize>(),
+                size_of_val(&workspace),
+            )
+        })
+        .and_then(|()| {
+            result::set_matmul_pref_attribute(
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const reduction).cast(),
+                size_of_val(&reduction),
             )
         })
         .and_then(|()| result::get_matmul_algo_heuristic(handle, of, weights, x, out, out, preference))
