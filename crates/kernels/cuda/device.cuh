@@ -82,8 +82,6 @@ DEVICE uint32_t shift_right(uint32_t low, uint32_t high, uint32_t by) { return _
 DEVICE int round_to_int(float x) { return __float2int_rn(x); }
 DEVICE int floor_to_int(float x) { return __float2int_rd(x); }
 DEVICE int count_ones(uint32_t x) { return __popc(x); }
-// 0xff in each byte where that of `a` is at least that of `b`.
-DEVICE uint32_t bytes_at_least(uint32_t a, uint32_t b) { return __vcmpgeu4(a, b); }
 
 DEVICE float half_to_float(uint16_t x) {
     float y;

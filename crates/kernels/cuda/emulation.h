@@ -309,13 +309,6 @@ DEVICE int saturated(float x) {
 DEVICE int round_to_int(float x) { return saturated(std::nearbyint(x)); }
 DEVICE int floor_to_int(float x) { return saturated(std::floor(x)); }
 DEVICE int count_ones(uint32_t x) { return __builtin_popcount(x); }
-DEVICE uint32_t bytes_at_least(uint32_t a, uint32_t b) {
-    uint32_t out = 0;
-    for (int i = 0; i < 4; i++) {
-        if (emulation::unsigned_byte(a, i) >= emulation::unsigned_byte(b, i)) out |= 0xffu << (8 * i);
-    }
-    return out;
-}
 
 DEVICE float half_to_float(uint16_t x) { return emulation::half_value(x); }
 DEVICE uint16_t float_to_half(float x) {

@@ -106,7 +106,7 @@ impl Store {
     }
 
     /// Gives the device back what nobody has, if that is more than half.
-    fn trim(&mut self) -> Result<(), KvError> {
+    fn trim(&mut self) {
         let all = self.pools[0].pages();
         let free = lock(&self.free);
         let mut used = all;
@@ -114,24 +114,29 @@ impl Store {
             used -= 1;
         }
         drop(free);
-        if used < all / 2 { self.resize(used) } else { Ok(()) }
+        if used < all / 2
+            && let Err(error) = self.resize(used)
+        {
+            // The smaller one did not fit beside the larger one.
+            tracing::debug!("pages of the GPU stay: {error}");
+        }
     }
 
     /// Has room for `pages` pages in each layer; those beyond must be free.
     fn resize(&mut self, pages: usize) -> Result<(), KvError> {
         let (old, mut free) = (self.pools[0].pages(), lock(&self.free));
-        for (i, pool) in self.pools.iter().enumerate() {
-            // One that an error left larger than the others is taken as it is.
-            assert!(i == 0 || pool.pages() >= old, "{} pages in layer {i} of {old}", pool.pages());
-        }
-        for pool in self.pools.iter_mut().rev() {
-            if pool.pages() != pages {
-                *pool = pool.resized(&self.gpu, pages)?;
-            }
-        }
         free.retain(|page| (*page as usize) < pages);
-        free.extend(old as u32..pages as u32);
-        Ok(())
+        // The first layer has as many pages as all have, also where an error ends this: it shrinks first and grows last.
+        let mut in_order: Vec<&mut Pool> = self.pools.iter_mut().collect();
+        if pages > old {
+            in_order.reverse();
+        }
+        let done = in_order.into_iter().filter(|pool| pool.pages() != pages).try_for_each(|pool| {
+            *pool = pool.resized(&self.gpu, pages)?;
+            Ok(())
+        });
+        free.extend(old.min(pages) as u32..self.pools[0].pages() as u32);
+        done
     }
 
     /// Has bytes written to parts of the device's memory before anything that is asked for later.
@@ -278,7 +283,11 @@ impl Mirror {
                 let heads = || held.heads.iter().zip(&grown);
                 let parts: Vec<Part> = heads().flat_map(|(head, grown)| head.pages.parts(grown)).collect();
                 let bytes: Vec<&[u8]> = grown.iter().flat_map(Grown::bytes).collect();
-                store.send(&parts, &bytes)?;
+                if let Err(error) = store.send(&parts, &bytes) {
+                    // What describes pages may name some that were not written.
+                    held.heads.clear();
+                    return Err(error);
+                }
             }
             let tokens = exact_tokens(layer);
             for page in held.tokens / PAGE_TOKENS..tokens.div_ceil(PAGE_TOKENS) {
@@ -297,7 +306,7 @@ impl Mirror {
     fn fit(&mut self, store: &mut Store, pages: usize) -> Result<(), KvError> {
         if pages < self.pages.len() {
             lock(&self.free).extend(self.pages.drain(pages..));
-            store.trim()?;
+            store.trim();
         }
         let more = store.take(pages - self.pages.len())?;
         self.pages.extend(more);

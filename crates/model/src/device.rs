@@ -110,6 +110,12 @@ impl Device {
         self.lock().gpu.used().0
     }
 
+    /// Bytes that may be taken besides.
+    pub fn left(&self) -> usize {
+        let (used, limit) = self.lock().gpu.used();
+        limit.saturating_sub(used)
+    }
+
     /// Has room for so many pages of exact tokens at once: growing to them takes more memory for a while.
     pub fn reserve(&self, pages: usize) -> Result<(), KvError> {
         self.lock().store.reserve(pages)

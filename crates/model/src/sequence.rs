@@ -206,6 +206,7 @@ impl<'a> Sequence<'a> {
     /// the prompt is computed again.
     pub fn compressed(&self, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let start = Instant::now();
+        self.check_device(format)?;
         let cache = self.cache.compressed(self.pool, format)?;
         let mirror = self.mirror.clone();
         Ok(Sequence { cache, mirror, attention: self.attention + start.elapsed(), ..*self })
@@ -214,9 +215,15 @@ impl<'a> Sequence<'a> {
     /// The same with one layer compressed and the others exact.
     pub fn compressed_layer(&self, layer: usize, format: KvFormat) -> Result<Sequence<'a>, KvError> {
         let start = Instant::now();
+        self.check_device(format)?;
         let cache = self.cache.compressed_layer(self.pool, layer, format)?;
         let mirror = self.mirror.clone();
         Ok(Sequence { cache, mirror, attention: self.attention + start.elapsed(), ..*self })
+    }
+
+    /// Whether the model, where it is on a GPU, attends to caches in this format there.
+    fn check_device(&self, format: KvFormat) -> Result<(), KvError> {
+        if self.mirror.is_some() { Mirror::check(format) } else { Ok(()) }
     }
 
     /// A copy that reads as if its compressed prompt were there `times` times on the GPU, or before its exact tokens `pages` pages of others:

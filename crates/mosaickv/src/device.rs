@@ -57,6 +57,17 @@ impl DeviceArgs {
     }
 }
 
+/// Whether a GPU that has the model has room for caches of so many bytes beside it.
+pub fn ensure_room(model: &Model, kv_memory: ByteCount) -> Result<()> {
+    let left = model.device.as_ref().map_or(usize::MAX, |device| device.left());
+    ensure!(
+        kv_memory.0 <= left,
+        "--kv-memory {kv_memory}: beside the model the GPU has room for {}; ask for less, or allow more with --gpu-memory",
+        ByteCount(left)
+    );
+    Ok(())
+}
+
 impl MemoryArgs {
     /// The GPU, of whose memory no more than that is taken.
     pub fn gpu(&self) -> Result<Gpu> {

@@ -2,7 +2,7 @@
 //!
 //! The socket is there before the model: while it loads, /health says so.
 
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, ensure_room};
 use crate::prefill::PrefillKv;
 use crate::{ThreadArgs, calibrate, fetch};
 use anyhow::{Context, Result, bail, ensure};
@@ -199,11 +199,12 @@ async fn run(args: &ServeArgs, options: Options, settings: Settings, path: PathB
     let stops = signals()?;
     let loading = tokio::task::spawn_blocking({
         let (app, kv, threads) = (app.clone(), args.kv, args.threads.count());
-        let (calibration, device) = (args.calibration.clone(), args.device.clone());
+        let (calibration, device, memory) = (args.calibration.clone(), args.device.clone(), args.kv_memory);
         move || -> Result<()> {
             let weights = calibrate::weights_name(&path)?;
             let (mut model, text) = load((&path, calibration.as_deref()), threads, kv)?;
             device.place(&mut model, &[kv])?;
+            ensure_room(&model, memory)?;
             app.load((Arc::new(model), weights), text, threads, settings);
             Ok(())
         }

@@ -318,6 +318,7 @@ impl OnDevice {
     ) -> Result<(), ForwardError> {
         let ModelConfig { layers, heads, head_dim, kv_heads, vocab, .. } = self.config;
         let scale = (head_dim as f32).sqrt().recip();
+        let blocks = tokens.len().div_ceil(PROMPT_ROWS);
         for (i, block) in tokens.chunks(PROMPT_ROWS).enumerate() {
             let (first, rows) = (i * PROMPT_ROWS, block.len());
             let spans = vec![vec![Span { past: mirror.exact_tokens(0), new: rows }]; layers];
@@ -331,9 +332,11 @@ impl OnDevice {
                 sent.send(l, staged, (work.queries(l), 0, rows * heads * head_dim * 2))?;
                 let tokens = Tokens { pool: self.store.pool(l), places: &work.places, layer: l };
                 prefill::attend(&tokens, work.queries(l), heads, scale, &work.x)?;
-                (told.done)(l + 1);
+                (told.done)((i * layers + l + 1) / blocks);
                 Ok(())
             })?;
+            // The next block's first layer writes where this one's last may still be copied from.
+            sent.flush()?;
             mirror.added(rows);
             let wanted: Vec<u32> =
                 (first_wanted.clamp(first, first + rows) - first..rows).map(|t| t as u32).collect();

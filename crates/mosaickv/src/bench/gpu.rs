@@ -21,8 +21,9 @@ const PAGE: usize = 64;
 
 #[derive(Args)]
 #[command(
-    after_help = "Of each format: tokens of the prompt, seconds to its first token and until it is compressed, host and device memory of a sequence, \
-    median and 90th percentile of the time between tokens. Exact contexts that do not fit are read from pages that all layers share: as many \
+    after_help = "Columns: TBT, the median time between tokens, and its 90th percentile; update, device and store, of which a step consists; tokens/s of all \
+    sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
+    until the prompt's first token was known, and then until it was compressed. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
     mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json"
@@ -136,6 +137,8 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
     mosaickv_model::read_each(&mut [share], &mut |_, _, _| ())?;
     let ttft = start.elapsed().as_secs_f64();
     first.finish_prompt();
+    // A copy begins without pages on the GPU, which are not to be counted.
+    first = first.clone();
     let compress = start.elapsed().as_secs_f64() - ttft;
     let mut rows = vec![];
     for &context in &args.context {

@@ -4,7 +4,7 @@ use super::reach;
 use crate::answer::bar;
 use crate::bill::peak_rss;
 use crate::demo::DOCUMENT;
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, ensure_room};
 use crate::{ModelArgs, read_document};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
@@ -104,6 +104,7 @@ pub fn serve(args: &ServeArgs) -> Result<()> {
     let pool = args.model.threads.pool();
     let (mut model, text) = args.model.load(&pool, &args.kv.0)?;
     args.device.place(&mut model, &args.kv.0)?;
+    ensure_room(&model, args.kv_memory)?;
     reach(&mut model, (args.stretch, args.context), "--context")?;
     let (threads, model) = (pool.threads(), Arc::new(model));
     drop(pool);
