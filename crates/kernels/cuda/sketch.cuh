@@ -403,5 +403,12 @@ DEVICE void sketch_of(const LayeredParameters& p) {
     follow();
 }
 
-KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, 5) { sketch_of<64>(p); }
-KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, 5) { sketch_of<128>(p); }
+// As many blocks as a multiprocessor has shared memory for: more registers would do nothing for Hopper, fewer spill on Ampere.
+#if __CUDA_ARCH__ >= 900
+constexpr int SKETCH_BLOCKS = 5;
+#else
+constexpr int SKETCH_BLOCKS = 3;
+#endif
+
+KERNEL(layered_sketch_64, LayeredParameters, SKETCH_THREADS, SKETCH_BLOCKS) { sketch_of<64>(p); }
+KERNEL(layered_sketch_128, LayeredParameters, SKETCH_THREADS, SKETCH_BLOCKS) { sketch_of<128>(p); }
