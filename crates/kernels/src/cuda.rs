@@ -3,7 +3,7 @@
 //! ([`aside`]).
 //!
 //! The kernels are CUDA C++ in this crate's folder `cuda`. With feature `cuda` they are compiled for GPUs and loaded through the driver at run time
-//! ([`driver`]), with `cuda-emulated` for the host, where tests run them thread by thread ([`emulated`]). A [`Gpu`] is one or the
+//! (`driver`), with `cuda-emulated` for the host, where tests run them thread by thread (`emulated`). A [`Gpu`] is one or the
 //! other; what works with one knows no more of it. What a kernel relies on is checked here, before its launch.
 //!
 //! A step is a sequence of launches with fixed grids: lengths, tables and counts are read from the device's memory, so that it can be

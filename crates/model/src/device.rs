@@ -1,4 +1,4 @@
-//! How do tokens become logits on a GPU? The pass of [`forward`](crate::forward) again, over weights in bf16 and residuals in f32.
+//! How do tokens become logits on a GPU? The pass of `forward.rs` again, over weights in bf16 and residuals in f32.
 //!
 //! What a layer remembers is the caches' business: keys and values of new tokens go to the pages of a [`Store`], and to the host.
 
