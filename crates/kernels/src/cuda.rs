@@ -71,7 +71,28 @@ impl Shape {
 
     /// One of two kernels.
     fn pick(&self, of_64: Kernel, of_128: Kernel) -> Kernel {
-        if self.head_dim == 64 { of_64 } else { of_128 }
+        of_width([of_64, of_128], self.head_dim)
+    }
+
+    /// Panics where `queries` are not `[B, G, R, D]` as f16.
+    fn check_queries(&self, queries: &Buffer) {
+        let wanted = self.queries() * self.head_dim * 2;
+        assert!(queries.bytes() >= wanted, "{} bytes of queries, wanted {wanted}", queries.bytes());
+    }
+
+    /// Panics where `out` has no room for `[B, G, R, D]` as f32.
+    fn check_outputs(&self, out: &Buffer) {
+        let wanted = self.queries() * self.head_dim * 4;
+        assert!(out.bytes() >= wanted, "{} bytes of outputs, wanted {wanted}", out.bytes());
+    }
+}
+
+/// That of two kernels which is for heads of 64 channels, or of 128.
+fn of_width(kernels: [Kernel; 2], head_dim: usize) -> Kernel {
+    match head_dim {
+        64 => kernels[0],
+        128 => kernels[1],
+        _ => panic!("head_dim {head_dim}, wanted 64 or 128"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::gemm::Weights;
+use super::of_width;
 use super::parameters::{EmbedParameters, GateParameters, HeadsParameters, NarrowParameters, NormParameters};
 use super::prefill::Tokens;
 
@@ -198,11 +199,7 @@ impl Heads<'_> {
             table_stride: table_stride as i32,
             row_count: rows as i32,
         };
-        let kernel = match d {
-            64 => HEADS[0],
-            128 => HEADS[1],
-            _ => panic!("head_dim {d}, wanted 64 or 128"),
-        };
+        let kernel = of_width(HEADS, d);
         let warps = kernel.threads / 32;
         let (blocks, shared) = ((rows * all).div_ceil(warps), warps * d * 4);
         // SAFETY: a warp for each head of each row; buffers have the rows' sizes, and every row has a page of the pool (`checked`).

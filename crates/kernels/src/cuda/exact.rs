@@ -17,7 +17,7 @@ const ATTEND: [Kernel; 2] =
     [Kernel { name: "exact_attend_64", threads: 128 }, Kernel { name: "exact_attend_128", threads: 128 }];
 const FINISH: [Kernel; 2] =
     [Kernel { name: "exact_finish_64", threads: 512 }, Kernel { name: "exact_finish_128", threads: 512 }];
-const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256);
+pub(super) const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256);
 
 /// Pages of all sequences: `[pages, G, 2, 64, D]`, of each KV head keys, then values.
 #[derive(Debug)]
@@ -190,11 +190,7 @@ impl Exact {
             "a pool of another shape"
         );
         assert!(self.named <= pool.pages, "page {} of {}", self.named, pool.pages);
-        assert!(
-            queries.bytes() >= shape.queries() * shape.head_dim * 2,
-            "{} bytes of queries",
-            queries.bytes()
-        );
+        shape.check_queries(queries);
         let parameters = ExactParameters {
             queries: queries.address(),
             pool: pool.data.address(),
@@ -220,7 +216,7 @@ impl Exact {
     /// Merges what was attended to: outputs `[B, G, R, D]` as f32.
     pub fn finish(&self, out: &Buffer) -> Result<(), Error> {
         let shape = self.shape;
-        assert!(out.bytes() >= shape.queries() * shape.head_dim * 4, "{} bytes of outputs", out.bytes());
+        shape.check_outputs(out);
         let parameters = FinishParameters {
             states: self.states.parameters(),
             lengths: self.lengths_address(),

@@ -46,7 +46,7 @@ const SKETCH_SHARED: usize = 44 << 10;
 const SKETCH_WAVES: usize = 2;
 /// Bytes of a run.
 const RUN: usize = 128;
-const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256) + 4 * (256 + 512);
+const FINISH_SHARED: usize = super::exact::FINISH_SHARED + 4 * (256 + 512);
 const SELECT_SHARED: usize = 4 * (8 + 8 + 3 * BINS + 1 + 2);
 
 /// Pages of a head whose tiles one block selects.
@@ -421,12 +421,8 @@ impl Layered {
         out: &Buffer,
     ) -> Result<(), Error> {
         let shape = self.shape;
-        assert!(
-            queries.bytes() >= shape.queries() * shape.head_dim * 2,
-            "{} bytes of queries",
-            queries.bytes()
-        );
-        assert!(out.bytes() >= shape.queries() * shape.head_dim * 4, "{} bytes of outputs", out.bytes());
+        shape.check_queries(queries);
+        shape.check_outputs(out);
         let parameters = self.parameters((queries, scale), known, out);
         let (kernel, grid) = match stage {
             Stage::Turn => (shape.pick(TURN[0], TURN[1]), (shape.heads() * MOST_ROWS, TURN_SHARED)),

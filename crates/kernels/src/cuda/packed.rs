@@ -8,7 +8,7 @@ mod segment;
 pub use segment::{Rotation, Segment};
 
 use super::device::{Buffer, Error, Gpu, Kernel};
-use super::exact::Exact;
+use super::exact::{Exact, FINISH_SHARED};
 use super::parameters::{self, PackedHead, PackedParameters, PackedSlice};
 use super::{MOST_HEADS, MOST_ROWS, Shape, States};
 use crate::packed::{BLOCKS, PAGE_TOKENS};
@@ -47,7 +47,6 @@ const FINISH: [Kernel; 2] =
 /// `ends`, and the warps' maxima and sums.
 const WARPS_SHARED: usize = 4 * (MOST_HEADS + 2 * 4 * MOST_ROWS);
 const SELECT_SHARED: usize = 4 * (8 + 8 + DIGITS + 5 * MOST_SLICES + MOST_SEGMENTS + 2 + 1);
-const FINISH_SHARED: usize = 4 * (32 + 512 + 512 + 256);
 
 /// As `TurnPackedShared` in `cuda/packed_turn.cuh`.
 fn turn_shared(head_dim: usize) -> usize {
@@ -233,9 +232,8 @@ impl Packed {
         out: &Buffer,
     ) -> Result<(), Error> {
         let shape = self.shape;
-        let numbers = shape.queries() * shape.head_dim;
-        assert!(queries.bytes() >= numbers * 2, "{} bytes of queries", queries.bytes());
-        assert!(out.bytes() >= numbers * 4, "{} bytes of outputs", out.bytes());
+        shape.check_queries(queries);
+        shape.check_outputs(out);
         if self.selected >= 1.0 && matches!(stage, Stage::Score | Stage::Want | Stage::Narrow) {
             return Ok(());
         }

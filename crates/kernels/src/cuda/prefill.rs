@@ -2,6 +2,7 @@
 
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::exact::{PAGE_TOKENS, Pool};
+use super::of_width;
 use super::parameters::PrefillParameters;
 use std::f32::consts::LOG2_E;
 
@@ -222,11 +223,7 @@ pub fn attend(
         kv_heads: kv_heads as i32,
         table_stride: table_stride as i32,
     };
-    let kernel = match head_dim {
-        64 => ATTEND[0],
-        128 => ATTEND[1],
-        _ => panic!("head_dim {head_dim}, wanted 64 or 128"),
-    };
+    let kernel = of_width(ATTEND, head_dim);
     let shared = (TILE_ROWS + 4 * PAGE_TOKENS) * head_dim * 2;
     // SAFETY: a block for each tile and head; every row has a page of the pool (`checked`); queries and outputs have the rows' size.
     unsafe { tokens.gpu().launch(kernel, (places.tile_count * heads, shared), &parameters) }
