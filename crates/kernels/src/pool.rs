@@ -6,6 +6,7 @@
 //! came too late to claim a task: on a machine with other work it may have no core.
 
 use std::any::Any;
+use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,15 +28,29 @@ pub struct Pool {
 }
 
 struct Shared {
-    /// Counts jobs; a change wakes the workers. The job below is published by it.
-    epoch: AtomicUsize,
-    job: Mutex<Option<Job>>,
-    next: AtomicUsize,
+    /// Counts jobs; a change wakes the workers.
+    epoch: Line<AtomicUsize>,
     /// Workers inside the current job, and [`OPEN`] as long as more may enter.
-    gate: AtomicUsize,
+    gate: Line<AtomicUsize>,
+    next: Line<AtomicUsize>,
+    /// Written while the gate is closed and nobody inside, read by those inside.
+    job: UnsafeCell<Option<Job>>,
+    /// Workers that sleep, or are about to.
+    asleep: AtomicUsize,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
+
+// SAFETY: the job is only touched as told there, and the gate orders writers and readers; the job's closure is `Sync`, and `Pool::run`
+// keeps it alive until the last worker inside has left.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+/// What many cores write, apart from what others do.
+#[repr(align(128))]
+#[derive(Default)]
+struct Line<T>(T);
 
 #[derive(Clone, Copy)]
 struct Job {
@@ -44,18 +59,16 @@ struct Job {
     body: *const (dyn Fn(usize) + Sync),
 }
 
-// SAFETY: the closure is `Sync`, and `Pool::run` keeps it alive until the last worker inside has left.
-unsafe impl Send for Job {}
-
 impl Pool {
     /// A pool of `threads` threads in all, the caller included. Panics if `threads` is 0.
     pub fn new(threads: usize) -> Pool {
         assert!(threads > 0, "a pool needs at least one thread, got 0");
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
-            job: Mutex::new(None),
-            next: AtomicUsize::new(0),
-            gate: AtomicUsize::new(0),
+            epoch: Line::default(),
+            gate: Line::default(),
+            next: Line::default(),
+            job: UnsafeCell::new(None),
+            asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
@@ -95,20 +108,28 @@ impl Pool {
             )
         };
         let job = Job { tasks, body };
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
-        shared.next.store(0, Ordering::Relaxed);
-        shared.gate.store(OPEN, Ordering::Release);
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
-        self.sleepers.iter().for_each(Thread::unpark);
+        // SAFETY: the last job ended with its gate closed and nobody inside, and this one's turn is ours.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.next.0.store(0, Ordering::Relaxed);
+        shared.gate.0.store(OPEN, Ordering::Release);
+        self.wake();
         shared.claim_all(job);
-        shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        shared.gate.0.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
-        while shared.gate.load(Ordering::Acquire) != 0 {
+        while shared.gate.0.load(Ordering::Acquire) != 0 {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { thread::yield_now() }
         }
         if let Some(payload) = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
             resume_unwind(payload);
+        }
+    }
+
+    /// Begins the next epoch. Who is not asleep sees it by itself.
+    fn wake(&self) {
+        self.shared.epoch.0.fetch_add(1, Ordering::SeqCst);
+        if self.shared.asleep.load(Ordering::SeqCst) > 0 {
+            self.sleepers.iter().for_each(Thread::unpark);
         }
     }
 
@@ -139,8 +160,7 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
-        self.sleepers.iter().for_each(Thread::unpark);
+        self.wake();
         for worker in self.workers.drain(..) {
             // A worker's panic was passed on by the job that it happened in.
             let _ = worker.join();
@@ -158,10 +178,12 @@ impl<T> SendPtr<T> {
 unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 impl Shared {
-    /// Whether a worker is now inside the current job: not if all of its tasks are claimed.
-    fn enter(&self) -> bool {
+    /// The current job, once a worker is inside: none if all of its tasks are claimed.
+    fn enter(&self) -> Option<Job> {
         let more = |gate| if gate & OPEN == 0 { None } else { Some(gate + 1) };
-        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
+        self.gate.0.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).ok()?;
+        // SAFETY: it was written before the gate opened, and is not again before this worker has left.
+        unsafe { *self.job.get() }
     }
 
     fn claim_all(&self, job: Job) {
@@ -169,7 +191,7 @@ impl Shared {
         let body = unsafe { &*job.body };
         let result = catch_unwind(AssertUnwindSafe(|| {
             loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                let task = self.next.0.fetch_add(1, Ordering::Relaxed);
                 if task >= job.tasks {
                     break;
                 }
@@ -185,25 +207,35 @@ impl Shared {
 fn work(shared: &Shared) {
     let mut seen = 0;
     loop {
-        let mut spins = 0;
-        while shared.epoch.load(Ordering::Acquire) == seen {
-            spins += 1;
-            if spins < SPINS { std::hint::spin_loop() } else { thread::park() }
-        }
+        wait(shared, seen);
         // Before `stop`, whose epoch is the last: seen first, it would be waited for in vain.
-        seen = shared.epoch.load(Ordering::SeqCst);
+        seen = shared.epoch.0.load(Ordering::SeqCst);
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
         // Whichever job is open now, perhaps a later one: while somebody is inside, none is replaced.
-        if !shared.enter() {
-            continue;
+        if let Some(job) = shared.enter() {
+            shared.claim_all(job);
+            shared.gate.0.fetch_sub(1, Ordering::Release);
         }
-        let job =
-            shared.job.lock().unwrap_or_else(PoisonError::into_inner).expect("an epoch publishes a job");
-        shared.claim_all(job);
-        shared.gate.fetch_sub(1, Ordering::Release);
     }
+}
+
+/// Waits for an epoch after this one.
+fn wait(shared: &Shared, seen: usize) {
+    let same = |order| shared.epoch.0.load(order) == seen;
+    for _ in 0..SPINS {
+        if !same(Ordering::Acquire) {
+            return;
+        }
+        std::hint::spin_loop();
+    }
+    // Counted before the epoch is looked at again: who begins the next one after that look sees the count.
+    shared.asleep.fetch_add(1, Ordering::SeqCst);
+    while same(Ordering::SeqCst) {
+        thread::park();
+    }
+    shared.asleep.fetch_sub(1, Ordering::SeqCst);
 }
 
 #[cfg(test)]

@@ -172,16 +172,13 @@ fn scale(x: &mut [f32], factor: f32) {
     }
 }
 
-/// Calls `body(t, row)` for each row, spread over the pool where there are enough to be worth a join.
+/// Calls `body(t, row)` for each row, spread over the pool where there is enough to be worth a join.
 fn each_row(pool: &Pool, x: &mut [f32], row: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
-    const ROWS: usize = 16;
-    if x.len() <= ROWS * row {
-        x.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(t, row));
-    } else {
-        pool.for_each_chunk(x, ROWS * row, |i, rows| {
-            rows.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(i * ROWS + t, row));
-        });
-    }
+    const NUMBERS: usize = 8192;
+    let rows = (NUMBERS / row).max(1);
+    pool.for_each_chunk(x, rows * row, |i, chunk| {
+        chunk.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(i * rows + t, row));
+    });
 }
 
 fn add_bias(row: &mut [f32], bias: Option<&[f32]>) {

@@ -8,8 +8,8 @@ use crate::isa::Isa;
 use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
 
-/// Tokens that one task quantizes.
-const TOKENS_PER_TASK: usize = 16;
+/// Numbers that one task quantizes, about.
+const TASK_NUMBERS: usize = 8192;
 
 /// 32 activations of one token.
 #[derive(Clone, Copy, Default)]
@@ -27,7 +27,7 @@ pub(super) struct Span {
 /// not finite gets a scale that is not finite, so that products show it.
 pub(super) fn quantize(isa: Isa, pool: &Pool, x: &[f32], cols: usize) -> Vec<Span> {
     let mut spans = vec![Span::default(); x.len() / SPAN];
-    let chunk = TOKENS_PER_TASK * cols;
+    let chunk = (TASK_NUMBERS / cols).max(1) * cols;
     pool.for_each_chunk(&mut spans, chunk / SPAN, |i, spans| {
         let x = &x[i * chunk..][..spans.len() * SPAN];
         dispatch(isa, Quantize { x, spans });
