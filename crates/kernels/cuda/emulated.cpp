@@ -51,6 +51,7 @@ const Entry ENTRIES[] = {
     ENTRY(dense_heads_128, HeadsParameters),
     ENTRY(dense_gate, GateParameters),
     ENTRY(dense_narrow, NarrowParameters),
+    ENTRY(deliver, DeliverParameters),
     ENTRY(prefill_attend_64, PrefillParameters),
     ENTRY(prefill_attend_128, PrefillParameters),
 };

@@ -1,4 +1,5 @@
 // All kernels, as one module.
+#include "deliver.cuh"
 #include "dense.cuh"
 #include "encode.cuh"
 #include "packed_encode.cuh"
@@ -15,6 +16,7 @@ static_assert(sizeof(PackedParameters) == 312 && sizeof(PackedRotateParameters) 
               "sizes of structures");
 static_assert(sizeof(EmbedParameters) == 40 && sizeof(NormParameters) == 48 && sizeof(HeadsParameters) == 112, "sizes of structures");
 static_assert(sizeof(GateParameters) == 40 && sizeof(NarrowParameters) == 24 && sizeof(PrefillParameters) == 64, "sizes of structures");
+static_assert(sizeof(DeliverPiece) == 16 && sizeof(DeliverParameters) == 8, "sizes of structures");
 
 // As `src/cuda/exact.rs`, `src/cuda/layered.rs` and `src/cuda/encode.rs` count shared memory.
 static_assert(sizeof(ExactShared<64>) == 2048 + 1024 + 8448 && sizeof(ExactShared<128>) == 2048 + 2048 + 16640, "shared memory");

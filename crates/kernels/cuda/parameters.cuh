@@ -206,3 +206,14 @@ struct PrefillParameters {
     int32_t heads, kv_heads;
     int32_t table_stride;
 };
+
+// A piece of a letter: where it goes, where in the letter it is, and how many bytes, whole words.
+struct DeliverPiece {
+    uint64_t to;
+    uint32_t from, bytes;
+};
+
+// A letter of the host: how many pieces, where in it they are told, and what they say.
+struct DeliverParameters {
+    const unsigned char* letter;
+};

@@ -6,8 +6,8 @@
 //! (`driver`), with `cuda-emulated` for the host, where tests run them thread by thread (`emulated`). A [`Gpu`] is one or the
 //! other; what works with one knows no more of it. What a kernel relies on is checked here, before its launch.
 //!
-//! A step is a sequence of launches with fixed grids: lengths, tables and counts are read from the device's memory, so that it can be
-//! captured once as a graph and launched for every token.
+//! A step is a sequence of launches with fixed grids: lengths, tables and counts are read from the device's memory, so that a [`Graph`] asks
+//! for it as a whole for every token.
 
 pub mod aside;
 pub mod check;
@@ -20,6 +20,7 @@ pub mod emulated;
 pub mod encode;
 pub mod exact;
 pub mod gemm;
+mod graph;
 pub mod layered;
 pub mod packed;
 pub(crate) mod parameters;
@@ -27,6 +28,7 @@ pub mod prefill;
 
 pub use aside::{Pending, Pinned};
 pub use device::{Buffer, Device, Error, Gpu, Kernel, Piece};
+pub use graph::{Asked, Captured, Graph, Tape};
 
 /// Most query heads of a KV head.
 pub const MOST_ROWS: usize = 8;

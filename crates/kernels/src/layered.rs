@@ -492,9 +492,22 @@ impl Pages {
 
     /// A copy of the pages from `first` on.
     pub fn after(&self, first: usize) -> Pages {
-        let mut rest = self.clone();
-        rest.split_first(first);
-        rest
+        let Some(page) = self.pages.get(first) else { return Pages::new(self.head_dim) };
+        let Page { leading, first: lines, key_escapes: escapes, .. } = *page;
+        let of_page = |page: &Page| Page {
+            leading: page.leading - leading,
+            first: page.first - lines,
+            key_escapes: page.key_escapes - escapes,
+            value_escapes: page.value_escapes - escapes,
+            ..*page
+        };
+        Pages {
+            leading: self.leading[leading as usize..].to_vec(),
+            lines: self.lines[lines as usize..].to_vec(),
+            pages: self.pages[first..].iter().map(of_page).collect(),
+            escapes: self.escapes[escapes as usize..].to_vec(),
+            head_dim: self.head_dim,
+        }
     }
 
     /// Adds the pages of `others`, of vectors with as many channels, after these.

@@ -2,8 +2,8 @@
 //!
 //! The host keeps, the device attends: a [`KvCache`] stays the one truth of what a sequence remembers, and plans what becomes of it. A
 //! [`Mirror`] is the device's copy of one: exact tokens in pages of a [`Store`], which all sequences of a model share, and compressed pages as
-//! the host encoded them. Before each pass it is [brought in line](Mirror::update), and only what changed is uploaded: what has left the
-//! window, and the window. The device itself adds the keys and values of the tokens that it reads, and the host gets them
+//! the host encoded them. Before each pass it is [brought in line](Mirror::update), and only what changed is written: what has left the
+//! window, and the window's newest pages. The device itself adds the keys and values of the tokens that it reads, and the host gets them
 //! afterwards ([`KvCache::take`]).
 
 mod attention;
@@ -15,9 +15,8 @@ use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use mosaickv_kernels::Pool as Threads;
-use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::exact::{PAGE_TOKENS, Pool};
-use mosaickv_kernels::cuda::layered::{Growing, Grown, Rotations, Scales};
+use mosaickv_kernels::cuda::layered::{Growing, Rotations, Scales};
 use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,8 +35,6 @@ pub struct Store {
     free: Free,
     /// Of each layer and KV head.
     rotations: Option<(Arc<Calibration>, Vec<Rotations>)>,
-    /// Copies to the device that may be under way.
-    sent: Vec<Pending>,
 }
 
 /// Pages that nobody has, of a store and its mirrors.
@@ -62,7 +59,7 @@ impl Store {
         }
         let none = || Pool::new(gpu, 0, (shape.kv_heads, shape.head_dim));
         let pools = (0..shape.layers).map(|_| none()).collect::<Result<_, _>>()?;
-        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None, sent: vec![] })
+        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None })
     }
 
     /// Sequences that can take a step together.
@@ -139,36 +136,6 @@ impl Store {
         done
     }
 
-    /// Has bytes written to parts of the device's memory before anything that is asked for later.
-    fn send(&mut self, parts: &[Part], bytes: &[&[u8]]) -> Result<(), KvError> {
-        let count = bytes.iter().map(|bytes| bytes.len()).sum();
-        let mut pinned = self.pinned(count)?;
-        let mut rest = pinned.numbers_mut::<u8>(0, count);
-        for bytes in bytes {
-            let (to, after) = rest.split_at_mut(bytes.len());
-            to.copy_from_slice(bytes);
-            rest = after;
-        }
-        let pending = aside::send(pinned, parts)?;
-        pending.follow()?;
-        self.sent.push(pending);
-        Ok(())
-    }
-
-    /// Page-locked memory, of a copy that is done if there is one.
-    fn pinned(&mut self, bytes: usize) -> Result<Pinned, KvError> {
-        for i in 0..self.sent.len() {
-            if self.sent[i].is_done()? {
-                let pinned = self.sent.swap_remove(i).wait()?;
-                if pinned.bytes() >= bytes {
-                    return Ok(pinned);
-                }
-                break;
-            }
-        }
-        Ok(Pinned::new(&self.gpu, bytes + bytes / 4)?)
-    }
-
     /// Rotations of the heads of a layer of models with this calibration.
     fn rotate(&mut self, calibration: &Arc<Calibration>) -> Result<(), KvError> {
         if self.rotations.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, calibration)) {
@@ -216,6 +183,8 @@ struct HeldHead {
     prompt: Weak<Segment>,
     /// Pages in each of the segments, and tokens in the newest.
     sizes: [usize; 5],
+    /// Tokens of the tail, with those that were dropped.
+    of_tail: usize,
 }
 
 impl Clone for Mirror {
@@ -262,7 +231,8 @@ impl Mirror {
         }
     }
 
-    /// Makes it the same as the cache, with room for `more` tokens, which the device adds then. One in a compressed cache.
+    /// Makes it the same as the cache, with room for `more` tokens, which the device adds then. One in a compressed cache. What compressed
+    /// pages grew by is written by [`Attention::set`].
     pub fn update(
         &mut self,
         store: &mut Store,
@@ -270,25 +240,32 @@ impl Mirror {
         threads: &Threads,
         more: usize,
     ) -> Result<(), KvError> {
-        Mirror::check(cache.format)?;
-        cache.make_room(threads);
-        if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
-            store.rotate(calibration)?;
-        }
-        let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
-        self.fit(store, (self.before + exact + more).div_ceil(PAGE_TOKENS))?;
-        for (l, (layer, held)) in cache.layers.iter().zip(&mut self.layers).enumerate() {
-            let grown = held.update(&store.gpu, (layer, self.times), threads)?;
-            if !grown.is_empty() {
-                let heads = || held.heads.iter().zip(&grown);
-                let parts: Vec<Part> = heads().flat_map(|(head, grown)| head.pages.parts(grown)).collect();
-                let bytes: Vec<&[u8]> = grown.iter().flat_map(Grown::bytes).collect();
-                if let Err(error) = store.send(&parts, &bytes) {
-                    // What describes pages may name some that were not written.
-                    held.heads.clear();
-                    return Err(error);
-                }
+        Mirror::update_each(&mut [(self, cache)], store, threads, more)
+    }
+
+    /// The same of several mirrors and their caches.
+    pub fn update_each(
+        pairs: &mut [(&mut Mirror, &mut KvCache)],
+        store: &mut Store,
+        threads: &Threads,
+        more: usize,
+    ) -> Result<(), KvError> {
+        pairs.iter().try_for_each(|(_, cache)| Mirror::check(cache.format))?;
+        KvCache::make_room(pairs.iter_mut().map(|(_, cache)| &mut **cache), threads);
+        for (mirror, cache) in &mut *pairs {
+            if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
+                store.rotate(calibration)?;
             }
+            let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
+            mirror.fit(store, (mirror.before + exact + more).div_ceil(PAGE_TOKENS))?;
+        }
+        Held::update_each(pairs, &store.gpu, threads)?;
+        pairs.iter_mut().try_for_each(|(mirror, cache)| mirror.write_exact(store, cache))
+    }
+
+    /// Writes the exact tokens that the device did not add.
+    fn write_exact(&mut self, store: &Store, cache: &KvCache) -> Result<(), KvError> {
+        for (l, (layer, held)) in cache.layers.iter().zip(&mut self.layers).enumerate() {
             let tokens = exact_tokens(layer);
             for page in held.tokens / PAGE_TOKENS..tokens.div_ceil(PAGE_TOKENS) {
                 if held.tokens < tokens {
@@ -331,9 +308,12 @@ impl Mirror {
         self.before + self.layers[layer].tokens
     }
 
-    /// The device has added the keys and values of so many tokens in each layer.
+    /// The device has added the keys and values of so many tokens in each layer, and has what was written before.
     pub fn added(&mut self, tokens: usize) {
-        self.layers.iter_mut().for_each(|held| held.tokens += tokens);
+        for held in &mut self.layers {
+            held.tokens += tokens;
+            held.heads.iter_mut().for_each(|head| head.pages.written());
+        }
     }
 
     /// Bytes of the compressed pages on the device, with the room that they have to grow.
@@ -342,37 +322,62 @@ impl Mirror {
     }
 }
 
+/// A head that changed: what was held of it, and what is.
+struct Renewal<'a> {
+    head: &'a LayeredHead,
+    times: usize,
+    before: Option<HeldHead>,
+    after: Option<Result<HeldHead, KvError>>,
+}
+
 impl Held {
-    /// Has compressed heads as the host has them, once what they grew by is written. What changed with them forgets the exact tokens after the
-    /// first.
-    fn update(
-        &mut self,
+    /// Has compressed heads as the hosts have them.
+    fn update_each(
+        pairs: &mut [(&mut Mirror, &mut KvCache)],
         gpu: &Gpu,
-        (layer, times): (&Layer, usize),
         threads: &Threads,
-    ) -> Result<Vec<Grown>, KvError> {
+    ) -> Result<(), KvError> {
+        let layers = pairs.iter_mut().flat_map(|(mirror, cache)| {
+            let times = mirror.times;
+            mirror.layers.iter_mut().zip(&cache.layers).map(move |(held, layer)| (held, layer, times))
+        });
+        let begun = layers.filter_map(|(held, layer, times)| {
+            let renewals = held.begin(layer, times);
+            (!renewals.is_empty()).then_some((held, renewals))
+        });
+        let mut begun: Vec<(&mut Held, Vec<Renewal>)> = begun.collect();
+        let mut all: Vec<&mut Renewal> = begun.iter_mut().flat_map(|(_, renewals)| renewals).collect();
+        threads.for_each(&mut all, |_, renewal| {
+            renewal.after =
+                Some(HeldHead::updated(renewal.before.take(), gpu, (renewal.head, renewal.times)));
+        });
+        // A layer that failed holds nothing.
+        begun.into_iter().map(|(held, renewals)| held.end(renewals)).fold(Ok(()), Result::and)
+    }
+
+    /// The layer's heads, if they changed.
+    fn begin<'a>(&mut self, layer: &'a Layer, times: usize) -> Vec<Renewal<'a>> {
         let Layer::Layered(heads) = layer else {
             if !self.heads.is_empty() {
                 *self = Held { changes: self.changes + 1, ..Held::default() };
             }
-            return Ok(vec![]);
+            return vec![];
         };
         if self.heads.len() == heads.len()
             && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head))
         {
-            return Ok(vec![]);
+            return vec![];
         }
         let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
-        let mut work: Vec<_> = heads.iter().zip(before).map(|(head, before)| (head, before, None)).collect();
-        threads.for_each(&mut work, |_, (head, before, after)| {
-            *after = Some(HeldHead::updated(before.take(), gpu, (head, times)));
-        });
-        let updated: Result<Vec<_>, KvError> = work.into_iter().filter_map(|(_, _, after)| after).collect();
-        let (heads, grown) = updated?.into_iter().unzip();
-        self.heads = heads;
+        heads.iter().zip(before).map(|(head, before)| Renewal { head, times, before, after: None }).collect()
+    }
+
+    /// What changed with the heads forgets the exact tokens after the first.
+    fn end(&mut self, renewals: Vec<Renewal>) -> Result<(), KvError> {
+        self.heads = renewals.into_iter().filter_map(|renewal| renewal.after).collect::<Result<_, _>>()?;
         self.tokens = self.tokens.min(SINKS);
         self.changes += 1;
-        Ok(grown)
+        Ok(())
     }
 }
 
@@ -381,28 +386,46 @@ impl HeldHead {
         self.sizes == sizes(head) && std::ptr::eq(self.prompt.as_ptr(), Arc::as_ptr(&head.prompt))
     }
 
-    /// What is held of `head`, after what was held before, once what it grew by is written.
+    /// What is held of `head`, after what was held before.
     fn updated(
         before: Option<HeldHead>,
         gpu: &Gpu,
         (head, times): (&LayeredHead, usize),
-    ) -> Result<(HeldHead, Grown), KvError> {
+    ) -> Result<HeldHead, KvError> {
         let of_tail = head.tail.pages.pages().len();
         let is_prefix = |held: &HeldHead| {
             std::ptr::eq(held.prompt.as_ptr(), Arc::as_ptr(&head.prompt)) && held.sizes[1] <= of_tail
         };
-        let mut held = match before.filter(is_prefix) {
+        let before = before.filter(is_prefix);
+        let is_new = before.is_none();
+        let mut held = match before {
             Some(held) => held,
             None => {
                 let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(head))?;
-                HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5] }
+                HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5], of_tail: 0 }
             }
         };
-        let mut newest = head.leaving.pages.clone();
-        newest.append(&head.window.pages);
-        let grown = held.pages.grow(&head.tail.pages.after(held.sizes[1]), &newest)?;
-        held.sizes = sizes(head);
-        Ok((held, grown))
+        let same = held.same_newest(head);
+        let of_leaving = head.leaving.pages.pages().len();
+        let mut newest = head.leaving.pages.after(same.min(of_leaving));
+        newest.append(&head.window.pages.after(same.saturating_sub(of_leaving)));
+        held.pages.grow(&head.tail.pages.after(held.sizes[1]), (same, &newest))?;
+        (held.sizes, held.of_tail) = (sizes(head), head.tail.tokens());
+        if is_new {
+            held.pages.write()?;
+            held.pages.written();
+        }
+        Ok(held)
+    }
+
+    /// How many of the pages after the tail are as they were: as long as the tail is, all but the last, which buffers are added to.
+    fn same_newest(&self, head: &LayeredHead) -> usize {
+        let of = |[_, _, leaving, window, _]: [usize; 5]| leaving + window;
+        if self.of_tail == head.tail.tokens() {
+            of(self.sizes).min(of(sizes(head))).saturating_sub(1)
+        } else {
+            0
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! What a layer remembers is the caches' business: keys and values of new tokens go to the pages of a [`Store`], and to the host.
 
 mod pass;
+mod step;
 mod synthetic;
 mod weights;
 
@@ -11,12 +12,14 @@ use crate::rope::Rope;
 use crate::weights::Model;
 use mosaickv_kernels::cuda::Gpu;
 use mosaickv_kv::KvError;
-use mosaickv_kv::device::{Attention, Mirror, Store};
+use mosaickv_kv::device::{Mirror, Store};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+pub(crate) use pass::Prompt;
 use pass::Work;
-pub(crate) use pass::{Prompt, Step};
+use step::Ready;
+pub(crate) use step::Step;
 pub use synthetic::Pages;
 use weights::Weights;
 
@@ -34,7 +37,7 @@ pub(crate) struct OnDevice {
     weights: Weights,
     pub(crate) store: Store,
     /// What the last step worked with.
-    step: Option<(Attention, Work)>,
+    step: Option<Ready>,
     /// What the last prompt worked with.
     prompt: Option<Work>,
     times: StepTimes,
@@ -54,11 +57,11 @@ pub struct DeviceBytes {
 /// Time that steps took so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepTimes {
-    /// Until mirrors were in line with their caches: sealing, and what is sent to the device.
+    /// Until mirrors were in line with their caches, of what was not done beside the step before.
     pub update: Duration,
-    /// Until the logits were there.
+    /// From then on until the logits were there.
     pub device: Duration,
-    /// Until the caches had stored what was computed.
+    /// Within that, beside the device's last product: until the caches had stored what was computed, and mirrors were in line with them.
     pub store: Duration,
 }
 
@@ -103,6 +106,11 @@ impl Device {
     /// Time that steps took so far.
     pub fn times(&self) -> StepTimes {
         self.lock().times
+    }
+
+    /// How often the layers of steps of as many sequences as the last one became a graph, in a row of such steps.
+    pub fn graphs(&self) -> usize {
+        self.lock().step.as_ref().map_or(0, Ready::graphs)
     }
 
     /// Bytes of its memory that are taken: by the model, what is remembered, and what passes work with.

@@ -164,6 +164,40 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
     assert_eq!(device.device.as_ref().unwrap().bytes().exact, 0, "pages that nobody gave back");
 }
 
+/// Steps are one graph as long as the memory is the same: through pages that are begun, until there are more than there was room for, and again
+/// with another number of sequences.
+#[test]
+fn steps_are_a_graph_until_what_they_use_changes() {
+    let (gpu, pool) = (Emulated::gpu(2), Pool::new(2));
+    let (cpu, on_gpu) = (load("llama"), on_device("llama", &gpu));
+    let device = on_gpu.device.as_ref().unwrap();
+    // Room for what the first sequence needs at first.
+    device.reserve(3).unwrap();
+    let mut want: Vec<Sequence> = (0..2).map(|_| sequence(&cpu, &pool, KvFormat::Exact)).collect();
+    let mut got: Vec<Sequence> = (0..2).map(|_| sequence(&on_gpu, &pool, KvFormat::Exact)).collect();
+    let prompts = [tokens(61, 1), tokens(9, 2)];
+    for (prompt, (got, want)) in prompts.iter().zip(got.iter_mut().zip(&mut want)) {
+        got.prefill(prompt, &mut |_, _| ()).unwrap();
+        want.prefill(prompt, &mut |_, _| ()).unwrap();
+    }
+    let mut graphs = vec![];
+    for (i, token) in tokens(70, 3).into_iter().enumerate() {
+        let what = format!("step {i}");
+        close(&got[0].step(token).unwrap(), &want[0].step(token).unwrap(), &what);
+        graphs.push(device.graphs());
+    }
+    assert_eq!((graphs[0], graphs[1], graphs[65]), (0, 1, 1), "{graphs:?}");
+    assert_eq!(graphs[69], 2, "{graphs:?}: a third page took other memory");
+    for i in 0..3 {
+        let next = [5 + i, 50 + i];
+        let each = |sequences: &mut Vec<Sequence>| {
+            step_each(&mut sequences.iter_mut().collect::<Vec<_>>(), &next).unwrap()
+        };
+        close(&each(&mut got), &each(&mut want), &format!("two sequences, step {i}"));
+        assert_eq!(device.graphs(), [0, 1, 1][i as usize]);
+    }
+}
+
 /// A prompt that the CPU read goes on on the device, through sealed buffers; mirrors of longer answers have tests of their own.
 #[test]
 fn a_compressed_cache_goes_on_as_on_the_cpu() {
@@ -184,6 +218,8 @@ fn a_compressed_cache_goes_on_as_on_the_cpu() {
         close(&a, &b, &format!("step {i}"));
         next = greedy(&b);
     }
+    // What changes from step to step is no part of it.
+    assert_eq!(device.device.as_ref().unwrap().graphs(), 1);
     got.cache().check().unwrap();
     let bytes = |sequence: &Sequence| sequence.cache().bytes().packed as f64;
     assert!((bytes(&got) / bytes(&want) - 1.0).abs() < 0.02, "{} and {}", bytes(&got), bytes(&want));

@@ -46,6 +46,11 @@ impl Pinned {
         self.bytes
     }
 
+    /// Where it is.
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
     /// `count` numbers from byte `at` on, which is a multiple of their size.
     pub fn numbers<T: NoUninit + AnyBitPattern>(&self, at: usize, count: usize) -> &[T] {
         // SAFETY: so many bytes are allocated and were written by `new`; no copy is under way, since it would own this.
@@ -92,6 +97,7 @@ fn pieces(parts: &[Part], host: &Pinned, piece: impl Fn(u64, u64, usize) -> Piec
     let mut at = 0;
     let mut one = |&(buffer, first, bytes): &Part| {
         buffer.holds("a part to copy", first, bytes);
+        buffer.check_order();
         assert!(at + bytes <= host.bytes, "{bytes} bytes at {at} of {} page-locked ones", host.bytes);
         let piece = piece(buffer.address() + first as u64, host.address + at as u64, bytes);
         at += bytes;

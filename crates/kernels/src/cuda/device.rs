@@ -2,10 +2,11 @@
 
 use super::aside::Copied;
 use super::gemm::Product;
+use super::graph::{self, Captured, Tape};
 use bytemuck::{AnyBitPattern, NoUninit};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What went wrong on the way to or on the device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -123,7 +124,12 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// # Safety
     /// The matrices of the product are allocated, and its output overlaps no other.
     unsafe fn multiply(&self, product: &Product) -> Result<(), Error>;
-    /// Address of page-locked memory of the host, aligned to 16 at least.
+    /// Makes what is on a tape one graph. Each of its launches and products has been asked for before.
+    ///
+    /// # Safety
+    /// Each may be asked for.
+    unsafe fn graph(&self, tape: &Tape) -> Result<Box<dyn Captured>, Error>;
+    /// Address of page-locked memory of the host, aligned to 16 at least. The device reads it at the same address.
     fn pin(&self, bytes: usize) -> Result<u64, Error>;
     /// Gives it back.
     ///
@@ -171,22 +177,39 @@ impl Budget {
     }
 }
 
+/// Memory that is to be given back.
+#[derive(Debug)]
+struct Memory {
+    address: u64,
+    bytes: usize,
+    budget: Arc<Budget>,
+}
+
+/// Memory that nobody has any more, but that what is being noted may still ask for.
+#[derive(Debug, Default)]
+struct Kept {
+    /// Threads that note.
+    noting: usize,
+    memory: Vec<Memory>,
+}
+
 /// A device that many share.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     device: Arc<dyn Device>,
     budget: Arc<Budget>,
+    kept: Arc<Mutex<Kept>>,
 }
 
 impl Gpu {
     /// That is this device.
     pub fn new(device: impl Device + 'static) -> Gpu {
-        Gpu { device: Arc::new(device), budget: Budget::new(usize::MAX) }
+        Gpu { device: Arc::new(device), budget: Budget::new(usize::MAX), kept: Arc::default() }
     }
 
     /// The same device, of whose memory no more than `bytes` may be taken through this and its clones at any time.
     pub fn with_budget(&self, bytes: usize) -> Gpu {
-        Gpu { device: self.device.clone(), budget: Budget::new(bytes) }
+        Gpu { budget: Budget::new(bytes), ..self.clone() }
     }
 
     /// Bytes taken through this and its clones, and how many may be.
@@ -201,6 +224,39 @@ impl Gpu {
 
     pub(super) fn device(&self) -> &dyn Device {
         &*self.device
+    }
+
+    /// Whether both are the same device.
+    pub(super) fn is(&self, other: &Gpu) -> bool {
+        Arc::ptr_eq(&self.kept, &other.kept)
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on memory that is freed stays until [`let_go`](Gpu::let_go).
+    pub(super) fn keep(&self) {
+        self.kept().noting += 1;
+    }
+
+    /// Gives back what was freed, unless others note.
+    pub(super) fn let_go(&self) {
+        let mut kept = self.kept();
+        kept.noting -= 1;
+        if kept.noting == 0 {
+            let memory = std::mem::take(&mut kept.memory);
+            drop(kept);
+            memory.into_iter().for_each(|memory| self.give_back(memory));
+        }
+    }
+
+    /// Nobody has it any more.
+    fn give_back(&self, Memory { address, bytes, budget }: Memory) {
+        // SAFETY: it was allocated there, and launches that use it hold what owns it, or were asked for; work is done in order, and copies
+        // beside it are waited for.
+        unsafe { self.device.free(address, bytes) }
+        budget.used.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// What it is called.
@@ -243,8 +299,24 @@ impl Gpu {
         (blocks, shared): (usize, usize),
         parameters: &P,
     ) -> Result<(), Error> {
+        let bytes = bytemuck::bytes_of(parameters);
+        if graph::note_launch(self, kernel, (blocks, shared), bytes) {
+            return Ok(());
+        }
         // SAFETY: by the caller's promise.
-        unsafe { self.device.launch(kernel, blocks, shared, bytemuck::bytes_of(parameters)) }
+        unsafe { self.device.launch(kernel, blocks, shared, bytes) }
+    }
+
+    /// See [`Device::multiply`].
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn multiply(&self, product: &Product) -> Result<(), Error> {
+        if graph::note_product(self, product) {
+            return Ok(());
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { self.device.multiply(product) }
     }
 }
 
@@ -276,6 +348,11 @@ impl Buffer {
         );
     }
 
+    /// Panics where what is done at once to the buffer would come before what is only noted.
+    pub(super) fn check_order(&self) {
+        graph::check_order(&self.gpu, self.address, self.bytes);
+    }
+
     /// Copies `numbers` to the place that begins `at` bytes into the buffer.
     pub fn write<T: NoUninit>(&self, at: usize, numbers: &[T]) -> Result<(), Error> {
         let bytes: &[u8] = bytemuck::cast_slice(numbers);
@@ -288,8 +365,12 @@ impl Buffer {
         if bytes.is_empty() {
             return Ok(());
         }
+        let to = self.address + at as u64;
+        if let Some(noted) = graph::note_write(&self.gpu, to, bytes) {
+            return noted;
+        }
         // SAFETY: they lie within the buffer.
-        unsafe { self.gpu.device.write(self.address + at as u64, bytes) }
+        unsafe { self.gpu.device.write(to, bytes) }
     }
 
     /// The first `count` numbers, when all that was asked for before is done.
@@ -297,6 +378,7 @@ impl Buffer {
         let mut numbers = vec![T::zeroed(); count];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut numbers);
         assert!(bytes.len() <= self.bytes, "{} bytes of {}", bytes.len(), self.bytes);
+        self.check_order();
         // SAFETY: they lie within the buffer.
         unsafe { self.gpu.device.read(self.address, bytes) }?;
         Ok(numbers)
@@ -306,12 +388,15 @@ impl Buffer {
     pub fn copy_from(&self, to: usize, (from, at): (&Buffer, usize), bytes: usize) -> Result<(), Error> {
         assert!(to.saturating_add(bytes) <= self.bytes && at.saturating_add(bytes) <= from.bytes);
         assert!(self.address != from.address || to + bytes <= at || at + bytes <= to, "they overlap");
+        self.check_order();
+        from.check_order();
         // SAFETY: they lie within the buffers and do not overlap.
         unsafe { self.gpu.device.copy(self.address + to as u64, from.address + at as u64, bytes) }
     }
 
     /// Fills it with a byte.
     pub fn fill(&self, byte: u8) -> Result<(), Error> {
+        self.check_order();
         // SAFETY: it is all of the buffer.
         unsafe { self.gpu.device.fill(self.address, byte, self.bytes) }
     }
@@ -324,9 +409,14 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: it was allocated there, and launches that use it hold what owns it; work is done in order, and copies beside it are
-        // waited for.
-        unsafe { self.gpu.device.free(self.address, self.bytes) }
-        self.gpu.budget.used.fetch_sub(self.bytes, Ordering::Relaxed);
+        let Buffer { gpu, address, bytes } = self;
+        let memory = Memory { address: *address, bytes: *bytes, budget: gpu.budget.clone() };
+        let mut kept = gpu.kept();
+        if kept.noting > 0 {
+            kept.memory.push(memory);
+        } else {
+            drop(kept);
+            gpu.give_back(memory);
+        }
     }
 }

@@ -6,6 +6,7 @@ mod blas;
 use super::aside::Copied;
 use super::device::{Device, Error, Gpu, Kernel, Piece, aligned};
 use super::gemm::Product;
+use super::graph::{Asked, Captured, Tape};
 use blas::Blas;
 use cudarc::driver::result::{self, DriverError, ctx, device, event, graph, module, primary_ctx, stream};
 use cudarc::driver::sys;
@@ -35,6 +36,8 @@ struct Inner {
     stream: sys::CUstream,
     /// Copies beside that.
     side: sys::CUstream,
+    /// Where graphs are made, one at a time. Nothing runs there.
+    capturing: Mutex<Stream>,
     /// Open once a product was asked for.
     products: Mutex<Option<Blas>>,
     /// Whether launches may begin before the one before has ended.
@@ -45,7 +48,12 @@ struct Inner {
     resident: Mutex<HashMap<(&'static str, usize), usize>>,
 }
 
+struct Stream(sys::CUstream);
+
 // SAFETY: the driver's handles may be used by any thread whose current context is theirs, which every call here sees to.
+unsafe impl Send for Stream {}
+
+// SAFETY: as above.
 unsafe impl Send for Inner {}
 // SAFETY: as above; the driver locks what it shares.
 unsafe impl Sync for Inner {}
@@ -88,7 +96,8 @@ impl Driver {
             unsafe { module::load_data(MODULE.0.as_ptr().cast()) }.map_err(failed("load the kernels"))?;
         // It waits for copies of the default stream, and they for it.
         let stream = stream::create(stream::StreamKind::Default).map_err(failed("create a stream"))?;
-        let side = stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
+        let beside = || stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"));
+        let (side, capturing) = (beside()?, Mutex::new(Stream(beside()?)));
         let (functions, resident, products) = Default::default();
         let overlap = AtomicBool::new(false);
         Ok(Driver(Arc::new(Inner {
@@ -97,6 +106,7 @@ impl Driver {
             module,
             stream,
             side,
+            capturing,
             products,
             overlap,
             functions,
@@ -150,13 +160,26 @@ impl Driver {
 
     /// What `work` launches, to be launched again and again. It may allocate nothing and read nothing back.
     pub fn capture(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
+        // SAFETY: the stream exists as long as this.
+        unsafe { self.captured(self.0.stream, work) }
+    }
+
+    /// What `work` launches on a stream.
+    ///
+    /// # Safety
+    /// The stream exists, and nobody else uses it meanwhile.
+    unsafe fn captured(
+        &self,
+        stream: sys::CUstream,
+        work: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Graph, Error> {
         self.enter()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream exists as long as this.
-        unsafe { stream::begin_capture(self.0.stream, mode) }.map_err(failed("begin a graph"))?;
+        // SAFETY: by the caller's promise.
+        unsafe { stream::begin_capture(stream, mode) }.map_err(failed("begin a graph"))?;
         let worked = work();
         // SAFETY: capture was begun on this stream.
-        let graph = unsafe { stream::end_capture(self.0.stream) }.map_err(failed("end a graph"));
+        let graph = unsafe { stream::end_capture(stream) }.map_err(failed("end a graph"));
         worked?;
         let graph = graph?;
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
@@ -197,6 +220,45 @@ impl Driver {
         }
         functions.insert(kernel.name, (function as usize, allowed.max(shared)));
         Ok(function)
+    }
+
+    /// Launches a kernel on a stream.
+    ///
+    /// # Safety
+    /// As [`Device::launch`], and the stream exists.
+    unsafe fn launch_on(
+        &self,
+        stream: sys::CUstream,
+        kernel: Kernel,
+        (blocks, shared): (usize, usize),
+        parameters: &[u8],
+    ) -> Result<(), Error> {
+        let function = self.function(kernel, shared)?;
+        let mut words = aligned(parameters);
+        let mut pointers = [words.as_mut_ptr().cast::<c_void>()];
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks as u32,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: kernel.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: stream,
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(self.0.overlap.load(Ordering::Relaxed)),
+        };
+        // SAFETY: the function is the module's and takes one structure, whose bytes these are by the caller's promise; the driver
+        // copies them, and the configuration, before it returns.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
+        };
+        launched.result().map_err(failed(kernel.name))
     }
 }
 
@@ -278,32 +340,8 @@ impl Device for Driver {
         shared: usize,
         parameters: &[u8],
     ) -> Result<(), Error> {
-        let function = self.function(kernel, shared)?;
-        let mut words = aligned(parameters);
-        let mut pointers = [words.as_mut_ptr().cast::<c_void>()];
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: blocks as u32,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: kernel.threads as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared as u32,
-            hStream: self.0.stream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.0.overlap.load(Ordering::Relaxed)),
-        };
-        // SAFETY: the function is the module's and takes one structure, whose bytes these are by the caller's promise; the driver
-        // copies them, and the configuration, before it returns.
-        let launched = unsafe {
-            sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut())
-        };
-        launched.result().map_err(failed(kernel.name))
+        // SAFETY: by the caller's promise; the stream exists.
+        unsafe { self.launch_on(self.0.stream, kernel, (blocks, shared), parameters) }
     }
 
     fn open_products(&self) -> Result<(), Error> {
@@ -313,6 +351,24 @@ impl Device for Driver {
     unsafe fn multiply(&self, product: &Product) -> Result<(), Error> {
         // SAFETY: by the caller's promise.
         self.with_products(|products| unsafe { products.multiply(product, self.0.stream) })
+    }
+
+    unsafe fn graph(&self, tape: &Tape) -> Result<Box<dyn Captured>, Error> {
+        let capturing = self.0.capturing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let stream = capturing.0;
+        let ask = |asked: Asked| match asked {
+            // SAFETY: by the caller's promise; the stream exists.
+            Asked::Launch(kernel, blocks, shared, parameters) => unsafe {
+                self.launch_on(stream, kernel, (blocks, shared), parameters)
+            },
+            // SAFETY: as above.
+            Asked::Multiply(product) => {
+                self.with_products(|products| unsafe { products.multiply(product, stream) })
+            }
+        };
+        // SAFETY: the stream exists, and who has locked it has it alone.
+        let graph = unsafe { self.captured(stream, || tape.asked().try_for_each(ask)) }?;
+        Ok(Box::new(graph))
     }
 
     fn pin(&self, bytes: usize) -> Result<u64, Error> {
@@ -354,6 +410,25 @@ impl Graph {
         self.driver.enter()?;
         // SAFETY: graph and stream exist.
         unsafe { graph::launch(self.exec, self.driver.0.stream) }.map_err(failed("launch a graph"))
+    }
+}
+
+// SAFETY: the driver's handles may be used by any thread whose current context is theirs, which every call here sees to; the driver locks what
+// it shares.
+unsafe impl Send for Graph {}
+// SAFETY: as above.
+unsafe impl Sync for Graph {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "Graph({:?})", self.exec)
+    }
+}
+
+impl Captured for Graph {
+    unsafe fn launch(&self) -> Result<(), Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { Graph::launch(self) }
     }
 }
 

@@ -5,12 +5,13 @@
 use super::aside::Copied;
 use super::device::{Device, Error, Gpu, Kernel, Piece, aligned};
 use super::gemm::{Into, Product};
+use super::graph::{Captured, Tape};
 use half::bf16;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::sync::Mutex;
 
 /// A device of this many multiprocessors, each of which holds one block.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Emulated {
     multiprocessors: usize,
 }
@@ -144,6 +145,10 @@ impl Device for Emulated {
         Ok(())
     }
 
+    unsafe fn graph(&self, tape: &Tape) -> Result<Box<dyn Captured>, Error> {
+        Ok(Box::new(Again { device: self.clone(), tape: tape.clone() }))
+    }
+
     fn pin(&self, bytes: usize) -> Result<u64, Error> {
         self.alloc(bytes)
     }
@@ -164,6 +169,20 @@ impl Device for Emulated {
     unsafe fn send(&self, pieces: &[Piece]) -> Result<Box<dyn Copied>, Error> {
         // SAFETY: by the caller's promise.
         unsafe { self.fetch(pieces) }
+    }
+}
+
+/// A graph is what it was made of, one after the other.
+#[derive(Debug)]
+struct Again {
+    device: Emulated,
+    tape: Tape,
+}
+
+impl Captured for Again {
+    unsafe fn launch(&self) -> Result<(), Error> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.tape.ask(&self.device) }
     }
 }
 

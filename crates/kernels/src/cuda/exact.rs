@@ -117,8 +117,13 @@ impl Exact {
     ) -> Result<Vec<Exact>, Error> {
         shape.check();
         assert!(parts > 0 && least_part.is_multiple_of(PAGE_TOKENS) && least_part > 0, "{least_part} tokens");
-        let lengths = Arc::new(gpu.upload(&vec![0u32; layers * shape.sequences])?);
-        let tables = Arc::new(gpu.upload(&vec![0u32; shape.sequences * most_pages])?);
+        let zeros = |count: usize| -> Result<Arc<Buffer>, Error> {
+            let buffer = gpu.alloc(count * 4)?;
+            buffer.fill(0)?;
+            Ok(Arc::new(buffer))
+        };
+        let lengths = zeros(layers * shape.sequences)?;
+        let tables = zeros(shape.sequences * most_pages)?;
         let states = Arc::new(States::new(gpu, shape, parts)?);
         let all = Exact {
             gpu: gpu.clone(),

@@ -15,7 +15,7 @@ pub enum Into {
 }
 
 /// What is multiplied: `out[T, rows] = x[T, cols] W[rows, cols]^T`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     /// Address of `W`, bf16.
     pub weights: u64,
@@ -122,6 +122,6 @@ impl Weights {
             into,
         };
         // SAFETY: the matrices have the product's sizes, as was just checked, and buffers do not overlap.
-        unsafe { self.gpu.device().multiply(&product) }
+        unsafe { self.gpu.multiply(&product) }
     }
 }

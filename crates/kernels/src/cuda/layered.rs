@@ -14,7 +14,7 @@ use half::f16;
 use std::f32::consts::LOG2_E;
 use std::sync::Arc;
 
-pub use growing::{Growing, Grown};
+pub use growing::Growing;
 
 /// Fewer tiles are not cut into parts.
 pub const LEAST_PART: usize = 32;

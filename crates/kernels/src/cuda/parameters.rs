@@ -366,3 +366,21 @@ pub(crate) struct PrefillParameters {
 }
 
 plain!(EmbedParameters: 40, NormParameters: 48, HeadsParameters: 112, GateParameters: 40, NarrowParameters: 24, PrefillParameters: 64);
+
+// Of `cuda/deliver.cuh`.
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct DeliverPiece {
+    pub to: u64,
+    pub from: u32,
+    pub bytes: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct DeliverParameters {
+    pub letter: u64,
+}
+
+plain!(DeliverPiece: 16, DeliverParameters: 8);

@@ -52,7 +52,7 @@ impl Attention {
     }
 
     /// Makes ready for a step of these mirrors, which are in line with their caches and have room for the step's token. All caches
-    /// [choose](choice_of) alike.
+    /// [choose](choice_of) alike. After an error this is not to be used any more.
     pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
         let most = pages.iter().map(|pages| pages.len()).max().unwrap_or(0);
@@ -70,6 +70,7 @@ impl Attention {
 
     fn set_layered(&mut self, store: &Store, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
         let heads = || mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(|held| &held.heads);
+        heads().try_for_each(|head| head.pages.write())?;
         let most_of = |of: fn(&Growing) -> usize| heads().map(|head| of(&head.pages)).max();
         let Some(most) = most_of(|pages| pages.head().page_count()) else {
             self.layered = None;

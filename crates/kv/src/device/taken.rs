@@ -1,7 +1,8 @@
 //! What does the host keep of a pass that the device computed?
 
 use crate::baselines::WINDOW;
-use crate::layered::Work;
+use crate::exact::ExactHead;
+use crate::layered::{LayeredHead, Work};
 use crate::{KvCache, KvError, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -20,15 +21,14 @@ pub struct Taken<'a> {
 }
 
 impl KvCache {
-    /// Seals what the next token's [`append`](KvCache::append) would seal.
-    pub(super) fn make_room(&mut self, threads: &Pool) {
-        for layer in &mut self.layers {
-            if let Layer::Layered(heads) = layer
-                && heads[0].is_full()
-            {
-                threads.for_each(heads, |_, head| head.make_room());
-            }
-        }
+    /// Seals what the next token's [`append`](KvCache::append) would seal, in each of some caches.
+    pub(super) fn make_room<'a>(caches: impl Iterator<Item = &'a mut KvCache>, threads: &Pool) {
+        let heads = caches.flat_map(|cache| &mut cache.layers).flat_map(|layer| match layer {
+            Layer::Layered(heads) => &mut heads[..],
+            _ => &mut [],
+        });
+        let mut full: Vec<&mut LayeredHead> = heads.filter(|head| head.is_full()).collect();
+        threads.for_each(&mut full, |_, head| head.make_room());
     }
 
     /// Stores keys and values of further tokens of a prompt in a layer, and remembers of their queries what is remembered: what
@@ -49,23 +49,43 @@ impl KvCache {
         Ok(())
     }
 
-    /// The same of one token after a prompt in all layers. Either all are stored or, on an error, none.
+    /// The same of one token after a prompt in all layers of some caches of one shape: `of(cache, layer)`. Either all are stored or, on an error,
+    /// none.
     pub fn take_step<'a>(
-        &mut self,
+        caches: &mut [&mut KvCache],
         threads: &Pool,
-        of_layer: impl Fn(usize) -> Taken<'a> + Sync,
+        of: impl Fn(usize, usize) -> Taken<'a> + Sync,
     ) -> Result<(), KvError> {
-        let (shape, isa) = (self.shape, self.isa);
-        let is_finite = |layer: &usize| of_layer(*layer).rows.iter().all(|x| x.is_finite());
-        if let Some(layer) = (0..shape.layers).find(|layer| !is_finite(layer)) {
+        let Some(KvCache { shape, isa, .. }) = caches.first().map(|cache| &**cache) else { return Ok(()) };
+        let (shape, isa) = (*shape, *isa);
+        let is_finite = |layer: usize| (0..caches.len()).all(|i| all_finite(of(i, layer).rows));
+        if let Some(layer) = (0..shape.layers).find(|layer| !is_finite(*layer)) {
             return Err(KvError::NotFinite { layer });
         }
-        for layer in 0..shape.layers {
-            if matches!(self.layers[layer], Layer::Exact(_)) && self.asks(layer) {
-                self.observe(layer, &wide(of_layer(layer).queries));
+        let mut tasks = vec![];
+        for (i, cache) in caches.iter_mut().enumerate() {
+            for layer in 0..shape.layers {
+                if matches!(cache.layers[layer], Layer::Exact(_)) && cache.asks(layer) {
+                    cache.observe(layer, &wide(of(i, layer).queries));
+                }
+            }
+            for (l, layer) in cache.layers.iter_mut().enumerate() {
+                match layer {
+                    Layer::Exact(heads) => {
+                        tasks.extend(
+                            heads.iter_mut().enumerate().map(|(g, head)| (i, l, g, Taker::Exact(head))),
+                        );
+                    }
+                    Layer::Layered(heads) => {
+                        tasks.extend(
+                            heads.iter_mut().enumerate().map(|(g, head)| (i, l, g, Taker::Layered(head))),
+                        );
+                    }
+                    Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+                }
             }
         }
-        threads.for_each(&mut self.layers, |l, layer| layer.take(shape, isa, of_layer(l)));
+        threads.for_each(&mut tasks, |_, (i, l, g, head)| head.take((shape, isa), *g, of(*i, *l)));
         Ok(())
     }
 
@@ -93,34 +113,37 @@ impl Taken<'_> {
     }
 }
 
-impl Layer {
-    /// Adds a token, and remembers its queries if they are asked for.
-    fn take(&mut self, shape: KvShape, isa: Isa, taken: Taken) {
-        let (d, of_head) = (shape.head_dim, shape.group() * shape.head_dim);
-        let (keys, values) = taken.halves(shape);
+/// A head that takes a token.
+enum Taker<'a> {
+    Exact(&'a mut ExactHead),
+    Layered(&'a mut LayeredHead),
+}
+
+impl Taker<'_> {
+    /// Adds what `taken` has of it, head `g`, and remembers its queries if they are asked for.
+    fn take(&mut self, (shape, isa): (KvShape, Isa), g: usize, taken: Taken) {
+        let (d, group) = (shape.head_dim, shape.group());
+        let key = wide(&taken.rows[g * d..][..d]);
+        let value = wide(&taken.rows[(shape.kv_heads + g) * d..][..d]);
         match self {
-            Layer::Exact(heads) => {
-                heads
-                    .iter_mut()
-                    .enumerate()
-                    .for_each(|(g, head)| head.append(&keys, &values, (g * d, keys.len())));
-            }
-            Layer::Layered(heads) => {
-                let rows = keys.chunks_exact(d).zip(values.chunks_exact(d));
-                heads.iter_mut().zip(rows).for_each(|(head, (key, value))| head.append(key, value));
-                if heads[0].is_asked() {
-                    let (queries, scale) = (wide(taken.queries), (d as f32).sqrt().recip());
-                    let rows = queries.chunks_exact(of_head).zip(taken.log_sums.chunks_exact(shape.group()));
+            Taker::Exact(head) => head.append(&key, &value, (0, d)),
+            Taker::Layered(head) => {
+                head.append(&key, &value);
+                if head.is_asked() {
+                    let (queries, scale) =
+                        (wide(&taken.queries[g * group * d..][..group * d]), (d as f32).sqrt().recip());
                     let mut work = Work::default();
-                    for (head, (queries, log_sums)) in heads.iter_mut().zip(rows) {
-                        work.turn(isa, head, queries, scale);
-                        head.ask(&work, |r| log_sums[r] * LN_2);
-                    }
+                    work.turn(isa, head, &queries, scale);
+                    head.ask(&work, |r| taken.log_sums[g * group + r] * LN_2);
                 }
             }
-            Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
         }
     }
+}
+
+/// Looks at all of them: that is quicker than at each whether it is the last.
+fn all_finite(x: &[f16]) -> bool {
+    x.iter().fold(true, |all, x| all & x.is_finite())
 }
 
 fn wide(x: &[f16]) -> Vec<f32> {

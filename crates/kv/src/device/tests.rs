@@ -108,12 +108,12 @@ fn step_each(
         mirror.added(1);
         let (rows, queries) = (narrow(&[&token.key[..], &token.value].concat()), narrow(&token.queries));
         let asks: Vec<bool> = (0..SHAPE.layers).map(|layer| cache.asks(layer)).collect();
-        let taken = |layer: usize| Taken {
+        let taken = |_: usize, layer: usize| Taken {
             rows: &rows,
             queries: if asks[layer] { &queries } else { &[] },
             log_sums: &log_sums[(layer * count + i) * heads..][..heads],
         };
-        cache.take_step(threads, taken).unwrap();
+        KvCache::take_step(&mut [cache], threads, taken).unwrap();
         cache.between_steps();
         cache.check().unwrap();
     }

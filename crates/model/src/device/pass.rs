@@ -1,14 +1,13 @@
-//! A pass: one more token in each of several sequences, or the next tokens of a prompt.
+//! A pass through the layers, and that of the next tokens of a prompt.
 //!
-//! The device does one thing after the other, and the host asks ahead. In a step it waits once, for the logits, and with them come the
-//! keys and values of all layers. Those of a prompt come layer by layer beside the device's work, to be stored by a thread meanwhile.
+//! The device does one thing after the other, and the host asks ahead. Keys and values of a prompt come layer by layer beside the device's
+//! work, to be stored by a thread meanwhile.
 
 use super::OnDevice;
 use super::weights::DeviceLayer;
 use crate::config::{Architecture, ModelConfig};
 use crate::rope::RopeStyle;
 use crate::sequence::ForwardError;
-use half::f16;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::dense::{self, Activation, Heads, Pairs, Rotations};
@@ -16,28 +15,21 @@ use mosaickv_kernels::cuda::gemm::{Into, Weights};
 use mosaickv_kernels::cuda::prefill::{self, Limits, Places, Span, Tokens};
 use mosaickv_kernels::cuda::{Buffer, Gpu};
 use mosaickv_kv::KvCache;
-use mosaickv_kv::device::{Attention, Mirror, Taken, choice_of};
+use mosaickv_kv::device::{Mirror, Taken};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Instant;
 
 /// Tokens of a prompt that go through the layers together.
 const PROMPT_ROWS: usize = 2048;
 
 /// Rows whose logits are computed together.
-const LOGIT_ROWS: usize = 128;
+pub(super) const LOGIT_ROWS: usize = 128;
+
+/// Rows whose cosines and sines one task computes: those of a step are not worth a thread's waking up.
+const ROWS_PER_TASK: usize = 32;
 
 /// Layers of a prompt that may wait for the host to store them.
 const LAYERS_AHEAD: usize = 3;
-
-/// A sequence's next token in a step.
-pub(crate) struct Step<'s> {
-    pub(crate) cache: &'s mut KvCache,
-    pub(crate) mirror: &'s mut Mirror,
-    pub(crate) token: u32,
-    /// Whether the logits after it are.
-    pub(crate) is_wanted: bool,
-}
 
 /// The next tokens of a prompt.
 pub(crate) struct Prompt<'s> {
@@ -46,14 +38,6 @@ pub(crate) struct Prompt<'s> {
     pub(crate) tokens: &'s [u32],
     /// The logits after the tokens from this one on are wanted.
     pub(crate) first_wanted: usize,
-}
-
-/// What came of a step, one after the other: keys and values of all layers, queries of some, sums of weights, logits.
-struct Brought {
-    asked: Vec<usize>,
-    has_log_sums: bool,
-    /// How many numbers.
-    logits: usize,
 }
 
 /// Who is told of a prompt: layers that were asked for, and logits `[vocab]` after tokens.
@@ -72,23 +56,23 @@ pub(super) struct Work {
     turns: Buffer,
     residual: Buffer,
     /// What is multiplied: bf16.
-    x: Buffer,
+    pub(super) x: Buffer,
     projected: Buffer,
     /// `[T, H, D]` of each kept layer.
     queries: Vec<Buffer>,
     /// `[T, 2, G, D]` of each kept layer.
-    staged: Buffer,
-    attended: Buffer,
+    pub(super) staged: Buffer,
+    pub(super) attended: Buffer,
     /// Gate and up, and what a norm is added of.
     both: Buffer,
-    picked: Buffer,
-    logits: Buffer,
-    places: Places,
+    pub(super) picked: Buffer,
+    pub(super) logits: Buffer,
+    pub(super) places: Places,
     pinned: Vec<Pinned>,
 }
 
 impl Work {
-    fn new(
+    pub(super) fn new(
         gpu: &Gpu,
         config: &ModelConfig,
         rows: usize,
@@ -116,7 +100,7 @@ impl Work {
         })
     }
 
-    fn queries(&self, layer: usize) -> &Buffer {
+    pub(super) fn queries(&self, layer: usize) -> &Buffer {
         &self.queries[layer % self.kept]
     }
 
@@ -127,130 +111,6 @@ impl Work {
 }
 
 impl OnDevice {
-    /// Sequences that can take a step together.
-    pub(crate) fn most_sequences(&self) -> usize {
-        self.store.most_sequences()
-    }
-
-    /// One more token in each of some sequences, whose caches choose alike: the logits `[n, vocab]` of those where they are wanted.
-    /// Their caches have the token then.
-    pub(crate) fn step(&mut self, steps: &mut [Step], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
-        let start = Instant::now();
-        let tokens: Vec<u32> = steps.iter().map(|step| step.token).collect();
-        let positions: Vec<usize> = steps.iter().map(|step| step.cache.tokens()).collect();
-        for Step { cache, mirror, .. } in &mut *steps {
-            mirror.update(&mut self.store, cache, threads, 1)?;
-        }
-        let (attention, mut work) = self.ready(steps)?;
-        let updated = Instant::now();
-        self.set_rows(&work, threads, &tokens, &positions)?;
-        let scale = (self.config.head_dim as f32).sqrt().recip();
-        let queries = steps.len() * self.config.heads * self.config.head_dim;
-        self.layers(&work, steps.len(), &mut |l| {
-            attention.attend(&self.store, l, (work.queries(l), scale), &work.attended)?;
-            Ok(dense::narrow(&self.gpu, &work.attended, queries, &work.x)?)
-        })?;
-        let wanted = (0..steps.len() as u32).filter(|i| steps[*i as usize].is_wanted);
-        let wanted: Vec<u32> = wanted.collect();
-        self.multiply_out(&work, steps.len(), &wanted)?;
-        let (pinned, brought) = self.fetch(steps, (&attention, &mut work), wanted.len())?;
-        let waited = Instant::now();
-        let logits = self.keep(steps, threads, (&pinned, &brought))?;
-        self.times.update += updated - start;
-        self.times.device += waited - updated;
-        self.times.store += waited.elapsed();
-        work.pinned.push(pinned);
-        self.step = Some((attention, work));
-        finite(logits)
-    }
-
-    /// What a step of these sequences works with.
-    fn ready(&mut self, steps: &[Step]) -> Result<(Attention, Work), ForwardError> {
-        let (count, layers) = (steps.len(), self.config.layers);
-        let mirrors: Vec<&Mirror> = steps.iter().map(|step| &*step.mirror).collect();
-        let most = mirrors.iter().map(|mirror| mirror.pages().len()).max().unwrap_or(0);
-        let fits = |(attention, work): &(Attention, Work)| {
-            attention.sequences() == count && work.places.limits().pages >= most
-        };
-        let (mut attention, mut work) = match self.step.take().filter(fits) {
-            Some(ready) => ready,
-            None => {
-                let limits =
-                    Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
-                let work = Work::new(&self.gpu, &self.config, count, (layers, limits))?;
-                (Attention::new(&self.store, count)?, work)
-            }
-        };
-        attention.set(&self.store, &mirrors, choice_of(steps[0].cache))?;
-        let spans = |l| mirrors.iter().map(move |mirror| Span { past: mirror.exact_tokens(l), new: 1 });
-        let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
-        let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
-        work.places.set_each(&spans)?;
-        work.places.set_pages(&pages)?;
-        Ok((attention, work))
-    }
-
-    /// Waits for a step: what it computed.
-    fn fetch(
-        &self,
-        steps: &[Step],
-        (attention, work): (&Attention, &mut Work),
-        wanted: usize,
-    ) -> Result<(Pinned, Brought), ForwardError> {
-        let ModelConfig { layers, heads, kv_heads, head_dim, vocab, .. } = self.config;
-        let count = steps.len();
-        let asked: Vec<usize> =
-            (0..layers).filter(|l| steps.iter().any(|step| step.cache.asks(*l))).collect();
-        let spare = work.pinned.pop();
-        let mut parts: Vec<Part> = vec![(&work.staged, 0, layers * count * 2 * kv_heads * head_dim * 2)];
-        parts.extend(asked.iter().map(|l| (work.queries(*l), 0, count * heads * head_dim * 2)));
-        let log_sums = attention.log_sums();
-        parts.extend(log_sums.map(|sums| (sums, 0, layers * count * heads * 4)));
-        parts.push((&work.logits, 0, wanted * vocab * 4));
-        let bytes = parts.iter().map(|(_, _, bytes)| bytes).sum();
-        let pinned = match spare.filter(|pinned| pinned.bytes() >= bytes) {
-            Some(pinned) => pinned,
-            None => Pinned::new(&self.gpu, bytes)?,
-        };
-        let brought = Brought { asked, has_log_sums: log_sums.is_some(), logits: wanted * vocab };
-        Ok((aside::fetch(&parts, pinned)?.wait()?, brought))
-    }
-
-    /// Has the caches store what a step computed; the logits.
-    fn keep(
-        &self,
-        steps: &mut [Step],
-        threads: &Pool,
-        (pinned, brought): (&Pinned, &Brought),
-    ) -> Result<Vec<f32>, ForwardError> {
-        let ModelConfig { layers, heads, kv_heads, head_dim, .. } = self.config;
-        let (count, of_keys, of_queries) = (steps.len(), 2 * kv_heads * head_dim, heads * head_dim);
-        let Brought { asked, has_log_sums, logits } = brought;
-        let mut at = 0;
-        let mut next = |bytes: usize| {
-            at += bytes;
-            at - bytes
-        };
-        let staged: &[f16] = pinned.numbers(next(layers * count * of_keys * 2), layers * count * of_keys);
-        let of_asked = asked.len() * count * of_queries;
-        let queries: &[f16] = pinned.numbers(next(of_asked * 2), of_asked);
-        let of_sums = if *has_log_sums { layers * count * heads } else { 0 };
-        let sums: &[f32] = pinned.numbers(next(of_sums * 4), of_sums);
-        for (i, Step { cache, mirror, .. }) in steps.iter_mut().enumerate() {
-            mirror.added(1);
-            cache.take_step(threads, |l| {
-                let of_layer = asked.iter().position(|asked| *asked == l);
-                let queries = of_layer.map(|a| &queries[(a * count + i) * of_queries..][..of_queries]);
-                Taken {
-                    rows: &staged[(l * count + i) * of_keys..][..of_keys],
-                    queries: queries.unwrap_or_default(),
-                    log_sums: sums.get((l * count + i) * heads..).unwrap_or_default(),
-                }
-            })?;
-        }
-        Ok(pinned.numbers::<f32>(next(logits * 4), *logits).to_vec())
-    }
-
     /// The next tokens of a prompt: `each(token, logits)` gets the logits `[vocab]` where they are wanted, `done` is called with the layers
     /// that were asked for. The cache has the tokens then.
     pub(crate) fn prompt(
@@ -341,7 +201,8 @@ impl OnDevice {
             let wanted: Vec<u32> =
                 (first_wanted.clamp(first, first + rows) - first..rows).map(|t| t as u32).collect();
             for some in wanted.chunks(LOGIT_ROWS) {
-                self.multiply_out(work, rows, some)?;
+                work.picked.write(0, some)?;
+                self.multiply_out(work, rows, some.len())?;
                 let logits = finite(work.logits.read(some.len() * vocab)?)?;
                 some.iter()
                     .zip(logits.chunks_exact(vocab))
@@ -352,7 +213,7 @@ impl OnDevice {
     }
 
     /// Embeds the tokens of a pass, and has cosines and sines of their positions.
-    fn set_rows(
+    pub(super) fn set_rows(
         &self,
         work: &Work,
         threads: &Pool,
@@ -361,10 +222,13 @@ impl OnDevice {
     ) -> Result<(), ForwardError> {
         let (pairs, length) = (self.rope.frequencies().len(), self.rope.attention_factor());
         let mut turns = vec![0.0; positions.len() * pairs * 2];
-        threads.for_each_chunk(&mut turns, pairs * 2, |row, turns| {
-            for (turn, frequency) in turns.chunks_exact_mut(2).zip(self.rope.frequencies()) {
-                let (sin, cos) = (positions[row] as f64 * frequency).sin_cos();
-                turn.copy_from_slice(&[(cos * length) as f32, (sin * length) as f32]);
+        threads.for_each_chunk(&mut turns, pairs * 2 * ROWS_PER_TASK, |task, turns| {
+            for (turns, position) in turns.chunks_exact_mut(pairs * 2).zip(&positions[task * ROWS_PER_TASK..])
+            {
+                for (turn, frequency) in turns.chunks_exact_mut(2).zip(self.rope.frequencies()) {
+                    let (sin, cos) = (*position as f64 * frequency).sin_cos();
+                    turn.copy_from_slice(&[(cos * length) as f32, (sin * length) as f32]);
+                }
             }
         });
         work.turns.write(0, &turns)?;
@@ -374,7 +238,7 @@ impl OnDevice {
     }
 
     /// All layers over so many rows: `attend(l)` writes attention's output to `work.x`, from `work.queries(l)` and the layer's pages.
-    fn layers(
+    pub(super) fn layers(
         &self,
         work: &Work,
         rows: usize,
@@ -434,20 +298,21 @@ impl OnDevice {
         Ok(heads.apply(&work.projected, rotations, work.queries(l), &tokens, Some(staged))?)
     }
 
-    /// Logits of some of the rows of a pass, to `work.logits`.
-    fn multiply_out(&self, work: &Work, rows: usize, wanted: &[u32]) -> Result<(), ForwardError> {
-        if wanted.is_empty() {
+    /// Logits of those rows of a pass that `work.picked` names, to `work.logits`.
+    pub(super) fn multiply_out(&self, work: &Work, rows: usize, picked: usize) -> Result<(), ForwardError> {
+        if picked == 0 {
             return Ok(());
         }
-        work.picked.write(0, wanted)?;
-        self.weights.norm.apply_to((&work.residual, rows), (&work.picked, wanted.len()), &work.x)?;
+        self.weights.norm.apply_to((&work.residual, rows), (&work.picked, picked), &work.x)?;
         let head: &Weights = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
-        Ok(head.multiply(&work.x, wanted.len(), &work.logits, Into::F32)?)
+        Ok(head.multiply(&work.x, picked, &work.logits, Into::F32)?)
     }
 }
 
-fn finite(logits: Vec<f32>) -> Result<Vec<f32>, ForwardError> {
-    if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
+/// Looks at all of them: that is quicker than at each whether it is the last.
+pub(super) fn finite(logits: Vec<f32>) -> Result<Vec<f32>, ForwardError> {
+    let is_finite = logits.iter().fold(true, |all, x| all & x.is_finite());
+    if is_finite { Ok(logits) } else { Err(ForwardError::NotFinite) }
 }
 
 /// A layer on its way to the host: which, and bytes of keys and values, and of queries.

@@ -5,7 +5,6 @@ use crate::device::{Device, OnDevice, Prompt, Step};
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::layered::Choice;
 use mosaickv_kv::device::choice_of;
-use std::time::Instant;
 
 /// Steps of all sequences together, token by token, then prompts one by one. `each` gets the logits of a share in order of its tokens.
 pub(super) fn read(
@@ -57,15 +56,10 @@ fn step(
         }
         let sequence = &mut *share.sequence;
         let mirror = sequence.mirror.as_mut().expect("a sequence of a model on a device has a mirror");
-        steps.push(Step { cache: &mut sequence.cache, mirror, token: share.tokens[t], is_wanted });
+        let tended = &mut sequence.attention;
+        steps.push(Step { cache: &mut sequence.cache, mirror, token: share.tokens[t], is_wanted, tended });
     }
     let logits = device.step(&mut steps, pool)?;
-    for i in members {
-        let sequence = &mut *shares[*i].sequence;
-        let start = Instant::now();
-        sequence.cache.between_steps();
-        sequence.attention += start.elapsed();
-    }
     let vocab = logits.len() / wanted.len().max(1);
     wanted.iter().zip(logits.chunks_exact(vocab.max(1))).for_each(|(i, logits)| each(*i, t, logits));
     Ok(())

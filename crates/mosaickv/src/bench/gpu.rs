@@ -3,7 +3,7 @@
 //! A prompt is read, compressed and kept as always. Then steps read it as if it were there several times, with memory of its own each time, so
 //! that contexts are as long as they are said to be. Host and device do in a step what they do for any model; what comes out means nothing.
 
-use super::{median, show};
+use super::median;
 use crate::device::MemoryArgs;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -21,8 +21,8 @@ const PAGE: usize = 64;
 
 #[derive(Args)]
 #[command(
-    after_help = "Columns: TBT, the median time between tokens, and its 90th percentile; update, device and store, of which a step consists; tokens/s of all \
-    sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
+    after_help = "Columns: TBT, the median time between tokens, and its 90th percentile; update and device, of which a step consists, and store, what the host does \
+    beside the device; tokens/s of all sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
     until the prompt's first token was known, and then until it was compressed. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
@@ -84,7 +84,8 @@ struct Row {
     upload_s: f64,
     tbt_ms: f64,
     tbt_ms_90: f64,
-    /// Means of what a step consists of: bringing the mirrors in line, the device, and storing what it computed; the rest closes segments.
+    /// Means of what a step consists of: bringing the mirrors in line, and the device; and within that what the host does beside it: storing what
+    /// was computed, and the mirrors as far as it can.
     update_ms: f64,
     device_ms: f64,
     store_ms: f64,
@@ -96,8 +97,14 @@ pub fn gpu(args: &GpuArgs) -> Result<()> {
     let pool = args.threads.pool();
     let gpu = args.memory.gpu()?;
     let most = args.context.iter().copied().max().unwrap_or(0) + args.steps + 64;
-    let mut rows = vec![];
-    let mut weight_bytes = 0;
+    let config = ModelConfig::like_8b(args.layers, most);
+    let mut report = Report {
+        model: config.name.clone(),
+        device: gpu.name(),
+        threads: pool.threads(),
+        weight_bytes: 0,
+        rows: vec![],
+    };
     for shared in [false, true] {
         let wanted = |kv: &&KvFormat| shared == (**kv == KvFormat::Exact);
         let formats: Vec<&KvFormat> = args.kv.0.iter().filter(wanted).collect();
@@ -105,23 +112,36 @@ pub fn gpu(args: &GpuArgs) -> Result<()> {
             continue;
         }
         let pages = if shared { Pages::Shared } else { Pages::OfEachLayer };
-        let model = Model::random_on(&gpu, ModelConfig::like_8b(args.layers, most), pages)?;
-        weight_bytes = model.device.as_ref().map_or(0, |device| device.bytes().weights);
+        let model = Model::random_on(&gpu, config.clone(), pages)?;
+        if report.weight_bytes == 0 {
+            report.weight_bytes = model.device.as_ref().map_or(0, |device| device.bytes().weights);
+            told(args, |out| head(&report, out))?;
+        }
         for kv in formats {
-            rows.extend(of_format(args, (&model, &pool), *kv, shared)?);
+            of_format(args, (&model, &pool), *kv, &mut report.rows)?;
         }
     }
-    let report = Report {
-        model: ModelConfig::like_8b(args.layers, most).name,
-        device: gpu.name(),
-        threads: pool.threads(),
-        weight_bytes,
-        rows,
-    };
-    show(&report, args.json, print)
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    }
+    Ok(())
 }
 
-fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, shared: bool) -> Result<Vec<Row>> {
+/// Tells what is known at once: who interrupts what takes long keeps it.
+fn told(args: &GpuArgs, tell: impl FnOnce(&mut StdoutLock) -> io::Result<()>) -> Result<()> {
+    if !args.json {
+        let mut out = io::stdout().lock();
+        tell(&mut out).and_then(|()| out.flush())?;
+    }
+    Ok(())
+}
+
+fn of_format(
+    args: &GpuArgs,
+    (model, pool): (&Model, &Pool),
+    kv: KvFormat,
+    rows: &mut Vec<Row>,
+) -> Result<()> {
     let prompt: Vec<u32> = (0..args.prompt as u32).map(|i| i.wrapping_mul(2_654_435_761) % 128_000).collect();
     let background = Arc::new(Background::new(1, usize::MAX));
     // Once to warm up.
@@ -140,37 +160,23 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
     // A copy begins without pages on the GPU, which are not to be counted.
     first = first.clone();
     let compress = start.elapsed().as_secs_f64() - ttft;
-    let mut rows = vec![];
     for &context in &args.context {
         for &batch in &args.batch {
-            // A prompt's newest tokens, which are there once, are 700 of 8,192.
-            let times =
-                (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
-            let before = context.saturating_sub(args.prompt) / PAGE;
-            let stretched = || match kv {
-                KvFormat::Exact => first.stretched(1, before),
-                _ => first.stretched(times, 0),
-            };
-            let sequences: Vec<Sequence> = (0..batch).map(|_| stretched()).collect();
-            if let (KvFormat::Exact, Some(device)) = (kv, &model.device) {
-                device.reserve(batch * (before + (args.prompt + args.steps) / PAGE + 2))?;
-            }
-            let timed =
-                time(args, sequences).with_context(|| format!("--kv {kv}, {context} tokens, batch {batch}"));
             // What does not fit is told, and others are measured.
-            let Timed { upload, mut steps, parts, kv_bytes, gpu_bytes } = match timed {
-                Ok(timed) => timed,
-                Err(error) => {
-                    eprintln!("{error:#}");
-                    continue;
-                }
-            };
+            let Timed { upload, mut steps, parts, kv_bytes, gpu_bytes } =
+                match time(args, &first, (context, batch)) {
+                    Ok(timed) => timed,
+                    Err(error) => {
+                        eprintln!("--kv {kv}, {context} tokens, batch {batch}: {error:#}");
+                        continue;
+                    }
+                };
             let tbt = median(&mut steps);
-            rows.push(Row {
+            let row = Row {
                 kv: kv.to_string(),
                 context,
                 batch,
-                shared,
+                shared: kv == KvFormat::Exact,
                 prompt_tokens: args.prompt,
                 ttft_s: ttft,
                 compress_s: compress,
@@ -183,10 +189,12 @@ fn of_format(args: &GpuArgs, (model, pool): (&Model, &Pool), kv: KvFormat, share
                 device_ms: parts[1] * 1e3,
                 store_ms: parts[2] * 1e3,
                 tokens_per_s: batch as f64 / tbt,
-            });
+            };
+            told(args, |out| line(&row, out))?;
+            rows.push(row);
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 struct Timed {
@@ -198,10 +206,21 @@ struct Timed {
     gpu_bytes: usize,
 }
 
-fn time(args: &GpuArgs, mut sequences: Vec<Sequence>) -> Result<Timed> {
-    let model = sequences[0].model();
+/// Steps of so many sequences that go on from `first` as if there were so many tokens.
+fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> Result<Timed> {
+    let device = first.model().device.as_ref().context("a model on a GPU")?;
+    // A prompt's newest tokens, which are there once, are 700 of 8,192.
+    let times = (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
+    let before = context.saturating_sub(args.prompt) / PAGE;
+    let stretched = || match first.cache().format() {
+        KvFormat::Exact => first.stretched(1, before),
+        _ => first.stretched(times, 0),
+    };
+    let mut sequences: Vec<Sequence> = (0..batch).map(|_| stretched()).collect();
+    if first.cache().format() == KvFormat::Exact {
+        device.reserve(batch * (before + (args.prompt + args.steps) / PAGE + 2))?;
+    }
     let mut next = vec![1u32; sequences.len()];
-    let device = model.device.as_ref().context("a model on a GPU")?;
     let (mut times, mut before) = (vec![], device.times());
     for i in 0..args.steps + 8 {
         if i == 8 {
@@ -224,7 +243,7 @@ fn time(args: &GpuArgs, mut sequences: Vec<Sequence>) -> Result<Timed> {
     })
 }
 
-fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
+fn head(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(
         out,
         "{}, {:.1} GB, on {} with {} threads\n",
@@ -251,27 +270,27 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
         "TTFT s",
         "then s",
         "pages"
-    )?;
-    for row in &report.rows {
-        writeln!(
-            out,
-            "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
-            row.kv,
-            row.context,
-            row.batch,
-            row.tbt_ms,
-            row.tbt_ms_90,
-            row.update_ms,
-            row.device_ms,
-            row.store_ms,
-            row.tokens_per_s,
-            row.kv_bytes as f64 / 1e9,
-            row.gpu_bytes as f64 / 1e9,
-            row.upload_s,
-            row.ttft_s,
-            row.compress_s,
-            if row.shared { "shared" } else { "own" }
-        )?;
-    }
-    Ok(())
+    )
+}
+
+fn line(row: &Row, out: &mut StdoutLock) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
+        row.kv,
+        row.context,
+        row.batch,
+        row.tbt_ms,
+        row.tbt_ms_90,
+        row.update_ms,
+        row.device_ms,
+        row.store_ms,
+        row.tokens_per_s,
+        row.kv_bytes as f64 / 1e9,
+        row.gpu_bytes as f64 / 1e9,
+        row.upload_s,
+        row.ttft_s,
+        row.compress_s,
+        if row.shared { "shared" } else { "own" }
+    )
 }

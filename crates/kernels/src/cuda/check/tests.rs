@@ -125,7 +125,7 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
     assert_eq!(run(&[2, 0]), [all[2].clone(), all[0].clone()]);
 }
 
-/// Pages come in three times, each time with other newest ones, in a buffer that has to grow.
+/// Pages come in several times, each time with other newest ones, of which some may stay, in a buffer that has to grow.
 #[test]
 fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
     let (gpu, d) = (Emulated::gpu(1), 64);
@@ -142,13 +142,22 @@ fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
     let scales = Scales { key_mean: one(), key_spread: one(), value_mean: one(), value_spread: one() };
     let mut kept = pages(3);
     let mut growing = Growing::new(&gpu, (&kept, 1), &scales).unwrap();
-    for (more, newest) in [(9, 2), (0, 4), (30, 0), (3, 5)] {
-        let (more, newest) = (pages(more), pages(newest));
-        let grown = growing.grow(&more, &newest).unwrap();
-        for ((buffer, at, _), bytes) in growing.parts(&grown).into_iter().zip(grown.bytes()) {
-            buffer.write(at, bytes).unwrap();
+    let mut newest = Pages::new(d);
+    for (more, same, after) in [(9, 0, 2), (0, 0, 4), (0, 3, 2), (0, 5, 1), (30, 0, 0), (3, 0, 5), (0, 2, 0)]
+    {
+        let (more, after) = (pages(more), pages(after));
+        growing.grow(&more, (same, &after)).unwrap();
+        // Every other time what is written waits for the next one.
+        if same != 3 {
+            growing.write().unwrap();
+            growing.written();
         }
         kept.append(&more);
+        newest = newest.split_first(same);
+        newest.append(&after);
+        if same == 3 {
+            continue;
+        }
         let mut all = kept.clone();
         all.append(&newest);
         let whole = Head::upload(&gpu, &all, kept.pages().len(), &scales).unwrap();

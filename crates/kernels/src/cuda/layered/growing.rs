@@ -1,8 +1,8 @@
 //! A head whose pages grow while it is read from: what may be left out stays where it is, and what follows is written anew.
 
 use super::{Head, Scales};
-use crate::cuda::aside::Part;
 use crate::cuda::device::{Buffer, Error, Gpu};
+use crate::cuda::parameters::Tile;
 use crate::layered::device::{device_bytes, lines_of_page};
 use crate::layered::{LINE, Pages, TILES};
 
@@ -11,8 +11,10 @@ use crate::layered::{LINE, Pages, TILES};
 pub struct Growing {
     gpu: Gpu,
     head: Head,
-    /// Lines that lie apart, other lines and escapes of the pages that may be left out.
-    kept: [usize; 3],
+    /// Lines that lie apart, other lines and escapes before each page that is always read, and before what follows the last.
+    starts: Vec<[usize; 3]>,
+    /// What it grew by and is not known to be written.
+    grown: Option<Grown>,
 }
 
 impl Growing {
@@ -24,7 +26,8 @@ impl Growing {
             let [of_leading, of_lines] = lines_of_page(page.keys, page.values);
             [leading + of_leading, lines + of_lines]
         });
-        Ok(Growing { gpu: gpu.clone(), head, kept: [leading, lines, escapes].map(|count| count * times) })
+        let start = [leading, lines, escapes].map(|count| count * times);
+        Ok(Growing { gpu: gpu.clone(), head, starts: vec![start], grown: None })
     }
 
     /// As steps read it.
@@ -37,13 +40,21 @@ impl Growing {
         self.head.bytes().iter().sum()
     }
 
-    /// Makes room for pages that may be left out after those that there are, and for `newest`, which are always read, in place of those before.
-    /// Until what is returned is [written](Growing::parts) its head is not to be read.
-    pub fn grow(&mut self, more: &Pages, newest: &Pages) -> Result<Grown, Error> {
+    /// Makes room for pages that may be left out after those that there are, and for `newest`, which are always read, in place of those before,
+    /// of which the first `same` stay as they are: they are not in `newest`, and `more` has none. Until what it grew by is
+    /// [written](Growing::write) the head is not to be read.
+    pub fn grow(&mut self, more: &Pages, (same, newest): (usize, &Pages)) -> Result<(), Error> {
+        let of_more = more.pages().len();
+        assert!(same < self.starts.len(), "{same} pages stay of {}", self.starts.len() - 1);
+        assert!(same == 0 || of_more == 0, "{of_more} pages before {same} that stay");
+        // What it grew by before may be what stays.
+        self.write()?;
+        self.grown = None;
         let mut all = more.clone();
         all.append(newest);
         let mut bytes = device_bytes(&all);
-        let [leading, lines, escapes] = self.kept.map(|kept| kept as u32);
+        let first = self.starts[same];
+        let [leading, lines, escapes] = first.map(|start| start as u32);
         for page in &mut bytes.pages {
             page.leading += leading;
         }
@@ -53,27 +64,26 @@ impl Growing {
             tile.key_escapes += escapes;
             tile.value_escapes += escapes;
         }
-        let [of_leading, of_lines, of_escapes] = self.kept;
-        let ends = [
-            of_leading + bytes.leading.len() / LINE,
-            of_lines + bytes.lines.len() / LINE,
-            of_escapes + bytes.escapes.len(),
+        let end = [
+            first[0] + bytes.leading.len() / LINE,
+            first[1] + bytes.lines.len() / LINE,
+            first[2] + bytes.escapes.len(),
         ];
-        assert!(ends.iter().all(|end| *end <= u32::MAX as usize), "too many lines: {ends:?}");
-        // Where the pages after those that may be left out begin.
-        let next = bytes.tiles.get(more.pages().len() * TILES);
-        self.kept =
-            next.map_or(ends, |tile| [tile.leading, tile.lines, tile.key_escapes].map(|x| x as usize));
+        assert!(end.iter().all(|end| *end <= u32::MAX as usize), "too many lines: {end:?}");
+        let of_page = |tile: &Tile| [tile.leading, tile.lines, tile.key_escapes].map(|start| start as usize);
+        let starts = bytes.tiles.iter().step_by(TILES).skip(of_more).map(of_page).chain([end]);
+        self.starts.truncate(same);
+        self.starts.extend(starts);
         let head = &mut self.head;
-        let pages = head.selectable;
+        let pages = head.selectable + same;
         let grown = Grown([
-            (of_leading * LINE, bytes.leading),
-            (of_lines * LINE, bytes.lines),
-            (of_escapes * 4, bytemuck::cast_slice(&bytes.escapes).to_vec()),
+            (first[0] * LINE, bytes.leading),
+            (first[1] * LINE, bytes.lines),
+            (first[2] * 4, bytemuck::cast_slice(&bytes.escapes).to_vec()),
             (pages * 8, bytemuck::cast_slice(&bytes.pages).to_vec()),
             (pages * TILES * 32, bytemuck::cast_slice(&bytes.tiles).to_vec()),
         ]);
-        head.selectable = pages + more.pages().len();
+        head.selectable += of_more;
         head.page_count = pages + all.pages().len();
         head.most = all.pages().iter().fold(head.most, |most, page| most.with(page.keys, page.values));
         let buffers =
@@ -81,26 +91,26 @@ impl Growing {
         for (buffer, (at, bytes)) in buffers.into_iter().zip(&grown.0) {
             make_room(&self.gpu, buffer, (*at, bytes.len()))?;
         }
-        Ok(grown)
+        self.grown = Some(grown);
+        Ok(())
     }
 
-    /// Where what it grew by is to be written.
-    pub fn parts(&self, grown: &Grown) -> [Part<'_>; 5] {
+    /// Writes what it grew by, if that is not known to be [there](Growing::written).
+    pub fn write(&self) -> Result<(), Error> {
+        let Some(Grown(parts)) = &self.grown else { return Ok(()) };
         let buffers = self.head.parts();
-        std::array::from_fn(|i| (buffers[i], grown.0[i].0, grown.0[i].1.len()))
+        buffers.into_iter().zip(parts).try_for_each(|(buffer, (at, bytes))| buffer.write(*at, bytes))
+    }
+
+    /// What it grew by is there.
+    pub fn written(&mut self) {
+        self.grown = None;
     }
 }
 
-/// What a head grew by.
+/// What a head grew by: where it begins in each of its parts.
 #[derive(Debug)]
-pub struct Grown([(usize, Vec<u8>); 5]);
-
-impl Grown {
-    /// The bytes of each part.
-    pub fn bytes(&self) -> [&[u8]; 5] {
-        std::array::from_fn(|i| &self.0[i].1[..])
-    }
-}
+struct Grown([(usize, Vec<u8>); 5]);
 
 /// Has room for `bytes` bytes at `at`; what is before them stays.
 fn make_room(gpu: &Gpu, buffer: &mut Buffer, (at, bytes): (usize, usize)) -> Result<(), Error> {

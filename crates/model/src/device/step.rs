@@ -1,0 +1,202 @@
+//! A step: one more token in each of several sequences.
+//!
+//! The device is asked for all layers at once, by a graph that stays the same from step to step, and then for the logits. Keys and values of the
+//! layers come to the host while these are multiplied out; so the host stores them, seals what is full and makes ready what the next step
+//! reads of it beside the device's last product.
+
+use super::OnDevice;
+use super::pass::{LOGIT_ROWS, Work, finite};
+use crate::config::ModelConfig;
+use crate::sequence::ForwardError;
+use half::f16;
+use mosaickv_kernels::Pool;
+use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
+use mosaickv_kernels::cuda::prefill::{Limits, Span};
+use mosaickv_kernels::cuda::{Graph, dense};
+use mosaickv_kv::KvCache;
+use mosaickv_kv::device::{Attention, Mirror, Taken, choice_of};
+use std::time::{Duration, Instant};
+
+/// A sequence's next token in a step.
+pub(crate) struct Step<'s> {
+    pub(crate) cache: &'s mut KvCache,
+    pub(crate) mirror: &'s mut Mirror,
+    pub(crate) token: u32,
+    /// Whether the logits after it are.
+    pub(crate) is_wanted: bool,
+    /// Time that what follows from the token took of the cache.
+    pub(crate) tended: &'s mut Duration,
+}
+
+/// What steps of so many sequences work with.
+pub(super) struct Ready {
+    attention: Attention,
+    work: Work,
+    graph: Graph,
+    /// Page-locked memory for what comes of the layers, and for logits, unless it is in use.
+    rows: Option<Pinned>,
+    logits: Option<Pinned>,
+}
+
+/// What came of the layers, one after the other: keys and values of all, queries of those that were asked, sums of weights.
+struct Brought {
+    asked: Vec<usize>,
+    has_log_sums: bool,
+}
+
+impl Ready {
+    /// How often the layers became a graph.
+    pub(super) fn graphs(&self) -> usize {
+        self.graph.captures()
+    }
+}
+
+impl OnDevice {
+    /// Sequences that can take a step together.
+    pub(crate) fn most_sequences(&self) -> usize {
+        self.store.most_sequences().min(LOGIT_ROWS)
+    }
+
+    /// One more token in each of some sequences, whose caches choose alike: the logits `[n, vocab]` of those where they are wanted.
+    /// Their caches have the token then, and what follows from it between two steps.
+    pub(crate) fn step(&mut self, steps: &mut [Step], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
+        let start = Instant::now();
+        self.update(steps, threads)?;
+        let mut ready = self.ready(steps)?;
+        let updated = Instant::now();
+        let wanted = (0..steps.len() as u32).filter(|i| steps[*i as usize].is_wanted);
+        let wanted: Vec<u32> = wanted.collect();
+        self.ask(steps, &mut ready, (threads, &wanted[..]))?;
+        let (rows, brought) = self.fetch(steps, &mut ready)?;
+        self.multiply_out(&ready.work, steps.len(), wanted.len())?;
+        let numbers = wanted.len() * self.config.vocab;
+        let logits = aside::fetch(
+            &[(&ready.work.logits, 0, numbers * 4)],
+            ready.logits.take().expect("it comes back with each step"),
+        )?;
+        let rows = rows.wait()?;
+        let computed = Instant::now();
+        self.keep(steps, threads, (&rows, &brought))?;
+        if let Err(error) = self.update(steps, threads) {
+            tracing::debug!("what the next step is asked for again: {error}");
+        }
+        let kept = computed.elapsed();
+        let pinned = logits.wait()?;
+        self.times.update += updated - start;
+        self.times.device += updated.elapsed();
+        self.times.store += kept;
+        let logits = finite(pinned.numbers(0, numbers).to_vec());
+        (ready.rows, ready.logits) = (Some(rows), Some(pinned));
+        self.step = Some(ready);
+        logits
+    }
+
+    /// Brings the mirrors in line.
+    fn update(&mut self, steps: &mut [Step], threads: &Pool) -> Result<(), ForwardError> {
+        let mut pairs: Vec<_> = steps.iter_mut().map(|step| (&mut *step.mirror, &mut *step.cache)).collect();
+        Ok(Mirror::update_each(&mut pairs, &mut self.store, threads, 1)?)
+    }
+
+    /// What a step of these sequences works with.
+    fn ready(&mut self, steps: &[Step]) -> Result<Ready, ForwardError> {
+        let ModelConfig { layers, heads, kv_heads, head_dim, vocab, .. } = self.config;
+        let count = steps.len();
+        let most = steps.iter().map(|step| step.mirror.pages().len()).max().unwrap_or(0);
+        let fits =
+            |ready: &Ready| ready.attention.sequences() == count && ready.work.places.limits().pages >= most;
+        if let Some(ready) = self.step.take().filter(fits) {
+            return Ok(ready);
+        }
+        let limits = Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
+        let of_row = (2 * kv_heads + heads) * head_dim * 2 + heads * 4;
+        Ok(Ready {
+            attention: Attention::new(&self.store, count)?,
+            work: Work::new(&self.gpu, &self.config, count, (layers, limits))?,
+            graph: Graph::new(&self.gpu),
+            rows: Some(Pinned::new(&self.gpu, layers * count * of_row)?),
+            logits: Some(Pinned::new(&self.gpu, count * vocab * 4)?),
+        })
+    }
+
+    /// Asks the device for all layers.
+    fn ask(
+        &self,
+        steps: &[Step],
+        Ready { attention, work, graph, .. }: &mut Ready,
+        (threads, wanted): (&Pool, &[u32]),
+    ) -> Result<(), ForwardError> {
+        let ModelConfig { layers, heads, head_dim, .. } = self.config;
+        let (count, scale) = (steps.len(), (head_dim as f32).sqrt().recip());
+        let mirrors: Vec<&Mirror> = steps.iter().map(|step| &*step.mirror).collect();
+        let tokens: Vec<u32> = steps.iter().map(|step| step.token).collect();
+        let positions: Vec<usize> = steps.iter().map(|step| step.cache.tokens()).collect();
+        let spans = |l| mirrors.iter().map(move |mirror| Span { past: mirror.exact_tokens(l), new: 1 });
+        let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
+        let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
+        graph.run(|| {
+            attention.set(&self.store, &mirrors, choice_of(steps[0].cache))?;
+            work.places.set_each(&spans)?;
+            work.places.set_pages(&pages)?;
+            work.picked.write(0, wanted)?;
+            self.set_rows(work, threads, &tokens, &positions)?;
+            self.layers(work, count, &mut |l| {
+                attention.attend(&self.store, l, (work.queries(l), scale), &work.attended)?;
+                Ok(dense::narrow(&self.gpu, &work.attended, count * heads * head_dim, &work.x)?)
+            })
+        })
+    }
+
+    /// Has what the layers computed copied to the host, beside what the device is asked for next.
+    fn fetch(&self, steps: &[Step], ready: &mut Ready) -> Result<(Pending, Brought), ForwardError> {
+        let ModelConfig { layers, heads, kv_heads, head_dim, .. } = self.config;
+        let Ready { attention, work, rows, .. } = ready;
+        let count = steps.len();
+        let asked: Vec<usize> =
+            (0..layers).filter(|l| steps.iter().any(|step| step.cache.asks(*l))).collect();
+        let mut parts: Vec<Part> = vec![(&work.staged, 0, layers * count * 2 * kv_heads * head_dim * 2)];
+        parts.extend(asked.iter().map(|l| (work.queries(*l), 0, count * heads * head_dim * 2)));
+        let log_sums = attention.log_sums();
+        parts.extend(log_sums.map(|sums| (sums, 0, layers * count * heads * 4)));
+        let brought = Brought { asked, has_log_sums: log_sums.is_some() };
+        Ok((aside::fetch(&parts, rows.take().expect("it comes back with each step"))?, brought))
+    }
+
+    /// Has the caches store what a step computed, and do what there is to do between two steps.
+    fn keep(
+        &self,
+        steps: &mut [Step],
+        threads: &Pool,
+        (pinned, brought): (&Pinned, &Brought),
+    ) -> Result<(), ForwardError> {
+        let ModelConfig { layers, heads, kv_heads, head_dim, .. } = self.config;
+        let (count, of_keys, of_queries) = (steps.len(), 2 * kv_heads * head_dim, heads * head_dim);
+        let Brought { asked, has_log_sums } = brought;
+        let mut at = 0;
+        let mut next = |bytes: usize| {
+            at += bytes;
+            at - bytes
+        };
+        let staged: &[f16] = pinned.numbers(next(layers * count * of_keys * 2), layers * count * of_keys);
+        let of_asked = asked.len() * count * of_queries;
+        let queries: &[f16] = pinned.numbers(next(of_asked * 2), of_asked);
+        let of_sums = if *has_log_sums { layers * count * heads } else { 0 };
+        let sums: &[f32] = pinned.numbers(next(of_sums * 4), of_sums);
+        steps.iter_mut().for_each(|step| step.mirror.added(1));
+        let mut caches: Vec<&mut KvCache> = steps.iter_mut().map(|step| &mut *step.cache).collect();
+        KvCache::take_step(&mut caches, threads, |i, l| {
+            let of_layer = asked.iter().position(|asked| *asked == l);
+            let queries = of_layer.map(|a| &queries[(a * count + i) * of_queries..][..of_queries]);
+            Taken {
+                rows: &staged[(l * count + i) * of_keys..][..of_keys],
+                queries: queries.unwrap_or_default(),
+                log_sums: sums.get((l * count + i) * heads..).unwrap_or_default(),
+            }
+        })?;
+        for Step { cache, tended, .. } in steps {
+            let start = Instant::now();
+            cache.between_steps();
+            **tended += start.elapsed();
+        }
+        Ok(())
+    }
+}
