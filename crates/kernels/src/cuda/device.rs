@@ -72,6 +72,8 @@ pub struct Piece {
 pub trait Device: fmt::Debug + Send + Sync {
     /// What it is called.
     fn name(&self) -> String;
+    /// The same device with an order of work of its own, which goes on beside this one's.
+    fn beside(&self) -> Result<Arc<dyn Device>, Error>;
     /// Multiprocessors.
     fn multiprocessors(&self) -> usize;
     /// Bytes of memory that are free, and all.
@@ -187,6 +189,12 @@ impl Gpu {
     /// The same device, of whose memory no more than `bytes` may be taken through this and its clones at any time.
     pub fn with_budget(&self, bytes: usize) -> Gpu {
         Gpu { device: self.device.clone(), budget: Budget::new(bytes) }
+    }
+
+    /// The same device and budget, whose work goes on beside this one's: neither waits for the other, unless the host does. For as long as there
+    /// is a process: ask once.
+    pub fn beside(&self) -> Result<Gpu, Error> {
+        Ok(Gpu { device: self.device.beside()?, budget: self.budget.clone() })
     }
 
     /// Bytes taken through this and its clones, and how many may be.

@@ -7,7 +7,7 @@ use super::device::{Device, Error, Gpu, Kernel, Piece, aligned};
 use super::gemm::{Into, Product};
 use half::bf16;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// A device of this many multiprocessors, each of which holds one block.
 #[derive(Debug)]
@@ -44,6 +44,10 @@ impl Emulated {
 impl Device for Emulated {
     fn name(&self) -> String {
         "emulated".into()
+    }
+
+    fn beside(&self) -> Result<Arc<dyn Device>, Error> {
+        Ok(Arc::new(Emulated { multiprocessors: self.multiprocessors }))
     }
 
     fn multiprocessors(&self) -> usize {

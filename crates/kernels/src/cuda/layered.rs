@@ -220,6 +220,11 @@ impl Head {
         [&self.leading, &self.lines, &self.escapes, &self.pages, &self.tiles]
     }
 
+    /// `D`
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
     /// Pages.
     pub fn page_count(&self) -> usize {
         self.page_count

@@ -43,8 +43,11 @@ impl KvCache {
         }
         if let Some(samples) = &mut self.samples {
             // Few are.
-            let of_token = |t: usize| taken.queries[t * row..][..row].iter().map(|x| x.to_f32());
-            samples[layer].push_some(count, row, |t, rows| rows.extend(of_token(t)));
+            samples[layer].push_some(count, row, |t, rows| {
+                let start = rows.len();
+                rows.resize(start + row, 0.0);
+                taken.queries[t * row..][..row].convert_to_f32_slice(&mut rows[start..]);
+            });
         }
         Ok(())
     }

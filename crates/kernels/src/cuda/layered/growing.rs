@@ -27,6 +27,11 @@ impl Growing {
         Ok(Growing { gpu: gpu.clone(), head, kept: [leading, lines, escapes].map(|count| count * times) })
     }
 
+    /// Of a head whose pages may all be left out, with so many lines that lie apart, other lines and escapes.
+    pub(crate) fn of(gpu: &Gpu, head: Head, kept: [usize; 3]) -> Growing {
+        Growing { gpu: gpu.clone(), head, kept }
+    }
+
     /// As steps read it.
     pub fn head(&self) -> &Head {
         &self.head
