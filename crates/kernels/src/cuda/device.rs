@@ -284,6 +284,12 @@ impl Buffer {
         );
     }
 
+    /// Is used in the order of another's work on the same device from now on, once all that it was used for is done.
+    pub(super) fn pass_to(&mut self, gpu: &Gpu) {
+        assert!(Arc::ptr_eq(&self.gpu.budget, &gpu.budget), "of another budget");
+        self.gpu = gpu.clone();
+    }
+
     /// Copies `numbers` to the place that begins `at` bytes into the buffer.
     pub fn write<T: NoUninit>(&self, at: usize, numbers: &[T]) -> Result<(), Error> {
         let bytes: &[u8] = bytemuck::cast_slice(numbers);

@@ -266,7 +266,7 @@ impl Encoded {
         pages_of(self.head.head_dim(), (&self.pages, &self.counted), [leading, lines, escapes])
     }
 
-    /// As a head whose pages grow, from now on on `gpu`.
+    /// As a head whose pages grow in the order of `gpu`'s work. Its parts must have come to the host: then all is done.
     pub fn growing(self, gpu: &Gpu) -> Growing {
         let [leading, lines, escapes] = self.sizes;
         Growing::of(gpu, self.head, [leading / LINE, lines / LINE, escapes / 4])

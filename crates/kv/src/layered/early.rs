@@ -11,6 +11,7 @@ use crate::exact::ExactHead;
 use mosaickv_kernels::Pool;
 use std::ops::Range;
 use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
@@ -34,6 +35,8 @@ pub(crate) struct Known {
 #[derive(Debug)]
 pub(crate) struct Early {
     layers: mpsc::Sender<Complete>,
+    /// No further layer is to be begun: others have more threads.
+    ends: Arc<AtomicBool>,
     thread: JoinHandle<Vec<Known>>,
 }
 
@@ -42,11 +45,14 @@ impl Early {
     pub(crate) fn new(threads: usize, shape: KvShape, calibration: Arc<Calibration>) -> Early {
         let (layers, complete) = mpsc::channel::<Complete>();
         let thread = thread::Builder::new().name("mosaickv-observe".to_owned());
+        let ends = Arc::new(AtomicBool::new(false));
+        let ended = ends.clone();
         let thread = thread.spawn(move || {
             let pool = Pool::new(threads);
-            complete.into_iter().map(|layer| known(&pool, shape, &calibration, layer)).collect()
+            let wanted = complete.into_iter().take_while(|_| !ended.load(Ordering::Relaxed));
+            wanted.map(|layer| known(&pool, shape, &calibration, layer)).collect()
         });
-        Early { layers, thread: thread.expect("the system refused a thread") }
+        Early { layers, ends, thread: thread.expect("the system refused a thread") }
     }
 
     /// Another layer.
@@ -55,8 +61,9 @@ impl Early {
         let _ = self.layers.send(layer);
     }
 
-    /// Waits for all layers.
+    /// What is known of layers that were begun.
     pub(crate) fn finish(self) -> Vec<Known> {
+        self.ends.store(true, Ordering::Relaxed);
         drop(self.layers);
         self.thread.join().unwrap_or_else(|panic| resume_unwind(panic))
     }

@@ -27,8 +27,9 @@ impl Growing {
         Ok(Growing { gpu: gpu.clone(), head, kept: [leading, lines, escapes].map(|count| count * times) })
     }
 
-    /// Of a head whose pages may all be left out, with so many lines that lie apart, other lines and escapes.
-    pub(crate) fn of(gpu: &Gpu, head: Head, kept: [usize; 3]) -> Growing {
+    /// Of a head whose pages may all be left out, with so many lines that lie apart, other lines and escapes, and which nobody works on any more.
+    pub(crate) fn of(gpu: &Gpu, mut head: Head, kept: [usize; 3]) -> Growing {
+        head.pass_to(gpu);
         Growing { gpu: gpu.clone(), head, kept }
     }
 
