@@ -75,6 +75,8 @@ DEVICE float log2_fast(float x) {
 }
 // A product by itself, not as a part of a multiply-add.
 DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+// `a * b + c`, rounded once.
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 // 32 of 64 bits, from bit `by % 32` on.

@@ -23,6 +23,8 @@ const Entry ENTRIES[] = {
     ENTRY(layered_attend_128, LayeredParameters),
     ENTRY(layered_finish_64, LayeredParameters),
     ENTRY(layered_finish_128, LayeredParameters),
+    ENTRY(layered_coordinates_64, CoordinatesParameters),
+    ENTRY(layered_coordinates_128, CoordinatesParameters),
     ENTRY(layered_count_64, EncodeParameters),
     ENTRY(layered_count_128, EncodeParameters),
     ENTRY(layered_encode_64, EncodeParameters),

@@ -11,7 +11,7 @@ constexpr int ENCODE_THREADS = 256;
 constexpr int ENCODE_WARPS = ENCODE_THREADS / WARP;
 constexpr float UNITS = 1 / LEVEL_UNIT;
 
-// One page: where its lines go, and which tokens it has, the `first` of the order and those after it.
+// One page: where its lines go, and which tokens it has, `first` and those after it.
 struct EncodePage {
     uint32_t leading, lines, first;
     // As those of tiles; tokens are the page's.
@@ -19,9 +19,8 @@ struct EncodePage {
 };
 
 struct EncodeParameters {
-    const float* keys;         // [T, D], in units of their channels' spread and less their means
+    const float* keys;         // [T, D] in the pages' order, in units of their channels' spread and less their means
     const float* values;
-    const uint32_t* order;     // tokens, page by page
     const EncodePage* pages;
     uint32_t* counts;          // [pages, 2, 4]: escapes of keys and of values of each tile
     uint32_t* leading;
@@ -87,7 +86,7 @@ DEVICE int page_tokens(const EncodePage& page) { return page.profiles[1] >> 16 &
 template <int D>
 DEVICE const float* elements_of(const EncodeParameters& p, const EncodePage& page, int half, int token, int group) {
     const float* vectors = half == 0 ? p.keys : p.values;
-    return vectors + (int64_t)p.order[page.first + token] * D + group * 8;
+    return vectors + (int64_t)(page.first + token) * D + group * 8;
 }
 
 DEVICE int escapes_among(const float* elements, int width) {

@@ -294,7 +294,7 @@ fn run_check(name: &str) -> Result<()> {
         "layered-encode" => {
             for d in [64, 128] {
                 let case = Case { escapes: 30, ..Case::whole(shape(1, 1, 1, d), &[1, 63, 5000]) };
-                let outcome = check::encoding(&gpu, seed, &case).map(|()| 0.0);
+                let outcome = check::encode::encoding(&gpu, seed, &case).map(|()| 0.0);
                 show_exact(name, case.shape, outcome);
             }
         }

@@ -6,8 +6,11 @@
 use crate::baselines::{
     Head, KiviHead, QuantizedHead, QuestHead, RecentQueries, SnapKvHead, StrawmanHead, WINDOW,
 };
+use crate::device::Encoder;
 use crate::exact::ExactHead;
-use crate::layered::{self, Calibration, Layered, LayeredHead, Places, Prompt, Samples, Target};
+use crate::layered::{
+    self, Calibration, Complete, Early, Layered, LayeredHead, Places, Prompt, Samples, Target,
+};
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use half::f16;
@@ -26,6 +29,16 @@ type LayeredLayer = (usize, Vec<LayeredHead>);
 /// The layers of a prompt in the layered format that a thread compresses together.
 #[derive(Debug, Default)]
 pub(crate) struct Ending(Option<JoinHandle<Vec<LayeredLayer>>>);
+
+/// What is worked out of a prompt in the layered format before its last layer has read it. A copy of the cache works it out again.
+#[derive(Debug, Default)]
+pub(crate) struct Beginning(Option<Early>);
+
+impl Clone for Beginning {
+    fn clone(&self) -> Beginning {
+        Beginning::default()
+    }
+}
 
 impl Clone for Ending {
     fn clone(&self) -> Ending {
@@ -100,6 +113,22 @@ impl KvCache {
         self.encoding.0 = Some((layer, thread));
     }
 
+    /// Begins what the layered format needs to know of a layer, on `threads` threads beside what follows: the layer has all of the prompt that
+    /// is about to end. [`finish_prompt`](KvCache::finish_prompt) does what was not begun.
+    pub fn begin_observe(&mut self, layer: usize, threads: usize) {
+        let (Layer::Exact(heads), Some(samples), Some(calibration)) =
+            (&self.layers[layer], &self.samples, &self.calibration)
+        else {
+            return;
+        };
+        let is_layered = matches!(self.format, KvFormat::Layered(_)) && self.shape.window_of(layer).is_none();
+        if is_layered && layered::is_worth_it(&heads[0]) {
+            let complete = Complete { layer, heads: heads.clone(), samples: samples[layer].clone() };
+            let early = || Early::new(threads, self.shape, calibration.clone());
+            self.beginning.0.get_or_insert_with(early).add(complete);
+        }
+    }
+
     /// Waits until every layer is encoded. The layered format, which shares out bytes among the layers, begins only now, unless it
     /// [was begun](KvCache::begin_finish_prompt).
     pub fn finish_prompt(&mut self, pool: &Pool) {
@@ -110,14 +139,17 @@ impl KvCache {
         }
     }
 
-    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on `threads` threads beside what follows. `true` if
-    /// there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
-    pub fn begin_finish_prompt(&mut self, threads: usize) -> bool {
+    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on `threads` threads beside what follows, and with
+    /// an encoder on a device. `true` if there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
+    pub fn begin_finish_prompt(&mut self, threads: usize, encoder: Option<Encoder>) -> bool {
+        if self.ending.0.is_some() {
+            return true;
+        }
         self.join();
         let Some((settings, samples)) = self.take_end_layered() else { return false };
         let Some(work) = self.taken_layered(settings, |_| true) else { return false };
         let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
-        let thread = thread.spawn(move || work.encode(&Pool::new(threads), &samples));
+        let thread = thread.spawn(move || work.encode(&Pool::new(threads), &samples, encoder));
         self.ending.0 = Some(thread.expect("the system refused a thread"));
         true
     }
@@ -138,7 +170,7 @@ impl KvCache {
         if let Some((settings, samples)) = self.take_end_layered()
             && let Some(work) = self.taken_layered(settings, |_| true)
         {
-            self.put(work.encode(pool, &samples));
+            self.put(work.encode(pool, &samples, None));
         }
     }
 
@@ -166,12 +198,14 @@ impl KvCache {
                 prompts.push((layer, std::mem::take(heads)));
             }
         }
+        let early = self.beginning.0.take();
         // Without the heads that were just taken out.
         let others = self.bytes().total();
         (!prompts.is_empty()).then_some(LayeredWork {
             shape: self.shape,
             calibration,
             prompts,
+            early,
             settings,
             others,
             places: self.places,
@@ -297,7 +331,7 @@ impl KvCache {
                 return Err(KvError::NoCalibration { format: format.to_string() });
             };
             if let Some(work) = copy.taken_layered(settings, chosen) {
-                copy.put(work.encode(pool, samples));
+                copy.put(work.encode(pool, samples, None));
             }
         }
         Ok(copy)
@@ -319,6 +353,7 @@ impl KvCache {
             closings: vec![],
             encoding: Encoding::default(),
             ending: Ending::default(),
+            beginning: Beginning::default(),
             phases: Phases::default(),
             working: Working::default(),
         }
@@ -336,6 +371,7 @@ struct LayeredWork {
     shape: KvShape,
     calibration: Arc<Calibration>,
     prompts: Vec<(usize, Vec<ExactHead>)>,
+    early: Option<Early>,
     settings: Layered,
     /// Bytes of the cache beside these layers.
     others: usize,
@@ -344,13 +380,20 @@ struct LayeredWork {
 
 impl LayeredWork {
     /// The layers as they are to be, with the sampled queries of all layers.
-    fn encode(self, pool: &Pool, samples: &[Samples]) -> Vec<LayeredLayer> {
-        let LayeredWork { shape, calibration, prompts, settings, others, places } = self;
+    fn encode(self, pool: &Pool, samples: &[Samples], mut encoder: Option<Encoder>) -> Vec<LayeredLayer> {
+        let LayeredWork { shape, calibration, prompts, early, settings, others, places } = self;
         let layers: Vec<usize> = prompts.iter().map(|(layer, _)| *layer).collect();
         let of_layer = |(layer, heads)| Prompt { layer, heads, samples: &samples[layer] };
         let prompts = prompts.into_iter().map(of_layer).collect();
-        let made = layered::compress(pool, shape, &calibration, prompts, (settings, others, places));
-        layers.into_iter().zip(made).collect()
+        let known = early.map(Early::finish).unwrap_or_default();
+        let workers = (pool, encoder.as_mut());
+        let how = (settings, others, places);
+        let made = layered::compress(workers, shape, &calibration, (prompts, known), how);
+        let made: Vec<LayeredLayer> = layers.into_iter().zip(made).collect();
+        if let Some(encoder) = encoder {
+            encoder.give(&made);
+        }
+        made
     }
 }
 

@@ -7,6 +7,7 @@
 //! afterwards ([`KvCache::take`]).
 
 mod attention;
+mod encode;
 mod taken;
 
 use crate::exact::ExactHead;
@@ -20,18 +21,21 @@ use mosaickv_kernels::cuda::layered::{Growing, Rotations, Scales};
 use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 pub use attention::{Attention, choice_of};
+pub use encode::Encoder;
+pub(crate) use encode::Planned;
 pub use taken::Taken;
 
 /// Pages of exact tokens, for all sequences of a model: page `i` is one of each layer.
 #[derive(Debug)]
 pub struct Store {
     gpu: Gpu,
+    /// For work beside the passes.
+    beside: Gpu,
     shape: KvShape,
-    /// Of each layer.
-    pools: Vec<Pool>,
+    pools: Pools,
     free: Free,
     /// Of each layer and KV head.
     rotations: Option<(Arc<Calibration>, Vec<Rotations>)>,
@@ -39,6 +43,22 @@ pub struct Store {
 
 /// Pages that nobody has, of a store and its mirrors.
 type Free = Arc<Mutex<BTreeSet<u32>>>;
+
+/// The pages of each layer, of a store and of those who encode what is in them.
+#[derive(Clone, Debug)]
+struct Pools(Arc<RwLock<Vec<Arc<Pool>>>>);
+
+impl Pools {
+    fn of(&self, layer: usize) -> Arc<Pool> {
+        let pools = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        pools[layer % pools.len()].clone()
+    }
+
+    /// Calls `change` with all of them.
+    fn change<T>(&self, change: impl FnOnce(&mut Vec<Arc<Pool>>) -> T) -> T {
+        change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 fn lock(free: &Free) -> MutexGuard<'_, BTreeSet<u32>> {
     free.lock().unwrap_or_else(PoisonError::into_inner)
@@ -57,9 +77,11 @@ impl Store {
         if shape.group() > MOST_ROWS {
             return no("the query heads of a KV head", shape.group().to_string(), "at most 8");
         }
-        let none = || Pool::new(gpu, 0, (shape.kv_heads, shape.head_dim));
+        let none = || Pool::new(gpu, 0, (shape.kv_heads, shape.head_dim)).map(Arc::new);
         let pools = (0..shape.layers).map(|_| none()).collect::<Result<_, _>>()?;
-        Ok(Store { gpu: gpu.clone(), shape, pools, free: Free::default(), rotations: None })
+        let pools = Pools(Arc::new(RwLock::new(pools)));
+        let (gpu, beside) = (gpu.clone(), gpu.beside()?);
+        Ok(Store { gpu, beside, shape, pools, free: Free::default(), rotations: None })
     }
 
     /// Sequences that can take a step together.
@@ -68,32 +90,32 @@ impl Store {
     }
 
     /// The pages of a layer.
-    pub fn pool(&self, layer: usize) -> &Pool {
-        &self.pools[layer % self.pools.len()]
+    pub fn pool(&self, layer: usize) -> Arc<Pool> {
+        self.pools.of(layer)
     }
 
     /// The same with the pages of all layers in the same memory: what is attended to means nothing, for measurements of contexts that do
     /// not fit. Each layer reads as many bytes as ever.
-    pub fn sharing_layers(mut self) -> Store {
-        self.pools.truncate(1);
+    pub fn sharing_layers(self) -> Store {
+        self.pools.change(|pools| pools.truncate(1));
         self
     }
 
     /// Bytes of the pages that some sequence has, and of those that none has.
     pub fn bytes(&self) -> (usize, usize) {
-        let of_page: usize = self.pools.iter().map(Pool::bytes_of_page).sum();
-        let (all, free) = (self.pools[0].pages(), lock(&self.free).len());
+        let of_page: usize = self.pools.change(|pools| pools.iter().map(|pool| pool.bytes_of_page()).sum());
+        let (all, free) = (self.pool(0).pages(), lock(&self.free).len());
         ((all - free) * of_page, free * of_page)
     }
 
     /// Has room for so many pages at once, where they are known beforehand.
     pub fn reserve(&mut self, pages: usize) -> Result<(), KvError> {
-        if pages > self.pools[0].pages() { self.resize(pages) } else { Ok(()) }
+        if pages > self.pool(0).pages() { self.resize(pages) } else { Ok(()) }
     }
 
     /// Takes `count` pages, the lowest that are free.
     fn take(&mut self, count: usize) -> Result<Vec<u32>, KvError> {
-        let (all, free) = (self.pools[0].pages(), lock(&self.free).len());
+        let (all, free) = (self.pool(0).pages(), lock(&self.free).len());
         if count > free {
             let needed = all + count - free;
             self.resize(needed + needed / 4).or_else(|_| self.resize(needed))?;
@@ -104,7 +126,7 @@ impl Store {
 
     /// Gives the device back what nobody has, if that is more than half.
     fn trim(&mut self) {
-        let all = self.pools[0].pages();
+        let all = self.pool(0).pages();
         let free = lock(&self.free);
         let mut used = all;
         while used > 0 && free.contains(&(used as u32 - 1)) {
@@ -121,18 +143,22 @@ impl Store {
 
     /// Has room for `pages` pages in each layer; those beyond must be free.
     fn resize(&mut self, pages: usize) -> Result<(), KvError> {
-        let (old, mut free) = (self.pools[0].pages(), lock(&self.free));
+        let (old, mut free) = (self.pool(0).pages(), lock(&self.free));
         free.retain(|page| (*page as usize) < pages);
         // The first layer has as many pages as all have, also where an error ends this: it shrinks first and grows last.
-        let mut in_order: Vec<&mut Pool> = self.pools.iter_mut().collect();
+        let mut in_order: Vec<usize> = (0..self.pools.change(|pools| pools.len())).collect();
         if pages > old {
             in_order.reverse();
         }
-        let done = in_order.into_iter().filter(|pool| pool.pages() != pages).try_for_each(|pool| {
-            *pool = pool.resized(&self.gpu, pages)?;
-            Ok(())
-        });
-        free.extend(old.min(pages) as u32..self.pools[0].pages() as u32);
+        let done =
+            in_order.into_iter().filter(|layer| self.pool(*layer).pages() != pages).try_for_each(|layer| {
+                let resized = self.pool(layer).resized(&self.gpu, pages)?;
+                // Who encodes beside the passes may read it at once, and does not wait for the copy.
+                resized.data().read::<u8>(1)?;
+                self.pools.change(|pools| pools[layer] = Arc::new(resized));
+                Ok(())
+            });
+        free.extend(old.min(pages) as u32..self.pool(0).pages() as u32);
         done
     }
 
@@ -156,6 +182,7 @@ pub struct Mirror {
     /// No other has the same.
     id: u64,
     free: Free,
+    made: encode::Made,
     /// Of the store, for exact tokens, the same in all layers.
     pages: Vec<u32>,
     layers: Vec<Held>,
@@ -213,6 +240,7 @@ impl Mirror {
         Mirror {
             id,
             free: free.clone(),
+            made: encode::Made::default(),
             pages: vec![],
             layers: (0..layers).map(|_| Held::default()).collect(),
             times: 1,
@@ -251,6 +279,7 @@ impl Mirror {
         more: usize,
     ) -> Result<(), KvError> {
         pairs.iter().try_for_each(|(_, cache)| Mirror::check(cache.format))?;
+        pairs.iter_mut().for_each(|(mirror, _)| mirror.adopt());
         KvCache::make_room(pairs.iter_mut().map(|(_, cache)| &mut **cache), threads);
         for (mirror, cache) in &mut *pairs {
             if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
@@ -401,7 +430,7 @@ impl HeldHead {
         let mut held = match before {
             Some(held) => held,
             None => {
-                let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(head))?;
+                let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(&head.scales))?;
                 HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5], of_tail: 0 }
             }
         };
@@ -436,12 +465,12 @@ fn sizes(head: &LayeredHead) -> [usize; 5] {
     [prompt, tail, leaving, window, newest]
 }
 
-fn scales(head: &LayeredHead) -> Scales {
+fn scales(of: &crate::layered::Scales) -> Scales {
     Scales {
-        key_mean: head.scales.key_mean().to_vec(),
-        key_spread: head.scales.key_spread().to_vec(),
-        value_mean: head.scales.value_mean().to_vec(),
-        value_spread: head.scales.value_spread().to_vec(),
+        key_mean: of.key_mean().to_vec(),
+        key_spread: of.key_spread().to_vec(),
+        value_mean: of.value_mean().to_vec(),
+        value_spread: of.value_spread().to_vec(),
     }
 }
 

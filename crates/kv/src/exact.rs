@@ -2,6 +2,8 @@
 //! sliding window, which drop the pages that no query can see any more.
 
 use crate::{KvBytes, Step, cleared};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use mosaickv_kernels::AttnState;
 use mosaickv_kernels::exact::{ExactPage, PAGE_TOKENS, Visible, attend, attend_pages};
 use mosaickv_kernels::saved::{Input, Malformed, write_count};
@@ -60,11 +62,26 @@ impl ExactHead {
     pub(crate) fn append(&mut self, keys: &[f32], values: &[f32], (offset, row): (usize, usize)) {
         let d = self.open.head_dim();
         for (key, value) in keys.chunks_exact(row).zip(values.chunks_exact(row)) {
-            self.open.push(&key[offset..][..d], &value[offset..][..d]);
-            if self.open.is_full() {
-                let full = std::mem::replace(&mut self.open, ExactPage::new(d, PAGE_TOKENS));
-                self.sealed.push(Arc::new(full));
-            }
+            self.push(&key[offset..][..d], &value[offset..][..d]);
+        }
+    }
+
+    /// The same from rows of `row` keys, then `row` values.
+    pub(crate) fn append_halves(&mut self, rows: &[f16], (offset, row): (usize, usize)) {
+        let d = self.open.head_dim();
+        let (mut key, mut value) = (vec![0.0; d], vec![0.0; d]);
+        for token in rows.chunks_exact(2 * row) {
+            token[offset..][..d].convert_to_f32_slice(&mut key);
+            token[row + offset..][..d].convert_to_f32_slice(&mut value);
+            self.push(&key, &value);
+        }
+    }
+
+    fn push(&mut self, key: &[f32], value: &[f32]) {
+        self.open.push(key, value);
+        if self.open.is_full() {
+            let empty = ExactPage::new(self.open.head_dim(), PAGE_TOKENS);
+            self.sealed.push(Arc::new(std::mem::replace(&mut self.open, empty)));
         }
     }
 

@@ -294,13 +294,22 @@ impl<'a> Sequence<'a> {
     /// Waits until every layer of a prompt that was read to its [end](Part::PromptEnd) is compressed.
     pub fn finish_prompt(&mut self) {
         let start = Instant::now();
+        if self.mirror.is_some() {
+            self.begin_on(self.pool.threads());
+        }
         self.cache.finish_prompt(self.pool);
         self.attention += start.elapsed();
     }
 
     /// Begins that beside what follows, on half of the threads: see [`KvCache::begin_finish_prompt`].
     pub fn begin_finish_prompt(&mut self) -> bool {
-        self.cache.begin_finish_prompt((self.pool.threads() / 2).max(1))
+        self.begin_on((self.pool.threads() / 2).max(1))
+    }
+
+    fn begin_on(&mut self, threads: usize) -> bool {
+        let device = self.model.device.as_ref().zip(self.mirror.as_ref());
+        let encoder = device.and_then(|(device, mirror)| mirror.encoder(&device.lock().store, &self.cache));
+        self.cache.begin_finish_prompt(threads, encoder)
     }
 
     /// No further prompt will come: see [`KvCache::forget_queries`].

@@ -6,7 +6,7 @@ use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::Gpu;
 use mosaickv_kernels::cuda::emulated::Emulated;
 use mosaickv_kernels::matrix::Precision;
-use mosaickv_kv::{Background, KvFormat, Layered, Timing};
+use mosaickv_kv::{Background, KvCache, KvFormat, Layered, Timing};
 use mosaickv_model::calibrate::calibrate;
 use mosaickv_model::{Model, Part, Sequence, Share, Wanted, greedy, read_each, step_each};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -223,6 +223,40 @@ fn a_compressed_cache_goes_on_as_on_the_cpu() {
     got.cache().check().unwrap();
     let bytes = |sequence: &Sequence| sequence.cache().bytes().packed as f64;
     assert!((bytes(&got) / bytes(&want) - 1.0).abs() < 0.02, "{} and {}", bytes(&got), bytes(&want));
+}
+
+/// A prompt whose last tokens the device reads is encoded there, to the bit as the host would.
+#[test]
+fn a_prompt_that_ends_on_the_device_is_encoded_there() {
+    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
+    let (mut cpu, mut device) = (load("llama"), load("llama"));
+    let calibration = Arc::new(calibrate(&cpu, &pool, &[tokens(1000, 9)], &mut |_, _| ()).unwrap());
+    cpu.calibration = Some(calibration.clone());
+    device.calibration = Some(calibration);
+    device.to_device(&gpu).unwrap();
+    let prompt = tokens(2103, 1);
+    let mut before = sequence(&cpu, &pool, KvFormat::Layered(Layered::default()));
+    let share =
+        Share { sequence: &mut before, tokens: &prompt[..2100], part: Part::Prompt, wanted: Wanted::Nothing };
+    read_each(&mut [share], &mut |_, _, _| ()).unwrap();
+    let mut got = Sequence::with_cache(&device, &pool, before.cache().clone()).unwrap();
+    let share =
+        Share { sequence: &mut got, tokens: &prompt[2100..], part: Part::PromptEnd, wanted: Wanted::Last };
+    read_each(&mut [share], &mut |_, _, _| ()).unwrap();
+    let mut want = got.cache().clone();
+    want.finish_prompt(&pool);
+    let used = || device.device.as_ref().unwrap().used();
+    let exact = used();
+    assert!(got.begin_finish_prompt());
+    got.finish_prompt();
+    assert!(used() > exact, "nothing was encoded on the device");
+    let saved = |cache: &KvCache| {
+        let mut out = vec![];
+        cache.write(&mut out).unwrap();
+        out
+    };
+    assert!(got.cache().is_compressed() && saved(got.cache()) == saved(&want));
+    got.step(5).unwrap();
 }
 
 #[test]

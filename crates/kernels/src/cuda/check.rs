@@ -3,10 +3,11 @@
 //! Tests run this emulated, `examples/gpu_check.rs` on a device. What is compared is an error, relative to the largest output.
 
 pub mod dense;
+pub mod encode;
 pub mod packed;
 
 use super::layered::{CODE_OF_ONE, CODES_PER_OCTAVE, Choice, Head, LEAST_PART, Layered, Rotations, Scales};
-use super::{Error, Gpu, PARTS, Shape, encode, exact};
+use super::{Error, Gpu, PARTS, Shape, exact};
 use crate::isa::Isa;
 use crate::layered::device::{DeviceBytes, device_bytes};
 use crate::layered::{self, GROUP, Needed, Pages, Profile, Queries, SKETCH, TILE_TOKENS, TILES};
@@ -305,65 +306,6 @@ pub fn layered(gpu: &Gpu, seed: u64, case: &Case) -> Result<Outcome, Failure> {
         }
     }
     Ok(outcome)
-}
-
-/// Pages that the device encodes, against those that the CPU does: bit by bit.
-pub fn encoding(gpu: &Gpu, seed: u64, case: &Case) -> Result<(), Failure> {
-    let (mut random, d) = (Random::new(seed), case.shape.head_dim);
-    for &tokens in &case.lengths {
-        let spread = |random: &mut Random, x: f32| match random.below(case.escapes.max(1)) {
-            0 if case.escapes > 0 => x * 4.0,
-            _ => x,
-        };
-        let [keys, values] = [0, 1].map(|_| -> Vec<f32> {
-            let x = random.normals(tokens * d);
-            x.into_iter().map(|x| spread(&mut random, x)).collect()
-        });
-        let mut order: Vec<u32> = (0..tokens as u32).collect();
-        for i in (1..tokens).rev() {
-            order.swap(i, random.below(i + 1));
-        }
-        let (mut pages, mut of_pages, mut from) = (Pages::new(d), vec![], 0);
-        while from < tokens {
-            let n = if random.below(4) == 0 { 1 + random.below(64) } else { 64 }.min(tokens - from);
-            let (of_keys, of_values) = case.profiles[random.below(case.profiles.len())];
-            let rows = |x: &[f32]| -> Vec<f32> {
-                order[from..from + n].iter().flat_map(|t| x[*t as usize * d..][..d].to_vec()).collect()
-            };
-            pages.push((&rows(&keys), &rows(&values)), (of_keys, of_values));
-            of_pages.push((of_keys, of_values, n));
-            from += n;
-        }
-        let one = vec![f16::ONE; d];
-        let scales = Scales {
-            key_mean: one.clone(),
-            key_spread: one.clone(),
-            value_mean: one.clone(),
-            value_spread: one,
-        };
-        let (on_device_keys, on_device_values) = (gpu.upload(&keys)?, gpu.upload(&values)?);
-        let vectors =
-            encode::Vectors { keys: &on_device_keys, values: &on_device_values, tokens, head_dim: d };
-        let got = encode::encode(gpu, vectors, (&order, &of_pages), of_pages.len(), &scales)?;
-        let bytes = device_bytes(&pages);
-        let want: [&[u8]; 5] = [
-            &bytes.leading,
-            &bytes.lines,
-            bytemuck::cast_slice(&bytes.escapes),
-            &bytes.pages.iter().flat_map(|x| bytemuck::bytes_of(x).to_vec()).collect::<Vec<u8>>(),
-            &bytes.tiles.iter().flat_map(|x| bytemuck::bytes_of(x).to_vec()).collect::<Vec<u8>>(),
-        ];
-        for (name, (got, want)) in ["leading lines", "lines", "escapes", "pages", "tiles"]
-            .into_iter()
-            .zip(got.parts().into_iter().zip(want))
-        {
-            let got: Vec<u8> = got.read(want.len())?;
-            if let Some(at) = got.iter().zip(want).position(|(a, b)| a != b) {
-                return wrong(format!("{tokens} tokens: {name} differ from byte {at} of {} on", want.len()));
-            }
-        }
-    }
-    Ok(())
 }
 
 struct Check<'a> {

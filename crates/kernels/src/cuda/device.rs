@@ -73,6 +73,8 @@ pub struct Piece {
 pub trait Device: fmt::Debug + Send + Sync {
     /// What it is called.
     fn name(&self) -> String;
+    /// The same device with an order of work of its own, which goes on beside this one's.
+    fn beside(&self) -> Result<Arc<dyn Device>, Error>;
     /// Multiprocessors.
     fn multiprocessors(&self) -> usize;
     /// Bytes of memory that are free, and all.
@@ -210,6 +212,12 @@ impl Gpu {
     /// The same device, of whose memory no more than `bytes` may be taken through this and its clones at any time.
     pub fn with_budget(&self, bytes: usize) -> Gpu {
         Gpu { budget: Budget::new(bytes), ..self.clone() }
+    }
+
+    /// The same device and budget, whose work goes on beside this one's: neither waits for the other, unless the host does. For as long as there
+    /// is a process: ask once.
+    pub fn beside(&self) -> Result<Gpu, Error> {
+        Ok(Gpu { device: self.device.beside()?, budget: self.budget.clone(), kept: Arc::default() })
     }
 
     /// Bytes taken through this and its clones, and how many may be.
@@ -351,6 +359,12 @@ impl Buffer {
     /// Panics where what is done at once to the buffer would come before what is only noted.
     pub(super) fn check_order(&self) {
         graph::check_order(&self.gpu, self.address, self.bytes);
+    }
+
+    /// Is used in the order of another's work on the same device from now on, once all that it was used for is done.
+    pub(super) fn pass_to(&mut self, gpu: &Gpu) {
+        assert!(Arc::ptr_eq(&self.gpu.budget, &gpu.budget), "of another budget");
+        self.gpu = gpu.clone();
     }
 
     /// Copies `numbers` to the place that begins `at` bytes into the buffer.

@@ -97,10 +97,19 @@ impl Driver {
         // It waits for copies of the default stream, and they for it.
         let stream = stream::create(stream::StreamKind::Default).map_err(failed("create a stream"))?;
         let beside = || stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"));
-        let (side, capturing) = (beside()?, Mutex::new(Stream(beside()?)));
-        let (functions, resident, products) = Default::default();
-        let overlap = AtomicBool::new(false);
-        Ok(Driver(Arc::new(Inner {
+        Ok(Driver::on(device, context, module, (stream, beside()?, beside()?)))
+    }
+
+    /// Whose work, copies and graphs go to these streams.
+    fn on(
+        device: sys::CUdevice,
+        context: sys::CUcontext,
+        module: sys::CUmodule,
+        (stream, side, capturing): (sys::CUstream, sys::CUstream, sys::CUstream),
+    ) -> Driver {
+        let (products, overlap, functions, resident) = Default::default();
+        let capturing = Mutex::new(Stream(capturing));
+        Driver(Arc::new(Inner {
             device,
             context,
             module,
@@ -111,7 +120,7 @@ impl Driver {
             overlap,
             functions,
             resident,
-        })))
+        }))
     }
 
     /// Lets each launch from now on begin while the one before ends (programmatic dependent launch), on GPUs that can. Kernels
@@ -267,6 +276,14 @@ impl Device for Driver {
         device::get_name(self.0.device).unwrap_or_else(|_| "a CUDA device".into())
     }
 
+    fn beside(&self) -> Result<Arc<dyn Device>, Error> {
+        self.enter()?;
+        // The default stream, whose copies wait for what the other streams were asked for, is not waited for here.
+        let stream = stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
+        let Inner { device, context, module, .. } = *self.0;
+        Ok(Arc::new(Driver::on(device, context, module, (stream, stream, stream))))
+    }
+
     fn multiprocessors(&self) -> usize {
         self.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).max(1)
     }
@@ -291,14 +308,27 @@ impl Device for Driver {
 
     unsafe fn write(&self, to: u64, from: &[u8]) -> Result<(), Error> {
         self.enter()?;
-        // SAFETY: by the caller's promise.
-        unsafe { result::memcpy_htod_sync(to, from) }.map_err(failed("copy to the device"))
+        let copied = if self.0.stream == self.0.side {
+            // SAFETY: by the caller's promise. Of memory that is not page-locked the driver has a copy when this returns; of other memory it
+            // would not, so it is waited for.
+            unsafe { result::memcpy_htod_async(to, from, self.0.stream) }
+                // SAFETY: the stream exists.
+                .and_then(|()| unsafe { stream::synchronize(self.0.stream) })
+        } else {
+            // SAFETY: by the caller's promise.
+            unsafe { result::memcpy_htod_sync(to, from) }
+        };
+        copied.map_err(failed("copy to the device"))
     }
 
     unsafe fn read(&self, from: u64, to: &mut [u8]) -> Result<(), Error> {
-        self.synchronize()?;
-        // SAFETY: by the caller's promise.
-        unsafe { result::memcpy_dtoh_sync(to, from) }.map_err(failed("copy from the device"))
+        self.enter()?;
+        // SAFETY: by the caller's promise; `to` is there until it is done.
+        unsafe {
+            result::memcpy_dtoh_async(to, from, self.0.stream)
+                .and_then(|()| stream::synchronize(self.0.stream))
+        }
+        .map_err(failed("copy from the device"))
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {

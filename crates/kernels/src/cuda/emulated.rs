@@ -8,7 +8,7 @@ use super::gemm::{Into, Product};
 use super::graph::{Captured, Tape};
 use half::bf16;
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// A device of this many multiprocessors, each of which holds one block.
 #[derive(Clone, Debug)]
@@ -45,6 +45,10 @@ impl Emulated {
 impl Device for Emulated {
     fn name(&self) -> String {
         "emulated".into()
+    }
+
+    fn beside(&self) -> Result<Arc<dyn Device>, Error> {
+        Ok(Arc::new(Emulated { multiprocessors: self.multiprocessors }))
     }
 
     fn multiprocessors(&self) -> usize {

@@ -215,9 +215,20 @@ impl Head {
         Ok(Head { leading, lines, escapes, pages, tiles, scales, head_dim, page_count, selectable, most })
     }
 
+    /// See [`Buffer::pass_to`].
+    fn pass_to(&mut self, gpu: &Gpu) {
+        let Head { leading, lines, escapes, pages, tiles, scales, .. } = self;
+        [leading, lines, escapes, pages, tiles, scales].into_iter().for_each(|buffer| buffer.pass_to(gpu));
+    }
+
     /// What [`of_parts`](Head::of_parts) has, for comparisons.
     pub(super) fn parts(&self) -> [&Buffer; 5] {
         [&self.leading, &self.lines, &self.escapes, &self.pages, &self.tiles]
+    }
+
+    /// `D`
+    pub(super) fn head_dim(&self) -> usize {
+        self.head_dim
     }
 
     /// Pages.

@@ -157,7 +157,6 @@ pub(crate) struct EncodePage {
 pub(crate) struct EncodeParameters {
     pub keys: u64,
     pub values: u64,
-    pub order: u64,
     pub pages: u64,
     pub counts: u64,
     pub leading: u64,
@@ -169,7 +168,23 @@ pub(crate) struct EncodeParameters {
     pub unused: i32,
 }
 
-plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 248, EncodePage: 20, EncodeParameters: 88);
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct CoordinatesParameters {
+    pub pool: u64,
+    pub table: u64,
+    pub order: u64,
+    pub matrices: u64,
+    pub scales: u64,
+    pub out: u64,
+    pub tokens: i32,
+    pub first: i32,
+    pub kv_heads: u16,
+    pub head: u16,
+    pub unused: u32,
+}
+
+plain!(States: 32, ExactParameters: 88, FinishParameters: 64, SketchPage: 8, Tile: 32, Head: 96, Selection: 20, LayeredParameters: 248, EncodePage: 20, EncodeParameters: 80, CoordinatesParameters: 64);
 
 // Of `cuda/packed.cuh` and `cuda/packed_encode.cuh`.
 

@@ -4,8 +4,9 @@
 //! 16 bytes are what one lane of a warp multiplies (`cuda/levels.cuh`). Other lines and the escapes stay. What describes a page
 //! is spread out: 8 bytes for the sketch, 32 for each tile.
 
-use super::{Escape, LINE, Line, Pages, Profile, SKETCH, TILE_TOKENS, TILES, Width};
+use super::{Escape, LINE, Line, Page, Pages, Profile, SKETCH, TILE_TOKENS, TILES, Width};
 use crate::cuda::parameters::{SketchPage, Tile};
+use half::f16;
 
 /// Bytes of pages for a GPU.
 pub(crate) struct DeviceBytes {
@@ -71,6 +72,59 @@ fn turned(lines: &[Line], width: Width, out: &mut Vec<u8>) {
             out[start + place(width, i * 16 + j) * 4..][..4].copy_from_slice(word);
         }
     }
+}
+
+/// A group's lines out of the other order.
+fn turned_back(bytes: &[u8], width: Width) -> impl Iterator<Item = Line> + '_ {
+    (0..width.lines()).map(move |i| {
+        let mut line = Line([0; LINE]);
+        for (j, word) in line.0.chunks_exact_mut(4).enumerate() {
+            word.copy_from_slice(&bytes[place(width, i * 16 + j) * 4..][..4]);
+        }
+        line
+    })
+}
+
+/// Pages of which a GPU has the bytes: what lies apart, other lines, and escapes. Of each page profiles of keys and values and tokens are known,
+/// and how many escapes its keys and its values have in each tile.
+pub(crate) fn pages_of(
+    head_dim: usize,
+    (described, counted): (&[(Profile, Profile, usize)], &[u32]),
+    [leading, lines, escapes]: [&[u8]; 3],
+) -> Pages {
+    let line = |bytes: &[u8]| Line(bytes.try_into().expect("a line's bytes"));
+    let mut out = Pages {
+        leading: Vec::with_capacity(leading.len() / LINE),
+        lines: lines.chunks_exact(LINE).map(line).collect(),
+        pages: Vec::with_capacity(described.len()),
+        escapes: escapes.chunks_exact(4).map(escape_of).collect(),
+        head_dim,
+    };
+    let (mut rest, mut first, mut at) = (leading, 0, 0);
+    for (&(keys, values, tokens), counted) in described.iter().zip(counted.chunks_exact(2 * TILES)) {
+        let [of_keys, of_values] = [0, TILES].map(|half| counted[half..half + TILES].iter().sum::<u32>());
+        out.pages.push(Page {
+            first,
+            leading: out.leading.len() as u32,
+            key_escapes: at,
+            value_escapes: at + of_keys,
+            keys,
+            values,
+            tokens: tokens as u8,
+        });
+        for width in keys.split(SKETCH)[0].widths() {
+            let (group, after) = rest.split_at(width.lines() * LINE);
+            out.leading.extend(turned_back(group, width));
+            rest = after;
+        }
+        first += lines_of_page(keys, values)[1] as u32;
+        at += of_keys + of_values;
+    }
+    out
+}
+
+fn escape_of(bytes: &[u8]) -> Escape {
+    Escape { token: bytes[0], channel: bytes[1], rest: f16::from_le_bytes([bytes[2], bytes[3]]) }
 }
 
 /// The pages as a GPU wants them.
@@ -153,6 +207,24 @@ mod tests {
             pages.push((&x, &x), (keys, values));
         }
         let bytes = device_bytes(&pages);
+        let described: Vec<_> =
+            pages.pages.iter().map(|page| (page.keys, page.values, page.tokens())).collect();
+        let counted: Vec<u32> = bytes
+            .tiles
+            .chunks_exact(TILES)
+            .flat_map(|tiles| {
+                let of_keys = tiles.iter().map(|tile| u32::from(tile.key_count));
+                of_keys.chain(tiles.iter().map(|tile| u32::from(tile.value_count)))
+            })
+            .collect();
+        let parts = [&bytes.leading[..], &bytes.lines, bytemuck::cast_slice(&bytes.escapes)];
+        let again = pages_of(d, (&described, &counted), parts);
+        let saved = |pages: &Pages| {
+            let mut out = vec![];
+            pages.write(&mut out).unwrap();
+            out
+        };
+        assert!(saved(&again) == saved(&pages) && again.bytes() <= pages.bytes());
         let mut old: Vec<u8> = pages.leading.iter().flat_map(|line| line.0).collect();
         let mut new = bytes.leading.clone();
         assert_ne!(old, new);

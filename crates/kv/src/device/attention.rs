@@ -120,7 +120,7 @@ impl Attention {
         out: &Buffer,
     ) -> Result<(), KvError> {
         let exact = &self.exact[layer];
-        exact.attend(store.pool(layer), queries, scale)?;
+        exact.attend(&store.pool(layer), queries, scale)?;
         match &self.layered {
             Some(of) if !of.set[layer].is_empty() => {
                 of.layers[layer].step(queries, scale, Some(exact), out)?

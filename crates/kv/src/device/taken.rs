@@ -34,8 +34,15 @@ impl KvCache {
     /// Stores keys and values of further tokens of a prompt in a layer, and remembers of their queries what is remembered: what
     /// [`append`](KvCache::append) and [`attend`](KvCache::attend) do, when a device has attended.
     pub fn take(&mut self, threads: &Pool, layer: usize, taken: Taken) -> Result<(), KvError> {
-        let (keys, values) = taken.halves(self.shape);
-        self.append(threads, layer, &keys, &values)?;
+        let Layer::Exact(heads) = &mut self.layers[layer] else {
+            panic!("layer {layer} is compressed: it takes steps, not prompts")
+        };
+        // Not short of all of them, so that many are looked at together.
+        if taken.rows.iter().fold(false, |any, x| any | !x.is_finite()) {
+            return Err(KvError::NotFinite { layer });
+        }
+        let (d, row) = (self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim);
+        threads.for_each(heads, |g, head| head.append_halves(taken.rows, (g * d, row)));
         let row = self.shape.heads * self.shape.head_dim;
         let count = taken.queries.len() / row;
         if let Some(recent) = &mut self.recent {
@@ -43,8 +50,11 @@ impl KvCache {
         }
         if let Some(samples) = &mut self.samples {
             // Few are.
-            let of_token = |t: usize| taken.queries[t * row..][..row].iter().map(|x| x.to_f32());
-            samples[layer].push_some(count, row, |t, rows| rows.extend(of_token(t)));
+            samples[layer].push_some(count, row, |t, rows| {
+                let start = rows.len();
+                rows.resize(start + row, 0.0);
+                taken.queries[t * row..][..row].convert_to_f32_slice(&mut rows[start..]);
+            });
         }
         Ok(())
     }

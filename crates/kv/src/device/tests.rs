@@ -1,5 +1,7 @@
 //! Mirrors on an emulated device, against the caches that they mirror.
 
+mod encoding;
+
 use super::*;
 use crate::common::uniform;
 use crate::{Layered as Format, Moments, Select, Target};

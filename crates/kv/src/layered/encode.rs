@@ -3,6 +3,7 @@
 
 use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};
+use super::early::Known;
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
 use super::select::PageReads;
@@ -11,14 +12,18 @@ use super::{
     Calibration, Dropping, HeadCalibration, Layered, LayeredHead, Places, SINKS, Scales, Segment, fine,
 };
 use crate::KvShape;
+use crate::device::{Encoder, Planned};
 use crate::exact::ExactHead;
 use crate::packed::rows;
 use half::f16;
 use mosaickv_kernels::Pool;
+use mosaickv_kernels::exact::PAGE_TOKENS as EXACT_TOKENS;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
 use mosaickv_kernels::rotate::multiply;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Share of a head's mean weight that every token gets: what nobody has asked for yet may be asked for later.
 const FLOOR: f32 = 0.3;
@@ -37,12 +42,13 @@ pub(crate) struct Prompt<'a> {
 }
 
 /// The layers' heads, which together take what the settings leave them beside `others` bytes of the same cache. Layers of
-/// fewer than 2,048 tokens are not for this.
+/// fewer than 2,048 tokens are not for this. Of some layers it is known what they need; the prompt's pages are encoded by a device, if there is
+/// an encoder.
 pub(crate) fn compress(
-    pool: &Pool,
+    (pool, encoder): (&Pool, Option<&mut Encoder>),
     shape: KvShape,
     calibration: &Arc<Calibration>,
-    prompts: Vec<Prompt>,
+    (prompts, known): (Vec<Prompt>, Vec<Known>),
     (settings, others, keep): (Layered, usize, Places),
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
@@ -51,15 +57,24 @@ pub(crate) fn compress(
     let exact = heads * tokens * shape.head_dim * 2 * size_of::<f16>();
     let budget = settings.target.budget(exact, others);
     let mut jobs: Vec<(Job, Option<(Scales, Head)>)> = Vec::new();
+    let mut known: HashMap<usize, Known> = known.into_iter().map(|known| (known.layer, known)).collect();
     for prompt in &prompts {
         let bits = 16.0 * budget / exact as f32;
         let newest = Newest::new(tokens, bits, (prompt.layer, shape.layers));
-        for (g, exact) in prompt.heads.iter().enumerate() {
-            let index = prompt.layer * shape.kv_heads + g;
-            jobs.push((Job { exact, calibration, index, samples: prompt.samples, shape, newest }, None));
-        }
+        let of = (prompt.layer, &prompt.heads[..]);
+        let of_layer = Job::of_layer(of, prompt.samples, (shape, calibration), newest);
+        let is_of = |known: &Known| known.tokens == of_layer[0].middle();
+        let known = known.remove(&prompt.layer).filter(is_of).map(|known| known.heads);
+        let known = known.into_iter().flatten().map(Some).chain(std::iter::repeat_with(|| None));
+        jobs.extend(of_layer.into_iter().zip(known));
     }
-    pool.for_each(&mut jobs, |_, (job, out)| *out = Some(job.observe()));
+    let start = Instant::now();
+    pool.for_each(&mut jobs, |_, (job, out)| {
+        if out.is_none() {
+            *out = Some(job.observe());
+        }
+    });
+    let observed = start.elapsed();
     let (jobs, found): (Vec<Job>, Vec<_>) = jobs.into_iter().unzip();
     let (scales, mut heads): (Vec<Scales>, Vec<Head>) = found.into_iter().flatten().unzip();
     for (prompt, heads) in prompts.iter().zip(heads.chunks_mut(shape.kv_heads)) {
@@ -86,11 +101,28 @@ pub(crate) fn compress(
     if fall_back(&jobs, &tried, &mut heads) {
         stored = share(pool, &jobs, &heads, budget);
     }
-    let mut made: Vec<Option<LayeredHead>> = jobs.iter().map(|_| None).collect();
-    pool.for_each(&mut made, |i, made| {
-        *made = Some(jobs[i].encode(&scales[i], &stored[i], (tried[i].ratios(), settings, keep)));
+    let planned = start.elapsed();
+    let mut made: Vec<(Option<Pages>, Option<LayeredHead>)> = match encoder {
+        Some(encoder) => {
+            let of_head = |i: usize| jobs[i].planned(&scales[i], &stored[i].1);
+            let heads: Vec<Planned> = (0..jobs.len()).map(of_head).collect();
+            encoder.encode(pool, &heads).into_iter().map(|pages| (pages, None)).collect()
+        }
+        None => jobs.iter().map(|_| (None, None)).collect(),
+    };
+    let by_device = start.elapsed();
+    pool.for_each(&mut made, |i, (pages, made)| {
+        let pages = pages.take().unwrap_or_else(|| jobs[i].pages(&scales[i], &stored[i].1));
+        *made = Some(jobs[i].head(&scales[i], (&stored[i], pages), (tried[i].ratios(), settings, keep)));
     });
-    let mut made = made.into_iter().flatten();
+    tracing::debug!(
+        "{tokens} tokens of {heads_count} heads: statistics {observed:.2?}, plan {:.2?}, pages by the device {:.2?}, all else {:.2?}",
+        planned - observed,
+        by_device - planned,
+        start.elapsed() - by_device,
+        heads_count = jobs.len(),
+    );
+    let mut made = made.into_iter().filter_map(|(_, made)| made);
     prompts.iter().map(|_| made.by_ref().take(shape.kv_heads).collect()).collect()
 }
 
@@ -174,7 +206,7 @@ pub(super) fn guard(heads: &mut [Head], drop: Dropping) {
 }
 
 /// One head of a prompt.
-struct Job<'a> {
+pub(super) struct Job<'a> {
     exact: &'a ExactHead,
     calibration: &'a Arc<Calibration>,
     /// Which of the calibration's heads.
@@ -185,24 +217,48 @@ struct Job<'a> {
     newest: Newest,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    /// The heads of a layer.
+    pub(super) fn of_layer(
+        (layer, heads): (usize, &'a [ExactHead]),
+        samples: &'a Samples,
+        (shape, calibration): (KvShape, &'a Arc<Calibration>),
+        newest: Newest,
+    ) -> Vec<Job<'a>> {
+        let of_head = |(g, exact)| {
+            let index = layer * shape.kv_heads + g;
+            Job { exact, calibration, index, samples, shape, newest }
+        };
+        heads.iter().enumerate().map(of_head).collect()
+    }
+
     /// The tokens that the plan is for: neither the sinks nor the newest.
-    fn middle(&self) -> Range<usize> {
+    pub(super) fn middle(&self) -> Range<usize> {
         SINKS..self.exact.tokens() - self.newest.tokens()
     }
 
-    fn rows(&self) -> (Vec<f32>, Vec<f32>) {
-        rows(&self.exact.pages().collect::<Vec<_>>())
+    /// Keys and values `[n, D]` of some tokens.
+    fn rows(&self, tokens: Range<usize>) -> (Vec<f32>, Vec<f32>) {
+        let d = self.shape.head_dim;
+        let first = tokens.start / EXACT_TOKENS;
+        let pages = self.exact.pages().skip(first).take(tokens.end.div_ceil(EXACT_TOKENS) - first);
+        let (mut keys, mut values) = rows(&pages.collect::<Vec<_>>());
+        for x in [&mut keys, &mut values] {
+            x.drain(..(tokens.start - first * EXACT_TOKENS) * d);
+            x.truncate(tokens.len() * d);
+        }
+        (keys, values)
     }
 
     fn matrices(&self) -> &HeadCalibration {
         &self.calibration.heads[self.index]
     }
 
-    fn observe(&self) -> (Scales, Head) {
+    /// What the head's tokens and channels are, and weigh.
+    pub(super) fn observe(&self) -> (Scales, Head) {
         let KvShape { heads, head_dim: d, kv_heads, .. } = self.shape;
         let scale = (d as f32).sqrt().recip();
-        let (keys, values) = self.rows();
+        let (keys, values) = self.rows(0..self.exact.tokens());
         let mut turned_values = turned(&values, &self.matrices().values);
         let of_group = self.shape.group() * d;
         let span = self.index % kv_heads * of_group..(self.index % kv_heads + 1) * of_group;
@@ -225,9 +281,8 @@ impl Job<'_> {
     /// What errors weigh in a sample of the plan's pages, where `observed` tells what tokens and channels do.
     fn try_out(&self, scales: &Scales, plan: &HeadPlan, observed: &Head) -> Distortion {
         let (d, sample) = (self.shape.head_dim, plan.sample());
-        let (keys, values) = self.rows();
-        let first = self.middle().start;
-        let gather = |x: &[f32]| gathered(&x[first * d..], &sample.order, d);
+        let (keys, values) = self.rows(self.middle());
+        let gather = |x: &[f32]| gathered(x, &sample.order, d);
         let (keys, values) = scales.coordinates(self.matrices(), &gather(&keys), &gather(&values));
         let mut pages = Pages::new(d);
         let of_pages = keys.chunks(PAGE_TOKENS * d).zip(values.chunks(PAGE_TOKENS * d));
@@ -237,27 +292,46 @@ impl Job<'_> {
         Distortion::of(&pages, (&keys, &values), (observed, &sample))
     }
 
-    /// The head as it is to be stored.
-    fn encode(
+    /// What a device is to encode.
+    fn planned<'b>(&'b self, scales: &'b Scales, plan: &'b HeadPlan) -> Planned<'b> {
+        let (layer, head) = (self.index / self.shape.kv_heads, self.index % self.shape.kv_heads);
+        let (matrices, first) = (self.matrices(), self.middle().start);
+        Planned { layer, head, matrices, scales, first, order: &plan.order, pages: &plan.pages }
+    }
+
+    /// The same encoded here.
+    fn pages(&self, scales: &Scales, plan: &HeadPlan) -> Pages {
+        let (keys, values) = self.rows(self.middle());
+        let (keys, values) = scales.coordinates(self.matrices(), &keys, &values);
+        let mut pages = Pages::new(self.shape.head_dim);
+        push(&mut pages, (&keys, &values), plan);
+        pages.shrink();
+        pages
+    }
+
+    /// The head as it is to be stored, with its prompt's pages.
+    fn head(
         &self,
         scales: &Arc<Scales>,
-        (profiles, plan): &Stored,
+        ((profiles, plan), pages): (&Stored, Pages),
         (distortion, settings, keep): ([f32; 2], Layered, Places),
     ) -> LayeredHead {
         let d = self.shape.head_dim;
-        let (keys, values) = self.rows();
-        let sinks = (0..SINKS).flat_map(|t| [&keys[t * d..][..d], &values[t * d..][..d]]);
+        let (keys, values) = self.rows(0..SINKS);
+        let sinks = keys.chunks_exact(d).zip(values.chunks_exact(d)).flat_map(|(key, value)| [key, value]);
+        let middle = self.middle();
+        let dropped = middle.len() - plan.order.len();
         let mut head = LayeredHead {
             calibration: self.calibration.clone(),
             index: self.index,
             sinks: sinks.flatten().map(|&x| to_f16(x)).collect(),
             scales: scales.clone(),
-            prompt: Segment::empty(d),
+            prompt: Arc::new(Segment { pages, dropped, places: keep.of(middle.start, &plan.order) }),
             tail: Segment::empty(d),
             leaving: Segment::empty(d),
             window: Segment::empty(d),
             profiles: *profiles,
-            rate: plan.bytes / self.middle().len() as f32,
+            rate: plan.bytes / middle.len() as f32,
             distortion,
             asked: Asked::default(),
             reads: PageReads::default(),
@@ -265,26 +339,19 @@ impl Job<'_> {
             settings,
             buffer: None,
         };
-        let middle = self.middle();
+        let (keys, values) = self.rows(middle.end..self.exact.tokens());
         let buffered = keys.len() - self.newest.buffered * d;
         head.fill(&keys[buffered..], &values[buffered..]);
-        let rest = middle.start * d..buffered;
-        let (keys, values) = scales.coordinates(self.matrices(), &keys[rest.clone()], &values[rest]);
-        let mut pages = Pages::new(d);
-        push(&mut pages, (&keys, &values), plan);
-        pages.shrink();
+        let (keys, values) = scales.coordinates(self.matrices(), &keys[..buffered], &values[..buffered]);
         let mut window = Pages::new(d);
-        let after = middle.len() * d;
         let of_page = PAGE_TOKENS * d;
-        let (mut keys, mut values) = (&keys[after..], &values[after..]);
+        let (mut keys, mut values) = (&keys[..], &values[..]);
         while keys.len() > of_page {
             window.push((&keys[..of_page], &values[..of_page]), head.profiles);
             (keys, values) = (&keys[of_page..], &values[of_page..]);
         }
         window.push((keys, values), (fine(d), fine(d)));
         window.shrink();
-        let dropped = middle.len() - plan.order.len();
-        head.prompt = Arc::new(Segment { pages, dropped, places: keep.of(middle.start, &plan.order) });
         head.window = Arc::new(Segment::of(window));
         head
     }

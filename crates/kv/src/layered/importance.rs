@@ -47,10 +47,12 @@ impl Samples {
 
     /// The same of `count` tokens; `add(t, rows)` adds the queries of the `t`-th, if they are wanted.
     pub(crate) fn push_some(&mut self, count: usize, row: usize, add: impl Fn(usize, &mut Vec<f32>)) {
+        let first = self.tokens;
+        self.tokens += count;
         for t in 0..count {
-            self.tokens += 1;
-            if self.is_wanted(self.tokens - 1) {
-                self.positions.push(self.tokens - 1);
+            // What is not wanted now will not be wanted later.
+            if self.is_wanted(first + t) {
+                self.positions.push(first + t);
                 add(t, &mut self.rows);
             }
             if self.positions.len() > 2 * (EVEN + RECENT) {

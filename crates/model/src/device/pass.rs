@@ -7,7 +7,7 @@ use super::OnDevice;
 use super::weights::DeviceLayer;
 use crate::config::{Architecture, ModelConfig};
 use crate::rope::RopeStyle;
-use crate::sequence::ForwardError;
+use crate::sequence::{ForwardError, Part as Reading};
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::dense::{self, Activation, Heads, Pairs, Rotations};
@@ -36,6 +36,7 @@ pub(crate) struct Prompt<'s> {
     pub(crate) cache: &'s mut KvCache,
     pub(crate) mirror: &'s mut Mirror,
     pub(crate) tokens: &'s [u32],
+    pub(crate) part: Reading,
     /// The logits after the tokens from this one on are wanted.
     pub(crate) first_wanted: usize,
 }
@@ -120,13 +121,14 @@ impl OnDevice {
         done: &mut dyn FnMut(usize),
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ForwardError> {
-        let Prompt { cache, mirror, tokens, first_wanted } = prompt;
+        let Prompt { cache, mirror, tokens, part, first_wanted } = prompt;
         let start = cache.tokens();
         mirror.update(&mut self.store, cache, threads, tokens.len())?;
         let mut work = self.ready_for_prompt(mirror, tokens.len().min(PROMPT_ROWS))?;
         let free = std::mem::take(&mut work.pinned);
         let with_queries = cache.asks(0);
-        let of_host = Host { cache, threads };
+        let last_block = tokens.len().div_ceil(PROMPT_ROWS).saturating_sub(1) * self.config.layers;
+        let of_host = Host { cache, threads, complete: (part == Reading::PromptEnd).then_some(last_block) };
         let (returned, result) = thread::scope(|scope| {
             let (to_host, layers) = mpsc::channel();
             let (give_back, given) = mpsc::channel();
@@ -190,7 +192,7 @@ impl OnDevice {
             self.layers(work, rows, &mut |l| {
                 let staged = (&work.staged, work.staged(l, of_keys), rows * of_keys);
                 sent.send(l, staged, (work.queries(l), 0, rows * heads * head_dim * 2))?;
-                let tokens = Tokens { pool: self.store.pool(l), places: &work.places, layer: l };
+                let tokens = Tokens { pool: &self.store.pool(l), places: &work.places, layer: l };
                 prefill::attend(&tokens, work.queries(l), heads, scale, &work.x)?;
                 (told.done)((i * layers + l + 1) / blocks);
                 Ok(())
@@ -292,7 +294,7 @@ impl OnDevice {
             // As the caches divide by the root of head_dim.
             query_factor: config.attention_scale * (config.head_dim as f32).sqrt(),
         };
-        let tokens = Tokens { pool: self.store.pool(l), places: &work.places, layer: l };
+        let tokens = Tokens { pool: &self.store.pool(l), places: &work.places, layer: l };
         let staged = (&work.staged, work.staged(l, 2 * config.kv_heads * config.head_dim * 2));
         let rotations = layer.is_turned.then_some(rotations);
         Ok(heads.apply(&work.projected, rotations, work.queries(l), &tokens, Some(staged))?)
@@ -376,6 +378,8 @@ impl Sent<'_> {
 struct Host<'a> {
     cache: &'a mut KvCache,
     threads: &'a Pool,
+    /// Layers to store until those come that have all of their prompt then, if it ends.
+    complete: Option<usize>,
 }
 
 impl Host<'_> {
@@ -384,7 +388,7 @@ impl Host<'_> {
         layers: mpsc::Receiver<Layer>,
         give_back: mpsc::Sender<Pinned>,
     ) -> Result<(), ForwardError> {
-        for (layer, pending, [of_rows, of_queries]) in layers {
+        for (i, (layer, pending, [of_rows, of_queries])) in layers.into_iter().enumerate() {
             let pinned = pending.wait()?;
             let taken = Taken {
                 rows: pinned.numbers(0, of_rows / 2),
@@ -392,6 +396,9 @@ impl Host<'_> {
                 log_sums: &[],
             };
             self.cache.take(self.threads, layer, taken)?;
+            if self.complete.is_some_and(|first| i >= first) {
+                self.cache.begin_observe(layer, (self.threads.threads() / 2).max(1));
+            }
             // Nobody may want it any more.
             let _ = give_back.send(pinned);
         }

@@ -85,7 +85,7 @@ fn pages_are_encoded_to_the_bit() {
     for (i, d) in [64, 128].into_iter().enumerate() {
         for escapes in [0, 5, 100] {
             let of = Case { escapes, ..Case::whole(shape(1, 1, 1, d), &[1, 63, 700]) };
-            encoding(&Emulated::gpu(1), i as u64, &of).unwrap();
+            encode::encoding(&Emulated::gpu(1), i as u64, &of).unwrap();
         }
     }
 }

@@ -30,6 +30,12 @@ impl Growing {
         Ok(Growing { gpu: gpu.clone(), head, starts: vec![start], grown: None })
     }
 
+    /// Of a head whose pages may all be left out, with so many lines that lie apart, other lines and escapes, and which nobody works on any more.
+    pub(crate) fn of(gpu: &Gpu, mut head: Head, kept: [usize; 3]) -> Growing {
+        head.pass_to(gpu);
+        Growing { gpu: gpu.clone(), head, starts: vec![kept], grown: None }
+    }
+
     /// As steps read it.
     pub fn head(&self) -> &Head {
         &self.head
