@@ -7,10 +7,12 @@
 //! afterwards ([`KvCache::take`]).
 
 mod attention;
+mod packed;
 mod taken;
 
 use crate::exact::ExactHead;
 use crate::layered::{LayeredHead, SINKS, Segment};
+use crate::packed::PackedHead;
 use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -19,11 +21,12 @@ use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::exact::{PAGE_TOKENS, Pool};
 use mosaickv_kernels::cuda::layered::{Growing, Grown, Rotations, Scales};
 use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
+use packed::HeldPacked;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-pub use attention::{Attention, choice_of};
+pub use attention::{Attention, Reads, reads_of};
 pub use taken::Taken;
 
 /// Pages of exact tokens, for all sequences of a model: page `i` is one of each layer.
@@ -202,15 +205,44 @@ pub struct Mirror {
 struct Held {
     /// Exact tokens.
     tokens: usize,
-    /// Compressed heads; empty while all tokens are exact.
-    heads: Vec<HeldHead>,
+    heads: Heads,
     /// How often heads changed.
     changes: u64,
 }
 
+/// Compressed heads, by format.
+#[derive(Debug, Default)]
+enum Heads {
+    /// All tokens are exact.
+    #[default]
+    Exact,
+    Packed(Vec<HeldPacked>),
+    Layered(Vec<HeldLayered>),
+}
+
 /// What the device holds of a compressed head.
+trait HeldHead: Sized + Send {
+    /// What the host has.
+    type Host: Sync;
+    /// What it grew by.
+    type Grown: Send;
+    /// Whether it is the same as the host's.
+    fn is_of(&self, head: &Self::Host) -> bool;
+    /// What is held of `head`, after what was held before, once what it grew by is written; its prompt is there so many times.
+    fn updated(
+        before: Option<Self>,
+        gpu: &Gpu,
+        of: (&Self::Host, usize),
+    ) -> Result<(Self, Self::Grown), KvError>;
+    /// Where that is to be written.
+    fn writes<'a>(&'a self, grown: &'a Self::Grown) -> Vec<(Part<'a>, &'a [u8])>;
+    /// Bytes on the device, with the room that it has to grow.
+    fn bytes(&self) -> usize;
+}
+
+/// A head in the layered format.
 #[derive(Debug)]
-struct HeldHead {
+struct HeldLayered {
     pages: Growing,
     /// Of these pages.
     prompt: Weak<Segment>,
@@ -254,9 +286,9 @@ impl Mirror {
     /// Whether a GPU attends to caches in this format.
     pub fn check(format: KvFormat) -> Result<(), KvError> {
         match format {
-            KvFormat::Exact | KvFormat::Layered(_) => Ok(()),
+            KvFormat::Exact | KvFormat::Layered(_) | KvFormat::Packed(_) => Ok(()),
             other => {
-                let wanted = "caches in the formats exact and layered";
+                let wanted = "caches in the formats exact, layered and packed";
                 Err(KvError::NotOnDevice { what: "--kv", got: other.to_string(), wanted })
             }
         }
@@ -272,23 +304,14 @@ impl Mirror {
     ) -> Result<(), KvError> {
         Mirror::check(cache.format)?;
         cache.make_room(threads);
-        if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
+        let is_layered = cache.layers.iter().any(|layer| matches!(layer, Layer::Layered(_)));
+        if let Some(calibration) = cache.calibration.as_ref().filter(|_| is_layered) {
             store.rotate(calibration)?;
         }
         let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
         self.fit(store, (self.before + exact + more).div_ceil(PAGE_TOKENS))?;
         for (l, (layer, held)) in cache.layers.iter().zip(&mut self.layers).enumerate() {
-            let grown = held.update(&store.gpu, (layer, self.times), threads)?;
-            if !grown.is_empty() {
-                let heads = || held.heads.iter().zip(&grown);
-                let parts: Vec<Part> = heads().flat_map(|(head, grown)| head.pages.parts(grown)).collect();
-                let bytes: Vec<&[u8]> = grown.iter().flat_map(Grown::bytes).collect();
-                if let Err(error) = store.send(&parts, &bytes) {
-                    // What describes pages may name some that were not written.
-                    held.heads.clear();
-                    return Err(error);
-                }
-            }
+            held.update(store, (layer, self.times), threads)?;
             let tokens = exact_tokens(layer);
             for page in held.tokens / PAGE_TOKENS..tokens.div_ceil(PAGE_TOKENS) {
                 if held.tokens < tokens {
@@ -338,64 +361,94 @@ impl Mirror {
 
     /// Bytes of the compressed pages on the device, with the room that they have to grow.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().flat_map(|held| &held.heads).map(|head| head.pages.bytes()).sum()
+        let of_layer = |held: &Held| match &held.heads {
+            Heads::Exact => 0,
+            Heads::Packed(heads) => heads.iter().map(HeldPacked::bytes).sum(),
+            Heads::Layered(heads) => heads.iter().map(HeldLayered::bytes).sum::<usize>(),
+        };
+        self.layers.iter().map(of_layer).sum()
     }
 }
 
 impl Held {
-    /// Has compressed heads as the host has them, once what they grew by is written. What changed with them forgets the exact tokens after the
-    /// first.
+    /// Has compressed heads as the host has them. What changed with them forgets the exact tokens, which have moved.
     fn update(
         &mut self,
-        gpu: &Gpu,
+        store: &mut Store,
         (layer, times): (&Layer, usize),
         threads: &Threads,
-    ) -> Result<Vec<Grown>, KvError> {
-        let Layer::Layered(heads) = layer else {
-            if !self.heads.is_empty() {
-                *self = Held { changes: self.changes + 1, ..Held::default() };
+    ) -> Result<(), KvError> {
+        let is_changed = match (layer, &mut self.heads) {
+            (Layer::Packed(heads), Heads::Packed(held)) => follow(held, store, (heads, times), threads)?,
+            (Layer::Layered(heads), Heads::Layered(held)) => follow(held, store, (heads, times), threads)?,
+            (Layer::Exact(_) | Layer::Baseline(_), Heads::Exact) => false,
+            (_, heads) => {
+                *heads = match layer {
+                    Layer::Packed(_) => Heads::Packed(vec![]),
+                    Layer::Layered(_) => Heads::Layered(vec![]),
+                    Layer::Exact(_) | Layer::Baseline(_) => Heads::Exact,
+                };
+                (self.tokens, self.changes) = (0, self.changes + 1);
+                return self.update(store, (layer, times), threads);
             }
-            return Ok(vec![]);
         };
-        if self.heads.len() == heads.len()
-            && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head))
-        {
-            return Ok(vec![]);
+        if is_changed {
+            (self.tokens, self.changes) = (0, self.changes + 1);
         }
-        let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
-        let mut work: Vec<_> = heads.iter().zip(before).map(|(head, before)| (head, before, None)).collect();
-        threads.for_each(&mut work, |_, (head, before, after)| {
-            *after = Some(HeldHead::updated(before.take(), gpu, (head, times)));
-        });
-        let updated: Result<Vec<_>, KvError> = work.into_iter().filter_map(|(_, _, after)| after).collect();
-        let (heads, grown) = updated?.into_iter().unzip();
-        self.heads = heads;
-        self.tokens = self.tokens.min(SINKS);
-        self.changes += 1;
-        Ok(grown)
+        Ok(())
     }
 }
 
-impl HeldHead {
+/// Has heads as the host has them; whether any has changed. After an error there are none.
+fn follow<H: HeldHead>(
+    held: &mut Vec<H>,
+    store: &mut Store,
+    (heads, times): (&[H::Host], usize),
+    threads: &Threads,
+) -> Result<bool, KvError> {
+    if held.len() == heads.len() && held.iter().zip(heads).all(|(held, head)| held.is_of(head)) {
+        return Ok(false);
+    }
+    let before = held.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
+    let mut work: Vec<_> = heads.iter().zip(before).map(|(head, before)| (head, before, None)).collect();
+    let gpu = &store.gpu;
+    threads.for_each(&mut work, |_, (head, before, after)| {
+        *after = Some(H::updated(before.take(), gpu, (head, times)));
+    });
+    let updated: Result<Vec<_>, KvError> = work.into_iter().filter_map(|(_, _, after)| after).collect();
+    let (updated, grown): (Vec<H>, Vec<H::Grown>) = updated?.into_iter().unzip();
+    // What was not written is not held.
+    let writes = updated.iter().zip(&grown).flat_map(|(head, grown)| head.writes(grown));
+    let (parts, bytes): (Vec<Part>, Vec<&[u8]>) = writes.unzip();
+    if !parts.is_empty() {
+        store.send(&parts, &bytes)?;
+    }
+    *held = updated;
+    Ok(true)
+}
+
+impl HeldHead for HeldLayered {
+    type Host = LayeredHead;
+    type Grown = Grown;
+
     fn is_of(&self, head: &LayeredHead) -> bool {
         self.sizes == sizes(head) && std::ptr::eq(self.prompt.as_ptr(), Arc::as_ptr(&head.prompt))
     }
 
-    /// What is held of `head`, after what was held before, once what it grew by is written.
     fn updated(
-        before: Option<HeldHead>,
+        before: Option<HeldLayered>,
         gpu: &Gpu,
         (head, times): (&LayeredHead, usize),
-    ) -> Result<(HeldHead, Grown), KvError> {
+    ) -> Result<(HeldLayered, Grown), KvError> {
         let of_tail = head.tail.pages.pages().len();
-        let is_prefix = |held: &HeldHead| {
+        let is_prefix = |held: &HeldLayered| {
             std::ptr::eq(held.prompt.as_ptr(), Arc::as_ptr(&head.prompt)) && held.sizes[1] <= of_tail
         };
         let mut held = match before.filter(is_prefix) {
             Some(held) => held,
             None => {
                 let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(head))?;
-                HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5] }
+                HeldLayered { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5] }
             }
         };
         let mut newest = head.leaving.pages.clone();
@@ -403,6 +456,14 @@ impl HeldHead {
         let grown = held.pages.grow(&head.tail.pages.after(held.sizes[1]), &newest)?;
         held.sizes = sizes(head);
         Ok((held, grown))
+    }
+
+    fn writes<'a>(&'a self, grown: &'a Grown) -> Vec<(Part<'a>, &'a [u8])> {
+        self.pages.parts(grown).into_iter().zip(grown.bytes()).collect()
+    }
+
+    fn bytes(&self) -> usize {
+        self.pages.bytes()
     }
 }
 
@@ -426,7 +487,8 @@ fn scales(head: &LayeredHead) -> Scales {
 fn exact_tokens(layer: &Layer) -> usize {
     match layer {
         Layer::Layered(heads) => SINKS + heads[0].buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
-        Layer::Exact(_) | Layer::Packed(_) | Layer::Baseline(_) => layer.tokens(),
+        Layer::Packed(heads) => heads[0].sinks.tokens() + heads[0].buffer.tokens(),
+        Layer::Exact(_) | Layer::Baseline(_) => layer.tokens(),
     }
 }
 
@@ -446,11 +508,16 @@ fn page_of(layer: &Layer, page: usize, d: usize) -> Vec<f16> {
             let (keys, values) = rows_of_page(head, page, d);
             add(&keys, &values);
         }),
+        Layer::Packed(heads) => heads.iter().for_each(|head| {
+            let (keys, values) = head.outside_pages();
+            let of_page = |x: &[f32]| x.chunks(half).nth(page).unwrap_or_default().to_vec();
+            add(&of_page(&keys), &of_page(&values));
+        }),
         Layer::Layered(heads) => heads.iter().for_each(|head| {
             let (keys, values) = head.outside_pages();
             add(&keys, &values);
         }),
-        Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+        Layer::Baseline(_) => unreachable!("formats were checked"),
     }
     numbers
 }
@@ -460,6 +527,13 @@ fn rows_of_page(head: &ExactHead, page: usize, d: usize) -> (Vec<f32>, Vec<f32>)
     let (mut keys, mut values) = (vec![0.0; page.tokens() * d], vec![0.0; page.tokens() * d]);
     page.rows(&mut keys, &mut values);
     (keys, values)
+}
+
+impl PackedHead {
+    /// Keys and values `[n, D]` of the first tokens and the buffer's.
+    fn outside_pages(&self) -> (Vec<f32>, Vec<f32>) {
+        crate::packed::rows(&[&self.sinks, &self.buffer])
+    }
 }
 
 impl LayeredHead {

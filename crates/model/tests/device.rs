@@ -189,6 +189,58 @@ fn a_compressed_cache_goes_on_as_on_the_cpu() {
     assert!((bytes(&got) / bytes(&want) - 1.0).abs() < 0.02, "{} and {}", bytes(&got), bytes(&want));
 }
 
+/// A prompt that the device read goes on there and on the CPU, through encoded buffers and strategies that are swapped in.
+#[test]
+fn a_packed_prompt_goes_on_as_on_the_cpu() {
+    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
+    let (cpu, device) = (load("llama"), on_device("llama", &gpu));
+    for (format, prompt) in
+        [("packed:selected=1,close=2", 200), ("packed:kept=0.5,group=1,block=4,selected=0.5", 330)]
+    {
+        let format: KvFormat = format.parse().unwrap();
+        let mut got = sequence(&device, &pool, format);
+        let prompt = tokens(prompt, 1);
+        let logits = got.prefill(&prompt, &mut |_, _| ()).unwrap();
+        let of_cpu = sequence(&cpu, &pool, KvFormat::Exact).prefill(&prompt, &mut |_, _| ()).unwrap();
+        close(&logits, &of_cpu, &format!("{format}, prompt"));
+        // On the CPU as well, each with a learner of its own.
+        let background = || Arc::new(Background::new(1, 1 << 24));
+        let mut want = Sequence::with_cache(&cpu, &pool, got.cache().clone()).unwrap();
+        want = want.with_precision(Precision::Full).with_background(background(), Timing::Fixed);
+        got = got.with_background(background(), Timing::Fixed);
+        let mut next = greedy(&logits);
+        for i in 0..140 {
+            let (a, b) = (got.step(next).unwrap(), want.step(next).unwrap());
+            close(&a, &b, &format!("{format}, step {i}"));
+            next = greedy(&b);
+        }
+        got.cache().check().unwrap();
+        let swaps = |sequence: &Sequence| sequence.cache().swaps();
+        assert_eq!(swaps(&got), swaps(&want));
+        assert_eq!(swaps(&got).swapped > 0, format.to_string().contains("close"), "{:?}", swaps(&got));
+    }
+}
+
+/// Formats take steps of their own.
+#[test]
+fn sequences_of_all_formats_share_a_pass() {
+    let (gpu, pool) = (Emulated::gpu(3), Pool::new(2));
+    let device = on_device("llama", &gpu);
+    let formats = ["exact", "packed:selected=0.5", "packed:selected=0.5,block=4", "packed"];
+    let read = |format: &str| {
+        let mut sequence = sequence(&device, &pool, format.parse().unwrap());
+        sequence.prefill(&tokens(150, 5), &mut |_, _| ()).unwrap();
+        sequence
+    };
+    let (mut together, mut alone) = (formats.map(read), formats.map(read));
+    for t in 0..3 {
+        let all = step_each(&mut together.iter_mut().collect::<Vec<_>>(), &[7 + t; 4]).unwrap();
+        for (sequence, got) in alone.iter_mut().zip(all.chunks(all.len() / 4)) {
+            assert_eq!(sequence.step(7 + t).unwrap(), got);
+        }
+    }
+}
+
 #[test]
 fn what_a_gpu_is_not_for_is_said() {
     let (gpu, pool) = (Emulated::gpu(1), Pool::new(1));

@@ -22,13 +22,16 @@ pub struct Taken<'a> {
 impl KvCache {
     /// Seals what the next token's [`append`](KvCache::append) would seal.
     pub(super) fn make_room(&mut self, threads: &Pool) {
+        let (mut packed, mut layered) = (vec![], vec![]);
         for layer in &mut self.layers {
-            if let Layer::Layered(heads) = layer
-                && heads[0].is_full()
-            {
-                threads.for_each(heads, |_, head| head.make_room());
+            match layer {
+                Layer::Packed(heads) if heads[0].is_full() => packed.extend(heads),
+                Layer::Layered(heads) if heads[0].is_full() => layered.extend(heads),
+                _ => {}
             }
         }
+        threads.for_each(&mut packed, |_, head| head.make_room());
+        threads.for_each(&mut layered, |_, head| head.make_room());
     }
 
     /// Stores keys and values of further tokens of a prompt in a layer, and remembers of their queries what is remembered: what
@@ -73,7 +76,8 @@ impl KvCache {
     pub fn asks(&self, layer: usize) -> bool {
         match &self.layers[layer] {
             Layer::Layered(heads) => heads[0].asks_next(),
-            _ => self.samples.is_some() || self.recent.is_some(),
+            Layer::Exact(_) => self.samples.is_some() || self.recent.is_some(),
+            Layer::Packed(_) | Layer::Baseline(_) => false,
         }
     }
 }
@@ -105,6 +109,10 @@ impl Layer {
                     .enumerate()
                     .for_each(|(g, head)| head.append(&keys, &values, (g * d, keys.len())));
             }
+            Layer::Packed(heads) => {
+                let rows = keys.chunks_exact(d).zip(values.chunks_exact(d));
+                heads.iter_mut().zip(rows).for_each(|(head, (key, value))| head.append(key, value));
+            }
             Layer::Layered(heads) => {
                 let rows = keys.chunks_exact(d).zip(values.chunks_exact(d));
                 heads.iter_mut().zip(rows).for_each(|(head, (key, value))| head.append(key, value));
@@ -118,7 +126,7 @@ impl Layer {
                     }
                 }
             }
-            Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+            Layer::Baseline(_) => unreachable!("formats were checked"),
         }
     }
 }

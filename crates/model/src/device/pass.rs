@@ -16,7 +16,7 @@ use mosaickv_kernels::cuda::gemm::{Into, Weights};
 use mosaickv_kernels::cuda::prefill::{self, Limits, Places, Span, Tokens};
 use mosaickv_kernels::cuda::{Buffer, Gpu};
 use mosaickv_kv::KvCache;
-use mosaickv_kv::device::{Attention, Mirror, Taken, choice_of};
+use mosaickv_kv::device::{Attention, Mirror, Taken, reads_of};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
@@ -132,7 +132,7 @@ impl OnDevice {
         self.store.most_sequences()
     }
 
-    /// One more token in each of some sequences, whose caches choose alike: the logits `[n, vocab]` of those where they are wanted.
+    /// One more token in each of some sequences, whose caches read alike: the logits `[n, vocab]` of those where they are wanted.
     /// Their caches have the token then.
     pub(crate) fn step(&mut self, steps: &mut [Step], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
         let start = Instant::now();
@@ -181,7 +181,7 @@ impl OnDevice {
                 (Attention::new(&self.store, count)?, work)
             }
         };
-        attention.set(&self.store, &mirrors, choice_of(steps[0].cache))?;
+        attention.set(&self.store, &mirrors, reads_of(steps[0].cache))?;
         let spans = |l| mirrors.iter().map(move |mirror| Span { past: mirror.exact_tokens(l), new: 1 });
         let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
