@@ -31,6 +31,9 @@ const SLOTS: usize = 4;
 const MOST_SLICES: usize = 512;
 const _: () = assert!(SLICES + MOST_SEGMENTS <= MOST_SLICES);
 
+/// Bytes of a slot behind what is copied there: the last bits are read by whole words.
+const BEHIND: usize = 16;
+
 const TURN: [Kernel; 2] =
     [Kernel { name: "packed_turn_64", threads: 192 }, Kernel { name: "packed_turn_128", threads: 384 }];
 const SCORE: [Kernel; 2] =
@@ -259,8 +262,8 @@ impl Packed {
             assert_eq!(segment.head_dim(), self.shape.head_dim, "segments of another width");
             let page = segment.layout();
             let sixteen = 16 / segment.block() * page.bytes_of_block();
-            self.score_slot = self.score_slot.max(16 * page.bytes_of_vector());
-            self.attend_slot = self.attend_slot.max(sixteen);
+            self.score_slot = self.score_slot.max(16 * page.bytes_of_vector() + BEHIND);
+            self.attend_slot = self.attend_slot.max(sixteen + BEHIND);
         }
         described
     }
@@ -318,9 +321,9 @@ impl Packed {
         unsafe { self.gpu.launch(kernel, grid, &parameters) }
     }
 
-    /// As many blocks as fit, with slots for four warps and what the last of them reads behind its own.
+    /// As many blocks as fit, with slots for four warps.
     fn filling(&self, kernel: Kernel, states: usize, slot: usize) -> Result<(Kernel, (usize, usize)), Error> {
-        let shared = WARPS_SHARED + states + 4 * SLOTS * slot + 16;
+        let shared = WARPS_SHARED + states + 4 * SLOTS * slot;
         Ok((kernel, (self.gpu.full_grid(kernel, shared)?, shared)))
     }
 
