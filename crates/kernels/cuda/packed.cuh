@@ -93,7 +93,7 @@ struct PackedParameters {
     float selected;                   // share of tokens that are read; from 1 on: all, without a list
     int32_t sequences, kv_heads, rows, rows_stored;
     int32_t segment_stride, slice_stride, page_stride, block_stride, list_stride;
-    int32_t score_slot, attend_slot;  // bytes of sixteen block keys, and of sixteen tokens' blocks, multiples of 16
+    int32_t score_slot, attend_slot;  // bytes of sixteen block keys, and of sixteen tokens' blocks, and 16 more, multiples of 16
     int32_t least_part;               // tokens, a multiple of 16
     int32_t exact_least_part;         // tokens
     int32_t selecting;                // blocks of threads that choose among a head's blocks
@@ -296,7 +296,7 @@ struct ScoreShared {
     uint32_t ends[MOST_HEADS];
     float max[EXACT_WARPS][ROWS];
     float sum[EXACT_WARPS][ROWS];
-    // [EXACT_WARPS, SLOTS, score_slot], and 16 bytes that are read behind
+    // [EXACT_WARPS, SLOTS, score_slot]
     alignas(128) unsigned char slots[1];
 };
 

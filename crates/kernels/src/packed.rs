@@ -237,6 +237,11 @@ impl PackedPage {
         self.shape
     }
 
+    /// Whether one is a clone of the other.
+    pub fn is_clone_of(&self, other: &PackedPage) -> bool {
+        Arc::ptr_eq(&self.words, &other.words)
+    }
+
     /// Bytes allocated: elements, bitmaps, block keys, load padding, this struct and the two counters of its clones.
     pub fn bytes(&self) -> usize {
         bytes_of_words(self.words.len())

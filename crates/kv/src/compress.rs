@@ -23,12 +23,9 @@ use std::thread::{self, JoinHandle};
 #[derive(Debug, Default)]
 pub(crate) struct Encoding(Option<(usize, JoinHandle<Layer>)>);
 
-/// A layer's place, and its heads.
-type LayeredLayer = (usize, Vec<LayeredHead>);
-
-/// The layers of a prompt in the layered format that a thread compresses together.
+/// The layers of a prompt that are compressed together on threads of their own, and what becomes of them.
 #[derive(Debug, Default)]
-pub(crate) struct Ending(Option<JoinHandle<Vec<LayeredLayer>>>);
+pub(crate) struct Ending(Option<JoinHandle<Vec<(usize, Layer)>>>);
 
 /// What is worked out of a prompt in the layered format before its last layer has read it. A copy of the cache works it out again.
 #[derive(Debug, Default)]
@@ -129,29 +126,50 @@ impl KvCache {
         }
     }
 
-    /// Waits until every layer is encoded. The layered format, which shares out bytes among the layers, begins only now, unless it
-    /// [was begun](KvCache::begin_finish_prompt).
+    /// Waits until every layer is encoded. What [`begin_end_prompt`](KvCache::begin_end_prompt) was not called for, and the layered format, which
+    /// shares out bytes among the layers, begins only now, unless it [was begun](KvCache::begin_finish_prompt).
     pub fn finish_prompt(&mut self, pool: &Pool) {
         self.join();
         match self.ending.0.take() {
             Some(thread) => self.put(thread.join().unwrap_or_else(|panic| resume_unwind(panic))),
-            None => self.end_layered(pool),
+            None => {
+                let made = self.taken_apart().map(|work| work.encode(pool));
+                self.put(made.unwrap_or_default());
+                self.end_layered(pool);
+            }
         }
     }
 
-    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do in the layered format, on `threads` threads beside what follows, and with
-    /// an encoder on a device. `true` if there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
+    /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do, on `threads` threads beside what follows, and in the layered format with an
+    /// encoder on a device. `true` if there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
     pub fn begin_finish_prompt(&mut self, threads: usize, encoder: Option<Encoder>) -> bool {
         if self.ending.0.is_some() {
             return true;
         }
         self.join();
-        let Some((settings, samples)) = self.take_end_layered() else { return false };
-        let Some(work) = self.taken_layered(settings, |_| true) else { return false };
         let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
-        let thread = thread.spawn(move || work.encode(&Pool::new(threads), &samples, encoder));
+        let thread = if let Some(work) = self.taken_apart() {
+            thread.spawn(move || work.encode(&Pool::new(threads)))
+        } else {
+            let Some((settings, samples)) = self.take_end_layered() else { return false };
+            let Some(work) = self.taken_layered(settings, |_| true) else { return false };
+            thread.spawn(move || work.encode(&Pool::new(threads), &samples, encoder))
+        };
         self.ending.0 = Some(thread.expect("the system refused a thread"));
         true
+    }
+
+    /// The exact layers that are compressed, and without regard to the others, if there are such layers. The cache no longer has them.
+    fn taken_apart(&mut self) -> Option<ApartWork> {
+        if self.tokens() == 0 {
+            return None;
+        }
+        let apart = (0..self.shape.layers).filter(|layer| self.encodes_alone(*layer));
+        let apart: Vec<usize> = apart.collect();
+        let taken = apart.into_iter().filter_map(|layer| Some((layer, self.taken(layer)?)));
+        let prompts: Vec<_> = taken.collect();
+        let (shape, format) = (self.shape, self.format);
+        (!prompts.is_empty()).then_some(ApartWork { shape, format, prompts })
     }
 
     /// Whether [what was begun](KvCache::begin_finish_prompt) goes on.
@@ -212,8 +230,8 @@ impl KvCache {
         })
     }
 
-    fn put(&mut self, made: Vec<LayeredLayer>) {
-        made.into_iter().for_each(|(layer, heads)| self.layers[layer] = Layer::Layered(heads));
+    fn put(&mut self, made: Vec<(usize, Layer)>) {
+        made.into_iter().for_each(|(layer, heads)| self.layers[layer] = heads);
     }
 
     /// Bytes that [`compress_harder`](KvCache::compress_harder) with this ratio would save, about; `None` if it is not compressed in the
@@ -380,7 +398,7 @@ struct LayeredWork {
 
 impl LayeredWork {
     /// The layers as they are to be, with the sampled queries of all layers.
-    fn encode(self, pool: &Pool, samples: &[Samples], mut encoder: Option<Encoder>) -> Vec<LayeredLayer> {
+    fn encode(self, pool: &Pool, samples: &[Samples], mut encoder: Option<Encoder>) -> Vec<(usize, Layer)> {
         let LayeredWork { shape, calibration, prompts, early, settings, others, places } = self;
         let layers: Vec<usize> = prompts.iter().map(|(layer, _)| *layer).collect();
         let of_layer = |(layer, heads)| Prompt { layer, heads, samples: &samples[layer] };
@@ -389,11 +407,33 @@ impl LayeredWork {
         let workers = (pool, encoder.as_mut());
         let how = (settings, others, places);
         let made = layered::compress(workers, shape, &calibration, (prompts, known), how);
-        let made: Vec<LayeredLayer> = layers.into_iter().zip(made).collect();
+        let made: Vec<_> = layers.into_iter().zip(made).collect();
         if let Some(encoder) = encoder {
             encoder.give(&made);
         }
-        made
+        made.into_iter().map(|(layer, heads)| (layer, Layer::Layered(heads))).collect()
+    }
+}
+
+/// Exact layers that are to be compressed, each by itself.
+struct ApartWork {
+    shape: KvShape,
+    format: KvFormat,
+    prompts: Vec<(usize, (Vec<ExactHead>, RecentQueries))>,
+}
+
+impl ApartWork {
+    /// The layers as they are to be.
+    fn encode(self, pool: &Pool) -> Vec<(usize, Layer)> {
+        let ApartWork { shape, format, prompts } = self;
+        let mut work: Vec<_> = prompts.into_iter().map(|(layer, of)| (layer, Some(of), None)).collect();
+        pool.for_each(&mut work, |_, (_, of, made)| {
+            let one = |(exact, queries): (Vec<ExactHead>, RecentQueries)| {
+                compress(&Pool::new(1), shape, format, (exact, queries.rows()))
+            };
+            *made = of.take().map(one);
+        });
+        work.into_iter().filter_map(|(layer, _, made)| Some((layer, made?))).collect()
     }
 }
 

@@ -8,10 +8,12 @@
 
 mod attention;
 mod encode;
+mod packed;
 mod taken;
 
 use crate::exact::ExactHead;
 use crate::layered::{LayeredHead, SINKS, Segment};
+use crate::packed::PackedHead;
 use crate::{Calibration, KvCache, KvError, KvFormat, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -19,11 +21,12 @@ use mosaickv_kernels::Pool as Threads;
 use mosaickv_kernels::cuda::exact::{PAGE_TOKENS, Pool};
 use mosaickv_kernels::cuda::layered::{Growing, Rotations, Scales};
 use mosaickv_kernels::cuda::{Gpu, MOST_HEADS, MOST_ROWS};
+use packed::HeldPacked;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
-pub use attention::{Attention, choice_of};
+pub use attention::{Attention, Reads, reads_of};
 pub use encode::Encoder;
 pub(crate) use encode::Planned;
 pub use taken::Taken;
@@ -196,15 +199,38 @@ pub struct Mirror {
 struct Held {
     /// Exact tokens.
     tokens: usize,
-    /// Compressed heads; empty while all tokens are exact.
-    heads: Vec<HeldHead>,
+    heads: Heads,
     /// How often heads changed.
     changes: u64,
 }
 
+/// Compressed heads, by format.
+#[derive(Debug, Default)]
+enum Heads {
+    /// All tokens are exact.
+    #[default]
+    Exact,
+    Packed(Vec<HeldPacked>),
+    Layered(Vec<HeldLayered>),
+}
+
 /// What the device holds of a compressed head.
+trait HeldHead: Sized + Send {
+    /// What the host has.
+    type Host: Sync;
+    /// Exact tokens that stay in their places when pages change.
+    const STAY: usize;
+    /// Whether it is the same as the host's.
+    fn is_of(&self, head: &Self::Host) -> bool;
+    /// What is held of `head`, after what was held before; its prompt is there so many times.
+    fn updated(before: Option<Self>, gpu: &Gpu, of: (&Self::Host, usize)) -> Result<Self, KvError>;
+    /// Bytes on the device, with the room that it has to grow.
+    fn bytes(&self) -> usize;
+}
+
+/// A head in the layered format.
 #[derive(Debug)]
-struct HeldHead {
+struct HeldLayered {
     pages: Growing,
     /// Of these pages.
     prompt: Weak<Segment>,
@@ -251,9 +277,9 @@ impl Mirror {
     /// Whether a GPU attends to caches in this format.
     pub fn check(format: KvFormat) -> Result<(), KvError> {
         match format {
-            KvFormat::Exact | KvFormat::Layered(_) => Ok(()),
+            KvFormat::Exact | KvFormat::Layered(_) | KvFormat::Packed(_) => Ok(()),
             other => {
-                let wanted = "caches in the formats exact and layered";
+                let wanted = "caches in the formats exact, layered and packed";
                 Err(KvError::NotOnDevice { what: "--kv", got: other.to_string(), wanted })
             }
         }
@@ -282,7 +308,8 @@ impl Mirror {
         pairs.iter_mut().for_each(|(mirror, _)| mirror.adopt());
         KvCache::make_room(pairs.iter_mut().map(|(_, cache)| &mut **cache), threads);
         for (mirror, cache) in &mut *pairs {
-            if let Some(calibration) = cache.calibration.as_ref().filter(|_| cache.is_compressed()) {
+            let is_layered = cache.layers.iter().any(|layer| matches!(layer, Layer::Layered(_)));
+            if let Some(calibration) = cache.calibration.as_ref().filter(|_| is_layered) {
                 store.rotate(calibration)?;
             }
             let exact = cache.layers.iter().map(exact_tokens).max().unwrap_or(0);
@@ -341,22 +368,21 @@ impl Mirror {
     pub fn added(&mut self, tokens: usize) {
         for held in &mut self.layers {
             held.tokens += tokens;
-            held.heads.iter_mut().for_each(|head| head.pages.written());
+            if let Heads::Layered(heads) = &mut held.heads {
+                heads.iter_mut().for_each(|head| head.pages.written());
+            }
         }
     }
 
     /// Bytes of the compressed pages on the device, with the room that they have to grow.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().flat_map(|held| &held.heads).map(|head| head.pages.bytes()).sum()
+        let of_layer = |held: &Held| match &held.heads {
+            Heads::Exact => 0,
+            Heads::Packed(heads) => heads.iter().map(HeldPacked::bytes).sum(),
+            Heads::Layered(heads) => heads.iter().map(HeldLayered::bytes).sum::<usize>(),
+        };
+        self.layers.iter().map(of_layer).sum()
     }
-}
-
-/// A head that changed: what was held of it, and what is.
-struct Renewal<'a> {
-    head: &'a LayeredHead,
-    times: usize,
-    before: Option<HeldHead>,
-    after: Option<Result<HeldHead, KvError>>,
 }
 
 impl Held {
@@ -366,63 +392,101 @@ impl Held {
         gpu: &Gpu,
         threads: &Threads,
     ) -> Result<(), KvError> {
-        let layers = pairs.iter_mut().flat_map(|(mirror, cache)| {
+        let (mut packed, mut layered) = (vec![], vec![]);
+        for (mirror, cache) in pairs {
             let times = mirror.times;
-            mirror.layers.iter_mut().zip(&cache.layers).map(move |(held, layer)| (held, layer, times))
-        });
-        let begun = layers.filter_map(|(held, layer, times)| {
-            let renewals = held.begin(layer, times);
-            (!renewals.is_empty()).then_some((held, renewals))
-        });
-        let mut begun: Vec<(&mut Held, Vec<Renewal>)> = begun.collect();
-        let mut all: Vec<&mut Renewal> = begun.iter_mut().flat_map(|(_, renewals)| renewals).collect();
-        threads.for_each(&mut all, |_, renewal| {
-            renewal.after =
-                Some(HeldHead::updated(renewal.before.take(), gpu, (renewal.head, renewal.times)));
-        });
-        // A layer that failed holds nothing.
-        begun.into_iter().map(|(held, renewals)| held.end(renewals)).fold(Ok(()), Result::and)
-    }
-
-    /// The layer's heads, if they changed.
-    fn begin<'a>(&mut self, layer: &'a Layer, times: usize) -> Vec<Renewal<'a>> {
-        let Layer::Layered(heads) = layer else {
-            if !self.heads.is_empty() {
-                *self = Held { changes: self.changes + 1, ..Held::default() };
+            for (held, layer) in mirror.layers.iter_mut().zip(&cache.layers) {
+                held.take_format(layer);
+                let Held { tokens, heads, changes } = held;
+                match (layer, heads) {
+                    (Layer::Packed(heads), Heads::Packed(held)) => {
+                        packed.push(Following { held, tokens, changes, heads, times });
+                    }
+                    (Layer::Layered(heads), Heads::Layered(held)) => {
+                        layered.push(Following { held, tokens, changes, heads, times });
+                    }
+                    _ => {}
+                }
             }
-            return vec![];
-        };
-        if self.heads.len() == heads.len()
-            && self.heads.iter().zip(heads).all(|(held, head)| held.is_of(head))
-        {
-            return vec![];
         }
-        let before = self.heads.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
-        heads.iter().zip(before).map(|(head, before)| Renewal { head, times, before, after: None }).collect()
+        let packed = follow(packed, gpu, threads);
+        follow(layered, gpu, threads).and(packed)
     }
 
-    /// What changed with the heads forgets the exact tokens after the first.
-    fn end(&mut self, renewals: Vec<Renewal>) -> Result<(), KvError> {
-        self.heads = renewals.into_iter().filter_map(|renewal| renewal.after).collect::<Result<_, _>>()?;
-        self.tokens = self.tokens.min(SINKS);
-        self.changes += 1;
+    /// Is ready to hold heads in the layer's format.
+    fn take_format(&mut self, layer: &Layer) {
+        let none = match (layer, &self.heads) {
+            (Layer::Packed(_), Heads::Packed(_)) | (Layer::Layered(_), Heads::Layered(_)) => return,
+            (Layer::Exact(_) | Layer::Baseline(_), Heads::Exact) => return,
+            (Layer::Packed(_), _) => Heads::Packed(vec![]),
+            (Layer::Layered(_), _) => Heads::Layered(vec![]),
+            (Layer::Exact(_) | Layer::Baseline(_), _) => {
+                self.tokens = 0;
+                Heads::Exact
+            }
+        };
+        (self.heads, self.changes) = (none, self.changes + 1);
+    }
+}
+
+/// A layer whose heads are to be as the host has them.
+struct Following<'a, H: HeldHead> {
+    held: &'a mut Vec<H>,
+    tokens: &'a mut usize,
+    changes: &'a mut u64,
+    heads: &'a [H::Host],
+    times: usize,
+}
+
+impl<H: HeldHead> Following<'_, H> {
+    fn is_changed(&self) -> bool {
+        let mut pairs = self.held.iter().zip(self.heads);
+        self.held.len() != self.heads.len() || !pairs.all(|(held, head)| held.is_of(head))
+    }
+
+    /// A layer that failed holds nothing. What changed forgets the exact tokens that have moved.
+    fn end(self, updated: Vec<Result<H, KvError>>) -> Result<(), KvError> {
+        *self.held = updated.into_iter().collect::<Result<_, _>>()?;
+        *self.tokens = H::STAY.min(*self.tokens);
+        *self.changes += 1;
         Ok(())
     }
 }
 
-impl HeldHead {
+/// Brings layers in line, the heads of all of them at once.
+fn follow<H: HeldHead>(layers: Vec<Following<H>>, gpu: &Gpu, threads: &Threads) -> Result<(), KvError> {
+    let mut changed: Vec<_> = layers.into_iter().filter(Following::is_changed).collect();
+    let mut work = vec![];
+    for of in &mut changed {
+        let before = of.held.drain(..).map(Some).chain(std::iter::repeat_with(|| None));
+        work.extend(of.heads.iter().zip(before).map(|(head, before)| (head, of.times, before, None)));
+    }
+    threads.for_each(&mut work, |_, (head, times, before, after)| {
+        *after = Some(H::updated(before.take(), gpu, (head, *times)));
+    });
+    let mut updated = work.into_iter().filter_map(|(.., after)| after);
+    let end = |of: Following<H>| {
+        let of_layer = updated.by_ref().take(of.heads.len()).collect();
+        of.end(of_layer)
+    };
+    changed.into_iter().map(end).fold(Ok(()), Result::and)
+}
+
+impl HeldHead for HeldLayered {
+    type Host = LayeredHead;
+    const STAY: usize = SINKS;
+
     fn is_of(&self, head: &LayeredHead) -> bool {
         self.sizes == sizes(head) && std::ptr::eq(self.prompt.as_ptr(), Arc::as_ptr(&head.prompt))
     }
 
-    /// What is held of `head`, after what was held before.
     fn updated(
-        before: Option<HeldHead>,
+        before: Option<HeldLayered>,
         gpu: &Gpu,
         (head, times): (&LayeredHead, usize),
-    ) -> Result<HeldHead, KvError> {
+    ) -> Result<HeldLayered, KvError> {
         let of_tail = head.tail.pages.pages().len();
-        let is_prefix = |held: &HeldHead| {
+        let is_prefix = |held: &HeldLayered| {
             std::ptr::eq(held.prompt.as_ptr(), Arc::as_ptr(&head.prompt)) && held.sizes[1] <= of_tail
         };
         let before = before.filter(is_prefix);
@@ -431,7 +495,7 @@ impl HeldHead {
             Some(held) => held,
             None => {
                 let pages = Growing::new(gpu, (&head.prompt.pages, times), &scales(&head.scales))?;
-                HeldHead { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5], of_tail: 0 }
+                HeldLayered { pages, prompt: Arc::downgrade(&head.prompt), sizes: [0; 5], of_tail: 0 }
             }
         };
         let same = held.same_newest(head);
@@ -447,6 +511,12 @@ impl HeldHead {
         Ok(held)
     }
 
+    fn bytes(&self) -> usize {
+        self.pages.bytes()
+    }
+}
+
+impl HeldLayered {
     /// How many of the pages after the tail are as they were: as long as the tail is, all but the last, which buffers are added to.
     fn same_newest(&self, head: &LayeredHead) -> usize {
         let of = |[_, _, leaving, window, _]: [usize; 5]| leaving + window;
@@ -478,7 +548,8 @@ fn scales(of: &crate::layered::Scales) -> Scales {
 fn exact_tokens(layer: &Layer) -> usize {
     match layer {
         Layer::Layered(heads) => SINKS + heads[0].buffer.as_ref().map_or(0, |buffer| buffer.tokens()),
-        Layer::Exact(_) | Layer::Packed(_) | Layer::Baseline(_) => layer.tokens(),
+        Layer::Packed(heads) => heads[0].sinks.tokens() + heads[0].buffer.tokens(),
+        Layer::Exact(_) | Layer::Baseline(_) => layer.tokens(),
     }
 }
 
@@ -498,11 +569,16 @@ fn page_of(layer: &Layer, page: usize, d: usize) -> Vec<f16> {
             let (keys, values) = rows_of_page(head, page, d);
             add(&keys, &values);
         }),
+        Layer::Packed(heads) => heads.iter().for_each(|head| {
+            let (keys, values) = head.outside_pages();
+            let of_page = |x: &[f32]| x.chunks(half).nth(page).unwrap_or_default().to_vec();
+            add(&of_page(&keys), &of_page(&values));
+        }),
         Layer::Layered(heads) => heads.iter().for_each(|head| {
             let (keys, values) = head.outside_pages();
             add(&keys, &values);
         }),
-        Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+        Layer::Baseline(_) => unreachable!("formats were checked"),
     }
     numbers
 }
@@ -512,6 +588,13 @@ fn rows_of_page(head: &ExactHead, page: usize, d: usize) -> (Vec<f32>, Vec<f32>)
     let (mut keys, mut values) = (vec![0.0; page.tokens() * d], vec![0.0; page.tokens() * d]);
     page.rows(&mut keys, &mut values);
     (keys, values)
+}
+
+impl PackedHead {
+    /// Keys and values `[n, D]` of the first tokens and the buffer's.
+    fn outside_pages(&self) -> (Vec<f32>, Vec<f32>) {
+        crate::packed::rows(&[&self.sinks, &self.buffer])
+    }
 }
 
 impl LayeredHead {

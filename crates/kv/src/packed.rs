@@ -239,10 +239,15 @@ impl PackedHead {
         if self.sinks.tokens() < SINKS {
             return self.sinks.push(key, value);
         }
-        if self.buffer.is_full() {
+        self.make_room();
+        self.buffer.push(key, value);
+    }
+
+    /// What [`append`](PackedHead::append) of the next token begins with.
+    pub(crate) fn make_room(&mut self) {
+        if self.is_full() {
             self.flush();
         }
-        self.buffer.push(key, value);
     }
 
     /// Packs the oldest tokens of the buffer with the strategy of the segment before them.

@@ -259,6 +259,59 @@ fn a_prompt_that_ends_on_the_device_is_encoded_there() {
     got.step(5).unwrap();
 }
 
+/// A prompt that the device read goes on there, through encoded buffers and strategies that are swapped in. Each step is held against the
+/// CPU's from the same cache: of keys that differ in their last bits other elements are kept.
+#[test]
+fn packed_caches_are_read_as_on_the_cpu() {
+    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
+    let (cpu, device) = (load("llama"), on_device("llama", &gpu));
+    for (format, prompt, swaps) in [
+        ("packed:selected=1,close=2", 200, true),
+        ("packed:kept=0.5,group=1,block=4,selected=1,rotation=none", 328, false),
+    ] {
+        let format: KvFormat = format.parse().unwrap();
+        let background = Arc::new(Background::new(1, 1 << 24));
+        let mut got = sequence(&device, &pool, format).with_background(background, Timing::Fixed);
+        let prompt = tokens(prompt, 1);
+        let logits = got.prefill(&prompt, &mut |_, _| ()).unwrap();
+        let of_cpu = sequence(&cpu, &pool, KvFormat::Exact).prefill(&prompt, &mut |_, _| ()).unwrap();
+        close(&logits, &of_cpu, &format!("{format}, prompt"));
+        let mut next = greedy(&logits);
+        for i in 0..140 {
+            let clone = Sequence::with_cache(&cpu, &pool, got.cache().clone()).unwrap();
+            let a = got.step(next).unwrap();
+            // A clone may pack its buffer with another segment's strategy.
+            if i % 32 != 28 {
+                let b = clone.with_precision(Precision::Full).step(next).unwrap();
+                close(&a, &b, &format!("{format}, step {i}"));
+            }
+            next = greedy(&a);
+        }
+        got.cache().check().unwrap();
+        assert_eq!(got.cache().swaps().swapped > 0, swaps, "{format}: {:?}", got.cache().swaps());
+    }
+}
+
+/// Formats take steps of their own.
+#[test]
+fn sequences_of_all_formats_share_a_pass() {
+    let (gpu, pool) = (Emulated::gpu(3), Pool::new(2));
+    let device = on_device("llama", &gpu);
+    let formats = ["exact", "packed:selected=0.5", "packed:selected=0.5,block=4", "packed"];
+    let read = |format: &str| {
+        let mut sequence = sequence(&device, &pool, format.parse().unwrap());
+        sequence.prefill(&tokens(150, 5), &mut |_, _| ()).unwrap();
+        sequence
+    };
+    let (mut together, mut alone) = (formats.map(read), formats.map(read));
+    for t in 0..3 {
+        let all = step_each(&mut together.iter_mut().collect::<Vec<_>>(), &[7 + t; 4]).unwrap();
+        for (sequence, got) in alone.iter_mut().zip(all.chunks(all.len() / 4)) {
+            assert_eq!(sequence.step(7 + t).unwrap(), got);
+        }
+    }
+}
+
 #[test]
 fn what_a_gpu_is_not_for_is_said() {
     let (gpu, pool) = (Emulated::gpu(1), Pool::new(1));

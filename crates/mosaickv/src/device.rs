@@ -13,7 +13,7 @@ const RESERVE: usize = 1 << 30;
 /// Where a model computes.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {
-    /// Where the model computes: on the CPU, on an NVIDIA GPU (cuda: caches in the formats exact and layered), or on a GPU if there is one
+    /// Where the model computes: on the CPU, on an NVIDIA GPU (cuda: caches in the formats exact, layered and packed), or on a GPU if there is one
     /// that can (auto)
     #[arg(long, env = "MOSAICKV_DEVICE", value_enum, value_name = "WHERE", default_value_t = Where::Cpu)]
     device: Where,

@@ -185,7 +185,7 @@ fn without_a_gpu_it_is_said_what_to_do() {
         refused(&[&["run", "--model", &model, "--max-tokens", "2"], rest].concat(), says)
     };
     run(&["--device", "cuda", "--kv", "exact", "hello"], &["--device cpu", "CUDA"]);
-    run(&["--device", "cuda", "--kv", "q8_0", "hello"], &["--kv is q8_0", "exact and layered"]);
+    run(&["--device", "cuda", "--kv", "q8_0", "hello"], &["--kv is q8_0", "exact, layered and packed"]);
     run(&["--device", "tpu", "hello"], &["cpu", "cuda", "auto"]);
     let output = mosaickv(&[
         "run",

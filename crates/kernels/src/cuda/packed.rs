@@ -5,14 +5,15 @@
 mod encode;
 mod segment;
 
-pub use segment::{Rotation, Segment};
+pub use segment::{Grown, Rotation, Segment};
 
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::exact::{Exact, FINISH_SHARED};
-use super::parameters::{self, PackedHead, PackedParameters, PackedSlice};
+use super::parameters::{self, PackedHead, PackedParameters, PackedSegment, PackedSlice};
 use super::{MOST_HEADS, MOST_ROWS, Shape, States};
 use crate::packed::{BLOCKS, PAGE_TOKENS};
 use std::f32::consts::LOG2_E;
+use std::sync::Arc;
 
 /// Fewer tokens are not cut into parts.
 pub const LEAST_PART: usize = 256;
@@ -29,6 +30,9 @@ const DIGITS: usize = 1 << 11;
 const SLOTS: usize = 4;
 const MOST_SLICES: usize = 512;
 const _: () = assert!(SLICES + MOST_SEGMENTS <= MOST_SLICES);
+
+/// Bytes of a slot behind what is copied there: the last bits are read by whole words.
+const BEHIND: usize = 16;
 
 const TURN: [Kernel; 2] =
     [Kernel { name: "packed_turn_64", threads: 192 }, Kernel { name: "packed_turn_128", threads: 384 }];
@@ -65,17 +69,26 @@ pub struct Limits {
 }
 
 /// What a step over packed heads works with.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Packed {
     gpu: Gpu,
     shape: Shape,
     limits: Limits,
     selected: f32,
     least_part: usize,
-    heads: Buffer,
-    segments: Buffer,
-    slices: Buffer,
-    pages: Buffer,
+    /// What describes the heads of this layer.
+    table: Arc<Buffer>,
+    /// Of all layers.
+    work: Arc<Work>,
+    score_slot: usize,
+    attend_slot: usize,
+    /// Blocks of threads that choose among a head's blocks: what comes out does not depend on it.
+    selecting: usize,
+}
+
+/// What a step writes.
+#[derive(Debug)]
+struct Work {
     turned: Buffer,
     scores: Buffer,
     sums: Buffer,
@@ -90,10 +103,24 @@ pub struct Packed {
     plans: Buffer,
     states: States,
     left: States,
-    score_slot: usize,
-    attend_slot: usize,
-    /// Blocks of threads that choose among a head's blocks: what comes out does not depend on it.
-    selecting: usize,
+}
+
+/// Where in a table the segments, slices and pages of heads begin, and where it ends. The heads themselves come first.
+struct Places {
+    segments: usize,
+    slices: usize,
+    pages: usize,
+    end: usize,
+}
+
+impl Places {
+    fn new(shape: Shape, limits: Limits) -> Places {
+        let heads = shape.heads();
+        let segments = heads * size_of::<PackedHead>();
+        let slices = segments + heads * limits.segments * size_of::<PackedSegment>();
+        let pages = slices + heads * slice_stride(limits) * size_of::<PackedSlice>();
+        Places { segments, slices, pages, end: pages + heads * limits.pages * size_of::<u64>() }
+    }
 }
 
 /// Stored channels of a head, `C`.
@@ -106,33 +133,13 @@ fn rows_stored(rows: usize) -> usize {
     rows.next_multiple_of(4)
 }
 
-impl Packed {
-    /// For heads within `limits`, of whose tokens in pages each step reads the share `selected`, in (0, 1] (1: all, unscored); what is read is cut
-    /// into up to `parts` parts of at least `least_part` tokens, a multiple of 16, and those that end with a segment.
-    pub fn new(
-        gpu: &Gpu,
-        shape: Shape,
-        limits: Limits,
-        selected: f32,
-        (parts, least_part): (usize, usize),
-    ) -> Result<Packed, Error> {
-        shape.check();
-        assert!((1..=MOST_SEGMENTS).contains(&limits.segments), "{limits:?}: 1 to {MOST_SEGMENTS} segments");
-        assert!(
-            selected > 0.0 && selected <= 1.0,
-            "a share of {selected} selected, wanted more than 0, at most 1"
-        );
-        assert!(parts > 0 && least_part > 0 && least_part.is_multiple_of(16), "parts of {least_part} tokens");
+impl Work {
+    fn new(gpu: &Gpu, shape: Shape, limits: Limits, selected: f32, parts: usize) -> Result<Work, Error> {
         let (heads, c) = (shape.heads(), channels(shape.head_dim));
-        let of_segments = heads * limits.segments;
-        let slices = heads * slice_stride(limits);
-        let of_channels = |channels: usize| Shape { head_dim: channels, ..shape };
-        let zeros = |count: usize| -> Result<Buffer, Error> { gpu.upload(&vec![0u32; count]) };
-        Ok(Packed {
-            heads: zeros(heads * 4)?,
-            segments: gpu.alloc(of_segments * size_of::<parameters::PackedSegment>())?,
-            slices: gpu.alloc(slices * size_of::<PackedSlice>())?,
-            pages: gpu.alloc(heads * limits.pages * 8)?,
+        let (of_segments, slices) = (heads * limits.segments, heads * slice_stride(limits));
+        let of_channels = Shape { head_dim: c, ..shape };
+        let zeros = |count: usize| gpu.upload(&vec![0u32; count]);
+        Ok(Work {
             turned: gpu.alloc(of_segments * c * MOST_ROWS * 2 * 2)?,
             scores: gpu.alloc(heads * limits.blocks * rows_stored(shape.rows) * 4)?,
             sums: gpu.alloc(slices * MOST_ROWS * 2 * 4)?,
@@ -145,54 +152,13 @@ impl Packed {
             list: gpu.alloc(heads * list_stride(limits, selected) * 4)?,
             runs: gpu.alloc(of_segments * 16)?,
             plans: gpu.alloc(heads * 8)?,
-            states: States::new(gpu, of_channels(c), parts + limits.segments)?,
+            states: States::new(gpu, of_channels, parts + limits.segments)?,
             left: States::new(gpu, shape, limits.segments)?,
-            gpu: gpu.clone(),
-            shape,
-            limits,
-            selected,
-            least_part,
-            score_slot: 0,
-            attend_slot: 0,
-            selecting: gpu.full_grid(LIST, SELECT_SHARED)?.div_ceil(heads).min(slice_stride(limits)),
         })
     }
 
-    /// The heads `[B, G]` that steps read from now on, each of segments in the order of their tokens. These must live as long as this is used.
-    pub fn set(&mut self, heads: &[Vec<&Segment>]) -> Result<(), Error> {
-        assert_eq!(heads.len(), self.shape.heads(), "heads of another shape");
-        heads.iter().enumerate().try_for_each(|(i, segments)| self.set_head(i, segments))
-    }
-
-    /// One of them.
-    pub fn set_head(&mut self, index: usize, segments: &[&Segment]) -> Result<(), Error> {
-        let described = Described::of(segments);
-        let Limits { segments: most_segments, pages, blocks } = self.limits;
-        let head = described.head;
-        assert!(index < self.shape.heads(), "head {index} of {:?}", self.shape);
-        assert!(
-            segments.len() <= most_segments
-                && described.pages.len() <= pages
-                && head.blocks as usize <= blocks,
-            "{head:?} in {} pages: more than {:?}",
-            described.pages.len(),
-            self.limits
-        );
-        for segment in segments {
-            assert_eq!(segment.head_dim(), self.shape.head_dim, "segments of another width");
-            let page = segment.layout();
-            let sixteen = 16 / segment.block() * page.bytes_of_block();
-            self.score_slot = self.score_slot.max(16 * page.bytes_of_vector());
-            self.attend_slot = self.attend_slot.max(sixteen);
-        }
-        self.segments.write(index * most_segments * 32, &described.segments)?;
-        self.slices.write(index * slice_stride(self.limits) * 16, &described.slices)?;
-        self.pages.write(index * pages * 8, &described.pages)?;
-        self.heads.write(index * 16, &[head])
-    }
-
-    /// Fills with garbage what a step writes, so that what it does not write shows. Not what is 0 between steps.
-    pub fn poison(&self) -> Result<(), Error> {
+    /// But for what is 0 between steps.
+    fn poison(&self) -> Result<(), Error> {
         let all = [
             &self.turned,
             &self.scores,
@@ -208,6 +174,105 @@ impl Packed {
         all.into_iter().try_for_each(Buffer::poison)?;
         self.states.poison()?;
         self.left.poison()
+    }
+}
+
+impl Packed {
+    /// For heads within `limits`, of whose tokens in pages each step reads the share `selected`, in (0, 1] (1: all, unscored); what is read is cut
+    /// into up to `parts` parts of at least `least_part` tokens, a multiple of 16, and those that end with a segment.
+    pub fn new(
+        gpu: &Gpu,
+        shape: Shape,
+        limits: Limits,
+        selected: f32,
+        parts: (usize, usize),
+    ) -> Result<Packed, Error> {
+        Ok(Packed::layers(gpu, shape, limits, selected, parts, 1)?.remove(0))
+    }
+
+    /// The same for each of some layers, which come one after the other in a step and share what they work with. They have no segments yet.
+    pub fn layers(
+        gpu: &Gpu,
+        shape: Shape,
+        limits: Limits,
+        selected: f32,
+        (parts, least_part): (usize, usize),
+        layers: usize,
+    ) -> Result<Vec<Packed>, Error> {
+        shape.check();
+        assert!((1..=MOST_SEGMENTS).contains(&limits.segments), "{limits:?}: 1 to {MOST_SEGMENTS} segments");
+        assert!(
+            selected > 0.0 && selected <= 1.0,
+            "a share of {selected} selected, wanted more than 0, at most 1"
+        );
+        assert!(parts > 0 && least_part > 0 && least_part.is_multiple_of(16), "parts of {least_part} tokens");
+        let work = Arc::new(Work::new(gpu, shape, limits, selected, parts)?);
+        let selecting = gpu.full_grid(LIST, SELECT_SHARED)?.div_ceil(shape.heads());
+        let bytes = Places::new(shape, limits).end;
+        let layer = |_| {
+            let table = gpu.alloc(bytes)?;
+            table.fill(0)?;
+            Ok(Packed {
+                gpu: gpu.clone(),
+                shape,
+                limits,
+                selected,
+                least_part,
+                table: Arc::new(table),
+                work: work.clone(),
+                score_slot: 0,
+                attend_slot: 0,
+                selecting: selecting.min(slice_stride(limits)),
+            })
+        };
+        (0..layers).map(layer).collect()
+    }
+
+    /// The heads `[B, G]` that steps read from now on, each of segments in the order of their tokens. These must live as long as this is used.
+    pub fn set(&mut self, heads: &[Vec<&Segment>]) -> Result<(), Error> {
+        assert_eq!(heads.len(), self.shape.heads(), "heads of another shape");
+        let places = Places::new(self.shape, self.limits);
+        let mut table = vec![0; places.end];
+        for (i, segments) in heads.iter().enumerate() {
+            let Described { head, segments, slices, pages } = self.describe(segments);
+            let mut put = |place: usize, bytes: &[u8]| table[place..][..bytes.len()].copy_from_slice(bytes);
+            put(i * size_of::<PackedHead>(), bytemuck::bytes_of(&head));
+            let of_head = |most: usize, size: usize| i * most * size;
+            put(
+                places.segments + of_head(self.limits.segments, size_of::<PackedSegment>()),
+                bytemuck::cast_slice(&segments),
+            );
+            put(
+                places.slices + of_head(slice_stride(self.limits), size_of::<PackedSlice>()),
+                bytemuck::cast_slice(&slices),
+            );
+            put(places.pages + of_head(self.limits.pages, size_of::<u64>()), bytemuck::cast_slice(&pages));
+        }
+        self.table.write(0, &table)
+    }
+
+    /// A head as kernels find it, and with room in shared memory for what is read of it.
+    fn describe(&mut self, segments: &[&Segment]) -> Described {
+        let described = Described::of(segments);
+        let (limits, pages, blocks) = (self.limits, described.pages.len(), described.head.blocks as usize);
+        assert!(
+            segments.len() <= limits.segments && pages <= limits.pages && blocks <= limits.blocks,
+            "{} segments of {pages} pages and {blocks} blocks: more than {limits:?}",
+            segments.len()
+        );
+        for segment in segments {
+            assert_eq!(segment.head_dim(), self.shape.head_dim, "segments of another width");
+            let page = segment.layout();
+            let sixteen = 16 / segment.block() * page.bytes_of_block();
+            self.score_slot = self.score_slot.max(16 * page.bytes_of_vector() + BEHIND);
+            self.attend_slot = self.attend_slot.max(sixteen + BEHIND);
+        }
+        described
+    }
+
+    /// Fills with garbage what a step writes, so that what it does not write shows. Not what is 0 between steps.
+    pub fn poison(&self) -> Result<(), Error> {
+        self.work.poison()
     }
 
     /// The whole step: `queries` `[B, G, R, D]` as f16, scores times `scale`, to `out` `[B, G, R, D]` as f32. `known` are the tokens that were
@@ -253,14 +318,14 @@ impl Packed {
             Stage::Leave => (shape.pick(LEAVE[0], LEAVE[1]), (of_segments, turn)),
             Stage::Finish => (shape.pick(FINISH[0], FINISH[1]), (shape.queries(), FINISH_SHARED)),
         };
-        // SAFETY: heads are described as `set_head` checked them, by addresses of pages, which their segments have; all else has the sizes of shape and
+        // SAFETY: heads are described as `set` checked them, by addresses of pages, which their segments have; all else has the sizes of shape and
         // limits, lists have room for what may be chosen, and parts of a head are at most the states' slots.
         unsafe { self.gpu.launch(kernel, grid, &parameters) }
     }
 
-    /// As many blocks as fit, with slots for four warps and what the last of them reads behind its own.
+    /// As many blocks as fit, with slots for four warps.
     fn filling(&self, kernel: Kernel, states: usize, slot: usize) -> Result<(Kernel, (usize, usize)), Error> {
-        let shared = WARPS_SHARED + states + 4 * SLOTS * slot + 16;
+        let shared = WARPS_SHARED + states + 4 * SLOTS * slot;
         Ok((kernel, (self.gpu.full_grid(kernel, shared)?, shared)))
     }
 
@@ -276,28 +341,29 @@ impl Packed {
             let (states, lengths, least) = known.states();
             (states.parameters(), lengths, least)
         });
+        let (work, table, places) = (&*self.work, self.table.address(), Places::new(shape, limits));
         PackedParameters {
-            heads: self.heads.address(),
-            segments: self.segments.address(),
-            slices: self.slices.address(),
-            pages: self.pages.address(),
+            heads: table,
+            segments: table + places.segments as u64,
+            slices: table + places.slices as u64,
+            pages: table + places.pages as u64,
             queries: queries.address(),
             exact,
             exact_lengths,
-            turned: self.turned.address(),
-            scores: self.scores.address(),
-            sums: self.sums.address(),
-            keys: self.keys.address(),
-            histogram: self.histogram.address(),
-            candidates: self.candidates.address(),
-            candidate_counts: self.candidate_counts.address(),
-            over: self.over.address(),
-            cuts: self.cuts.address(),
-            list: self.list.address(),
-            runs: self.runs.address(),
-            plans: self.plans.address(),
-            states: self.states.parameters(),
-            left: self.left.parameters(),
+            turned: work.turned.address(),
+            scores: work.scores.address(),
+            sums: work.sums.address(),
+            keys: work.keys.address(),
+            histogram: work.histogram.address(),
+            candidates: work.candidates.address(),
+            candidate_counts: work.candidate_counts.address(),
+            over: work.over.address(),
+            cuts: work.cuts.address(),
+            list: work.list.address(),
+            runs: work.runs.address(),
+            plans: work.plans.address(),
+            states: work.states.parameters(),
+            left: work.left.parameters(),
             out: out.address(),
             scale: scale * LOG2_E,
             selected: self.selected,
@@ -323,7 +389,7 @@ impl Packed {
         let c = channels(self.shape.head_dim);
         let count = c * MOST_ROWS * 2;
         let first = (head * self.limits.segments + segment) * count;
-        let halves: Vec<u16> = self.turned.read(first + count)?;
+        let halves: Vec<u16> = self.work.turned.read(first + count)?;
         let number = |at: usize| half::f16::from_bits(halves[first + at]).to_f32();
         let of = |i: usize| {
             let (row, (quarter, channel)) = (i / c, (i % c / (c / 4), i % (c / 4)));
@@ -336,7 +402,7 @@ impl Packed {
     /// Scores of the blocks of all heads, `[B * G, blocks, R]` each as the last step made them, in octaves.
     pub fn scores(&self) -> Result<Vec<Vec<Vec<f32>>>, Error> {
         let (stored, rows) = (rows_stored(self.shape.rows), self.shape.rows);
-        let all: Vec<f32> = self.scores.read(self.shape.heads() * self.limits.blocks * stored)?;
+        let all: Vec<f32> = self.work.scores.read(self.shape.heads() * self.limits.blocks * stored)?;
         let of_block = |scores: &[f32]| scores[..rows].to_vec();
         let of_head = |head: &[f32]| head.chunks_exact(stored).map(of_block).collect();
         Ok(all.chunks_exact(self.limits.blocks * stored).map(of_head).collect())
@@ -344,7 +410,7 @@ impl Packed {
 
     /// What blocks were chosen by: integers of 22 bits, of each head those of all blocks.
     pub fn keys(&self) -> Result<Vec<Vec<u32>>, Error> {
-        let all: Vec<u32> = self.keys.read(self.shape.heads() * self.limits.blocks)?;
+        let all: Vec<u32> = self.work.keys.read(self.shape.heads() * self.limits.blocks)?;
         Ok(all.chunks_exact(self.limits.blocks).map(<[u32]>::to_vec).collect())
     }
 
@@ -354,9 +420,9 @@ impl Packed {
         if self.selected >= 1.0 {
             return Ok(vec![None; heads]);
         }
-        let runs: Vec<u32> = self.runs.read(heads * self.limits.segments * 4)?;
-        let described: Vec<u32> = self.heads.read(heads * 4)?;
-        let list: Vec<u32> = self.list.read(heads * stride)?;
+        let runs: Vec<u32> = self.work.runs.read(heads * self.limits.segments * 4)?;
+        let described: Vec<u32> = self.table.read(heads * 4)?;
+        let list: Vec<u32> = self.work.list.read(heads * stride)?;
         let of_head = |i: usize| {
             let of_segments = &runs[i * self.limits.segments * 4..][..described[4 * i] as usize * 4];
             let count: u32 = of_segments.chunks_exact(4).map(|run| run[1]).sum();
@@ -368,8 +434,8 @@ impl Packed {
     /// Whether all counts are 0 again.
     pub fn is_clean(&self) -> Result<bool, Error> {
         let heads = self.shape.heads();
-        let mut counts: Vec<u32> = self.histogram.read(heads * DIGITS)?;
-        counts.extend(self.candidate_counts.read::<u32>(heads)?);
+        let mut counts: Vec<u32> = self.work.histogram.read(heads * DIGITS)?;
+        counts.extend(self.work.candidate_counts.read::<u32>(heads)?);
         Ok(counts.iter().all(|x| *x == 0))
     }
 }
@@ -388,7 +454,7 @@ fn list_stride(limits: Limits, selected: f32) -> usize {
 /// A head as kernels find it.
 struct Described {
     head: PackedHead,
-    segments: Vec<parameters::PackedSegment>,
+    segments: Vec<PackedSegment>,
     slices: Vec<PackedSlice>,
     pages: Vec<u64>,
 }

@@ -1,7 +1,7 @@
 //! How does a device attend to the next token of each of several sequences?
 
-use super::{Mirror, Store};
-use crate::layered::Select;
+use super::packed::OfPacked;
+use super::{Heads, Held, HeldLayered, Mirror, Store};
 use crate::{KvCache, KvError, KvShape, Layer};
 use half::f16;
 use mosaickv_kernels::cuda::exact::{Exact, LEAST_PART as LEAST_EXACT};
@@ -21,7 +21,18 @@ pub struct Attention {
     exact: Vec<Exact>,
     /// Pages of a sequence for which there is room.
     most_pages: usize,
+    /// Of caches in one of these formats.
+    pub(super) packed: Option<OfPacked>,
     pub(super) layered: Option<OfLayered>,
+}
+
+/// What steps of a cache read: steps that several caches take together must read alike.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reads {
+    /// What is chosen of the layered format, or all of what is exact.
+    Layered(Choice),
+    /// A share of the tokens in the packed format.
+    Packed(f32),
 }
 
 #[derive(Debug)]
@@ -43,7 +54,7 @@ impl Attention {
         let KvShape { layers, kv_heads, head_dim, .. } = store.shape;
         let shape = Shape { sequences, kv_heads, rows: store.shape.group(), head_dim };
         let gpu = store.gpu.clone();
-        Ok(Attention { gpu, shape, layers, exact: vec![], most_pages: 0, layered: None })
+        Ok(Attention { gpu, shape, layers, exact: vec![], most_pages: 0, packed: None, layered: None })
     }
 
     /// Sequences of a step.
@@ -52,8 +63,8 @@ impl Attention {
     }
 
     /// Makes ready for a step of these mirrors, which are in line with their caches and have room for the step's token. All caches
-    /// [choose](choice_of) alike. After an error this is not to be used any more.
-    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
+    /// [read](reads_of) alike. After an error this is not to be used any more.
+    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], reads: Reads) -> Result<(), KvError> {
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
         let most = pages.iter().map(|pages| pages.len()).max().unwrap_or(0);
         if most > self.most_pages || self.exact.is_empty() {
@@ -65,11 +76,19 @@ impl Attention {
         let of_layer = |l: usize| mirrors.iter().map(move |mirror| mirror.exact_tokens(l) as u32 + 1);
         let tokens: Vec<u32> = (0..self.layers).flat_map(of_layer).collect();
         Exact::set_layers(&mut self.exact, &tokens, &pages)?;
-        self.set_layered(store, mirrors, choice)
+        let (before, sizes) = (self.packed.take(), (self.shape, self.layers));
+        match reads {
+            Reads::Packed(selected) => {
+                self.layered = None;
+                self.packed = OfPacked::ready(before, &self.gpu, sizes, mirrors, selected)?;
+                Ok(())
+            }
+            Reads::Layered(choice) => self.set_layered(store, mirrors, choice),
+        }
     }
 
     fn set_layered(&mut self, store: &Store, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
-        let heads = || mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(|held| &held.heads);
+        let heads = || mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(of_held);
         heads().try_for_each(|head| head.pages.write())?;
         let most_of = |of: fn(&Growing) -> usize| heads().map(|head| of(&head.pages)).max();
         let Some(most) = most_of(|pages| pages.head().page_count()) else {
@@ -89,13 +108,12 @@ impl Attention {
         };
         for l in 0..self.layers {
             let held: Vec<_> = mirrors.iter().map(|mirror| &mirror.layers[l]).collect();
-            let is_compressed = held.iter().any(|held| !held.heads.is_empty());
-            let now: Vec<_> = mirrors.iter().zip(&held).map(|(m, held)| (m.id, held.changes)).collect();
-            let now = if is_compressed { now } else { vec![] };
+            let is_compressed = held.iter().any(|held| !of_held(held).is_empty());
+            let now = if is_compressed { whose(mirrors, l) } else { vec![] };
             if of.set[l] != now {
                 let mut heads = vec![];
                 for held in held {
-                    match &held.heads[..] {
+                    match of_held(held) {
                         [] => heads.resize(heads.len() + self.shape.kv_heads, of.none.head()),
                         of_layer => heads.extend(of_layer.iter().map(|head| head.pages.head())),
                     }
@@ -121,8 +139,10 @@ impl Attention {
     ) -> Result<(), KvError> {
         let exact = &self.exact[layer];
         exact.attend(&store.pool(layer), queries, scale)?;
-        match &self.layered {
-            Some(of) if !of.set[layer].is_empty() => {
+        let of_packed = self.packed.as_ref().and_then(|of| of.layer(layer));
+        match (of_packed, &self.layered) {
+            (Some(packed), _) => packed.step(queries, scale, Some(exact), out)?,
+            (None, Some(of)) if !of.set[layer].is_empty() => {
                 of.layers[layer].step(queries, scale, Some(exact), out)?
             }
             _ => exact.finish(out)?,
@@ -153,12 +173,28 @@ impl OfLayered {
     }
 }
 
-/// What steps of a cache read: steps that several caches take together must read alike.
-pub fn choice_of(cache: &KvCache) -> Choice {
+/// What a layer's heads are in some mirrors: whose, and after how many changes.
+pub(super) fn whose(mirrors: &[&Mirror], layer: usize) -> Vec<(u64, u64)> {
+    mirrors.iter().map(|mirror| (mirror.id, mirror.layers[layer].changes)).collect()
+}
+
+/// Of a layer of a mirror that shares steps with mirrors of layered and exact caches.
+fn of_held(held: &Held) -> &[HeldLayered] {
+    match &held.heads {
+        Heads::Exact => &[],
+        Heads::Layered(heads) => heads,
+        Heads::Packed(_) => panic!("caches in the layered and in the packed format share a step"),
+    }
+}
+
+/// What steps of a cache read.
+pub fn reads_of(cache: &KvCache) -> Reads {
     let of_layer = |layer: &Layer| match layer {
-        Layer::Layered(heads) => heads.first().map(|head| head.settings.select),
-        _ => None,
+        Layer::Layered(heads) => heads
+            .first()
+            .map(|head| Reads::Layered(Choice { needed: head.settings.select.asked(), ..Choice::default() })),
+        Layer::Packed(heads) => heads.first().map(|head| Reads::Packed(head.settings.selected)),
+        Layer::Exact(_) | Layer::Baseline(_) => None,
     };
-    let needed = cache.layers.iter().find_map(of_layer).and_then(Select::asked);
-    Choice { needed, ..Choice::default() }
+    cache.layers.iter().find_map(of_layer).unwrap_or(Reads::Layered(Choice::all()))
 }

@@ -3,7 +3,7 @@
 //! The host plans, as ever. What the device makes of the plan is to the bit what the host would make of it: it stays there, for the
 //! prompt's mirror, and a copy comes to the host's cache.
 
-use super::{HeldHead, Mirror, Pools, Store};
+use super::{Heads, HeldLayered, Mirror, Pools, Store};
 use crate::layered::{HeadCalibration, LayeredHead, Scales};
 use crate::{KvCache, KvFormat};
 use mosaickv_kernels::Pool as Threads;
@@ -15,7 +15,7 @@ use mosaickv_kernels::layered::{PAGE_TOKENS, Pages, Profile};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Heads of layers that were encoded, until their mirror adopts them.
-pub(super) type Made = Arc<Mutex<Vec<(usize, Vec<HeldHead>)>>>;
+pub(super) type Made = Arc<Mutex<Vec<(usize, Vec<HeldLayered>)>>>;
 
 /// Encodes one prompt of a cache on the device.
 #[derive(Debug)]
@@ -55,8 +55,9 @@ impl Mirror {
     /// Encodes the prompt of a cache that is in line with this; `None` if the device does not hold it.
     pub fn encoder(&self, store: &Store, cache: &KvCache) -> Option<Encoder> {
         let is_whole = self.times == 1 && self.before == 0;
-        let is_held =
-            |layer: usize| self.layers[layer].heads.is_empty() && self.layers[layer].tokens == cache.tokens();
+        let is_held = |layer: usize| {
+            matches!(self.layers[layer].heads, Heads::Exact) && self.layers[layer].tokens == cache.tokens()
+        };
         if !matches!(cache.format, KvFormat::Layered(_)) || !is_whole || !(0..self.layers.len()).all(is_held)
         {
             return None;
@@ -75,7 +76,7 @@ impl Mirror {
     pub(super) fn adopt(&mut self) {
         for (layer, heads) in self.made.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             if self.times == 1 {
-                self.layers[layer].heads = heads;
+                self.layers[layer].heads = Heads::Layered(heads);
             }
         }
     }
@@ -173,13 +174,13 @@ impl Encoder {
         let mut encoded = self.heads.into_iter();
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         for (layer, heads) in layers {
-            let held = heads.iter().zip(encoded.by_ref()).map(|(head, pages)| HeldHead {
+            let held = heads.iter().zip(encoded.by_ref()).map(|(head, pages)| HeldLayered {
                 pages,
                 prompt: Arc::downgrade(&head.prompt),
                 sizes: [0; 5],
                 of_tail: 0,
             });
-            let held: Vec<HeldHead> = held.collect();
+            let held: Vec<HeldLayered> = held.collect();
             if held.len() == heads.len() {
                 made.push((*layer, held));
             }

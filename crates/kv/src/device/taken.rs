@@ -3,6 +3,7 @@
 use crate::baselines::WINDOW;
 use crate::exact::ExactHead;
 use crate::layered::{LayeredHead, Work};
+use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvShape, Layer};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -23,12 +24,16 @@ pub struct Taken<'a> {
 impl KvCache {
     /// Seals what the next token's [`append`](KvCache::append) would seal, in each of some caches.
     pub(super) fn make_room<'a>(caches: impl Iterator<Item = &'a mut KvCache>, threads: &Pool) {
-        let heads = caches.flat_map(|cache| &mut cache.layers).flat_map(|layer| match layer {
-            Layer::Layered(heads) => &mut heads[..],
-            _ => &mut [],
-        });
-        let mut full: Vec<&mut LayeredHead> = heads.filter(|head| head.is_full()).collect();
-        threads.for_each(&mut full, |_, head| head.make_room());
+        let (mut packed, mut layered) = (vec![], vec![]);
+        for layer in caches.flat_map(|cache| &mut cache.layers) {
+            match layer {
+                Layer::Packed(heads) => packed.extend(heads.iter_mut().filter(|head| head.is_full())),
+                Layer::Layered(heads) => layered.extend(heads.iter_mut().filter(|head| head.is_full())),
+                _ => {}
+            }
+        }
+        threads.for_each(&mut packed, |_, head| head.make_room());
+        threads.for_each(&mut layered, |_, head| head.make_room());
     }
 
     /// Stores keys and values of further tokens of a prompt in a layer, and remembers of their queries what is remembered: what
@@ -80,18 +85,18 @@ impl KvCache {
                 }
             }
             for (l, layer) in cache.layers.iter_mut().enumerate() {
+                let mut add = |g, head| tasks.push((i, l, g, head));
                 match layer {
                     Layer::Exact(heads) => {
-                        tasks.extend(
-                            heads.iter_mut().enumerate().map(|(g, head)| (i, l, g, Taker::Exact(head))),
-                        );
+                        heads.iter_mut().enumerate().for_each(|(g, head)| add(g, Taker::Exact(head)));
+                    }
+                    Layer::Packed(heads) => {
+                        heads.iter_mut().enumerate().for_each(|(g, head)| add(g, Taker::Packed(head)));
                     }
                     Layer::Layered(heads) => {
-                        tasks.extend(
-                            heads.iter_mut().enumerate().map(|(g, head)| (i, l, g, Taker::Layered(head))),
-                        );
+                        heads.iter_mut().enumerate().for_each(|(g, head)| add(g, Taker::Layered(head)));
                     }
-                    Layer::Packed(_) | Layer::Baseline(_) => unreachable!("formats were checked"),
+                    Layer::Baseline(_) => unreachable!("formats were checked"),
                 }
             }
         }
@@ -103,29 +108,16 @@ impl KvCache {
     pub fn asks(&self, layer: usize) -> bool {
         match &self.layers[layer] {
             Layer::Layered(heads) => heads[0].asks_next(),
-            _ => self.samples.is_some() || self.recent.is_some(),
+            Layer::Exact(_) => self.samples.is_some() || self.recent.is_some(),
+            Layer::Packed(_) | Layer::Baseline(_) => false,
         }
-    }
-}
-
-impl Taken<'_> {
-    /// Keys and values `[T, G, D]`.
-    fn halves(&self, shape: KvShape) -> (Vec<f32>, Vec<f32>) {
-        let row = shape.kv_heads * shape.head_dim;
-        let half = |first: usize| -> Vec<f32> {
-            let mut out = vec![0.0; self.rows.len() / 2];
-            for (out, token) in out.chunks_exact_mut(row).zip(self.rows.chunks_exact(2 * row)) {
-                token[first..][..row].convert_to_f32_slice(out);
-            }
-            out
-        };
-        (half(0), half(row))
     }
 }
 
 /// A head that takes a token.
 enum Taker<'a> {
     Exact(&'a mut ExactHead),
+    Packed(&'a mut PackedHead),
     Layered(&'a mut LayeredHead),
 }
 
@@ -137,6 +129,7 @@ impl Taker<'_> {
         let value = wide(&taken.rows[(shape.kv_heads + g) * d..][..d]);
         match self {
             Taker::Exact(head) => head.append(&key, &value, (0, d)),
+            Taker::Packed(head) => head.append(&key, &value),
             Taker::Layered(head) => {
                 head.append(&key, &value);
                 if head.is_asked() {

@@ -1,11 +1,13 @@
 //! Mirrors on an emulated device, against the caches that they mirror.
 
 mod encoding;
+mod packed;
 
 use super::*;
 use crate::common::uniform;
 use crate::{Layered as Format, Moments, Select, Target};
 use mosaickv_kernels::cuda::emulated::Emulated;
+use mosaickv_kernels::cuda::layered::Choice;
 
 const D: usize = 64;
 const SHAPE: KvShape = KvShape { layers: 2, heads: 6, kv_heads: 2, head_dim: D, window: None };
@@ -89,9 +91,10 @@ fn step_each(
             store.pool(layer).write_page(mirror.pages()[page] as usize, &numbers).unwrap();
         }
     }
-    let choice = choice_of(sequences[0].0);
+    let reads = sequences.iter().map(|(cache, _, _)| reads_of(cache));
+    let reads = reads.reduce(|a, b| if b == Reads::Layered(Choice::all()) { a } else { b }).unwrap();
     let mirrors: Vec<&Mirror> = sequences.iter().map(|(_, mirror, _)| &**mirror).collect();
-    attention.set(store, &mirrors, choice).unwrap();
+    attention.set(store, &mirrors, reads).unwrap();
     let count = sequences.len();
     let queries: Vec<f32> = sequences.iter().flat_map(|(_, _, token)| token.queries.clone()).collect();
     let on_device = gpu.upload(&narrow(&queries)).unwrap();

@@ -14,7 +14,7 @@ use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::prefill::{Limits, Span};
 use mosaickv_kernels::cuda::{Graph, dense};
 use mosaickv_kv::KvCache;
-use mosaickv_kv::device::{Attention, Mirror, Taken, choice_of};
+use mosaickv_kv::device::{Attention, Mirror, Taken, reads_of};
 use std::time::{Duration, Instant};
 
 /// A sequence's next token in a step.
@@ -57,7 +57,7 @@ impl OnDevice {
         self.store.most_sequences().min(LOGIT_ROWS)
     }
 
-    /// One more token in each of some sequences, whose caches choose alike: the logits `[n, vocab]` of those where they are wanted.
+    /// One more token in each of some sequences, whose caches read alike: the logits `[n, vocab]` of those where they are wanted.
     /// Their caches have the token then, and what follows from it between two steps.
     pub(crate) fn step(&mut self, steps: &mut [Step], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
         let start = Instant::now();
@@ -134,7 +134,7 @@ impl OnDevice {
         let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
         graph.run(|| {
-            attention.set(&self.store, &mirrors, choice_of(steps[0].cache))?;
+            attention.set(&self.store, &mirrors, reads_of(steps[0].cache))?;
             work.places.set_each(&spans)?;
             work.places.set_pages(&pages)?;
             work.picked.write(0, wanted)?;

@@ -3,8 +3,7 @@
 use super::{ForwardError, Part, Share};
 use crate::device::{Device, OnDevice, Prompt, Step};
 use mosaickv_kernels::Pool;
-use mosaickv_kernels::cuda::layered::Choice;
-use mosaickv_kv::device::choice_of;
+use mosaickv_kv::device::{Reads, reads_of};
 
 /// Steps of all sequences together, token by token, then prompts one by one. `each` gets the logits of a share in order of its tokens.
 pub(super) fn read(
@@ -29,14 +28,14 @@ pub(super) fn read(
     Ok(())
 }
 
-/// The shares that have a token `t`, by those that can take a step together: they choose alike, and are not too many.
+/// The shares that have a token `t`, by those that can take a step together: they read alike, and are not too many.
 fn together(steps: &[Share], t: usize, most: usize) -> Vec<Vec<usize>> {
-    let mut groups: Vec<(Choice, Vec<usize>)> = vec![];
+    let mut groups: Vec<(Reads, Vec<usize>)> = vec![];
     for (i, share) in steps.iter().enumerate().filter(|(_, share)| t < share.tokens.len()) {
-        let choice = choice_of(&share.sequence.cache);
-        match groups.iter_mut().find(|(other, members)| *other == choice && members.len() < most) {
+        let reads = reads_of(&share.sequence.cache);
+        match groups.iter_mut().find(|(other, members)| *other == reads && members.len() < most) {
             Some((_, members)) => members.push(i),
-            None => groups.push((choice, vec![i])),
+            None => groups.push((reads, vec![i])),
         }
     }
     groups.into_iter().map(|(_, members)| members).collect()
@@ -76,10 +75,6 @@ fn prompt(
     let sequence = &mut *share.sequence;
     let mirror = sequence.mirror.as_mut().expect("a sequence of a model on a device has a mirror");
     let (cache, tokens, part) = (&mut sequence.cache, share.tokens, share.part);
-    let prompt = Prompt { cache, mirror, tokens, part, first_wanted };
-    device.prompt(prompt, pool, done, each)?;
-    if share.part == Part::PromptEnd {
-        (0..sequence.model.config.layers).for_each(|l| sequence.cache.begin_end_prompt(l));
-    }
-    Ok(())
+    // What compresses the prompt is `finish_prompt`, all layers together.
+    device.prompt(Prompt { cache, mirror, tokens, part, first_wanted }, pool, done, each)
 }

@@ -26,7 +26,8 @@ const PAGE: usize = 64;
     until the prompt's first token was known, and then until it was compressed. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
-    mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json"
+    mosaickv bench gpu --context 1048576 --kv layered:8 --batch 1,2,3 --json\n  \
+    mosaickv bench gpu --context 262144 --kv exact,packed,packed:selected=0.0625"
 )]
 pub struct GpuArgs {
     /// Tokens that a step attends to, about
@@ -35,7 +36,7 @@ pub struct GpuArgs {
     /// Sequences that decode together
     #[arg(long, value_delimiter = ',', default_values_t = [1])]
     batch: Vec<usize>,
-    /// KV formats: exact, and layered ones
+    /// KV formats: exact, and layered and packed ones
     #[arg(long, default_value = "exact,layered")]
     kv: KvFormats,
     /// Tokens of the prompt that is read
@@ -209,8 +210,9 @@ struct Timed {
 /// Steps of so many sequences that go on from `first` as if there were so many tokens.
 fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> Result<Timed> {
     let device = first.model().device.as_ref().context("a model on a GPU")?;
-    // A prompt's newest tokens, which are there once, are 700 of 8,192.
-    let times = (context as f64 / args.prompt.saturating_sub(700).max(1) as f64).round().max(1.0) as usize;
+    // A prompt's newest tokens, which are there once, of 8,192.
+    let once = if matches!(first.cache().format(), KvFormat::Packed(_)) { 512 } else { 700 };
+    let times = (context as f64 / args.prompt.saturating_sub(once).max(1) as f64).round().max(1.0) as usize;
     let before = context.saturating_sub(args.prompt) / PAGE;
     let stretched = || match first.cache().format() {
         KvFormat::Exact => first.stretched(1, before),

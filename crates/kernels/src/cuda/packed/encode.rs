@@ -68,7 +68,7 @@ impl Segment {
         let kernel = ENCODE[usize::from(d == 128)];
         // SAFETY: one block for each token block, for which there is room in the pages, and of which there are vectors.
         unsafe { self.gpu.launch(kernel, (blocks, WARPS * c * 4), &parameters) }?;
-        self.grow(blocks);
+        self.add(blocks);
         Ok(())
     }
 }

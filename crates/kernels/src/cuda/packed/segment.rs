@@ -3,7 +3,7 @@
 use crate::cuda::device::{Buffer, Error, Gpu};
 use crate::cuda::parameters::{PackedSegment, PackedStrategy};
 use crate::packed::device::DevicePage;
-use crate::packed::{PackedPage, PackedShape};
+use crate::packed::{PAGE_TOKENS, PackedPage, PackedShape};
 use half::f16;
 use std::sync::Arc;
 
@@ -124,19 +124,24 @@ impl Segment {
         self.places.iter().map(|&(memory, at)| self.memory[memory].address() + at as u64)
     }
 
+    /// Bytes from a page to the next one.
+    fn stride(&self) -> usize {
+        self.layout.bytes().next_multiple_of(128)
+    }
+
     /// Makes room for `blocks` more, in one piece of memory.
     pub(super) fn reserve(&mut self, blocks: usize) -> Result<(), Error> {
         let missing = (self.blocks + blocks).div_ceil(self.layout.blocks()).saturating_sub(self.places.len());
         if missing > 0 {
-            let stride = self.layout.bytes().next_multiple_of(128);
+            let stride = self.stride();
             self.memory.push(self.gpu.alloc(missing * stride)?);
             self.places.extend((0..missing).map(|i| (self.memory.len() - 1, i * stride)));
         }
         Ok(())
     }
 
-    /// Its next blocks were written.
-    pub(super) fn grow(&mut self, blocks: usize) {
+    /// It has so many more blocks, for which there is room.
+    pub(super) fn add(&mut self, blocks: usize) {
         self.blocks += blocks;
         assert!(
             self.blocks <= self.places.len() * self.layout.blocks(),
@@ -147,38 +152,40 @@ impl Segment {
     /// Adds pages as the CPU encodes them.
     pub fn append(&mut self, pages: &[PackedPage]) -> Result<(), Error> {
         self.reserve(pages.iter().map(PackedPage::blocks).sum())?;
+        let of_page = self.layout.blocks();
         for page in pages {
             let mut from = 0;
             while from < page.blocks() {
-                let first = self.blocks % self.layout.blocks();
-                let count = (page.blocks() - from).min(self.layout.blocks() - first);
-                let (memory, start) = self.places[self.blocks / self.layout.blocks()];
+                let first = self.blocks % of_page;
+                let count = (page.blocks() - from).min(of_page - first);
+                let (memory, start) = self.places[self.blocks / of_page];
                 for (at, bytes) in self.layout.place(page, from..from + count, first) {
                     self.memory[memory].write(start + at, &bytes)?;
                 }
                 from += count;
-                self.grow(count);
+                self.add(count);
             }
         }
         Ok(())
     }
 
-    /// Full pages, `times` times, each time with memory of their own: long contexts for benchmarks.
+    /// Of pages as the CPU encodes them, at least one: the full ones that come first `times` times, each time with memory of their own (once, but
+    /// for measurements), then the others.
     pub fn repeated(
         gpu: &Gpu,
         rotation: &Arc<Rotation>,
         (pages, times): (&[PackedPage], usize),
     ) -> Result<Segment, Error> {
         let mut out = Segment::new(gpu, rotation, pages[0].shape(), pages[0].block());
-        let blocks: usize = pages.iter().map(PackedPage::blocks).sum();
-        assert!(times > 0 && blocks == pages.len() * out.layout.blocks(), "pages that are not full");
+        let full = pages.iter().take_while(|page| page.tokens() == PAGE_TOKENS).count();
+        let (blocks, bytes) = (full * out.layout.blocks(), full * out.stride());
         out.reserve(blocks * times)?;
-        out.append(pages)?;
-        let bytes = pages.len() * out.layout.bytes().next_multiple_of(128);
-        for i in 1..times {
+        out.append(&pages[..full])?;
+        for i in 1..if full > 0 { times } else { 0 } {
             out.memory[0].copy_from(i * bytes, (&out.memory[0], 0), bytes)?;
-            out.grow(blocks);
+            out.add(blocks);
         }
+        out.append(&pages[full..])?;
         Ok(out)
     }
 
