@@ -5,7 +5,7 @@
 mod encode;
 mod segment;
 
-pub use segment::{Grown, Rotation, Segment};
+pub use segment::{Rotation, Segment};
 
 use super::device::{Buffer, Error, Gpu, Kernel};
 use super::exact::{Exact, FINISH_SHARED};
