@@ -81,8 +81,7 @@ fn prompt(
     let first_wanted = share.first_wanted();
     let sequence = &mut *share.sequence;
     let mirror = sequence.mirror.as_mut().expect("a sequence of a model on a device has a mirror");
-    let (cache, tokens, part) = (&mut sequence.cache, share.tokens, share.part);
-    let prompt = Prompt { cache, mirror, tokens, part, first_wanted };
+    let prompt = Prompt { cache: &mut sequence.cache, mirror, tokens: share.tokens, first_wanted };
     device.prompt(prompt, pool, done, each)?;
     if share.part == Part::PromptEnd {
         (0..sequence.model.config.layers).for_each(|l| sequence.cache.begin_end_prompt(l));
