@@ -8,9 +8,7 @@ use crate::baselines::{
 };
 use crate::device::Encoder;
 use crate::exact::ExactHead;
-use crate::layered::{
-    self, Calibration, Complete, Early, Layered, LayeredHead, Places, Prompt, Samples, Target,
-};
+use crate::layered::{self, Calibration, Layered, LayeredHead, Places, Prompt, Samples, Target};
 use crate::packed::PackedHead;
 use crate::{KvCache, KvError, KvFormat, KvShape, Layer, Phases, Working};
 use half::f16;
@@ -26,16 +24,6 @@ pub(crate) struct Encoding(Option<(usize, JoinHandle<Layer>)>);
 /// The layers of a prompt that are compressed together on threads of their own, and what becomes of them.
 #[derive(Debug, Default)]
 pub(crate) struct Ending(Option<JoinHandle<Vec<(usize, Layer)>>>);
-
-/// What is worked out of a prompt in the layered format before its last layer has read it. A copy of the cache works it out again.
-#[derive(Debug, Default)]
-pub(crate) struct Beginning(Option<Early>);
-
-impl Clone for Beginning {
-    fn clone(&self) -> Beginning {
-        Beginning::default()
-    }
-}
 
 impl Clone for Ending {
     fn clone(&self) -> Ending {
@@ -110,22 +98,6 @@ impl KvCache {
         self.encoding.0 = Some((layer, thread));
     }
 
-    /// Begins what the layered format needs to know of a layer, on `threads` threads beside what follows: the layer has all of the prompt that
-    /// is about to end. [`finish_prompt`](KvCache::finish_prompt) does what was not begun.
-    pub fn begin_observe(&mut self, layer: usize, threads: usize) {
-        let (Layer::Exact(heads), Some(samples), Some(calibration)) =
-            (&self.layers[layer], &self.samples, &self.calibration)
-        else {
-            return;
-        };
-        let is_layered = matches!(self.format, KvFormat::Layered(_)) && self.shape.window_of(layer).is_none();
-        if is_layered && layered::is_worth_it(&heads[0]) {
-            let complete = Complete { layer, heads: heads.clone(), samples: samples[layer].clone() };
-            let early = || Early::new(threads, self.shape, calibration.clone());
-            self.beginning.0.get_or_insert_with(early).add(complete);
-        }
-    }
-
     /// Waits until every layer is encoded. What [`begin_end_prompt`](KvCache::begin_end_prompt) was not called for, and the layered format, which
     /// shares out bytes among the layers, begins only now, unless it [was begun](KvCache::begin_finish_prompt).
     pub fn finish_prompt(&mut self, pool: &Pool) {
@@ -141,12 +113,18 @@ impl KvCache {
     }
 
     /// Begins what [`finish_prompt`](KvCache::finish_prompt) has to do, on `threads` threads beside what follows, and in the layered format with an
-    /// encoder on a device. `true` if there is such work: then this cache can't be used, nor its bytes be counted, until `finish_prompt`.
-    pub fn begin_finish_prompt(&mut self, threads: usize, encoder: Option<Encoder>) -> bool {
+    /// encoder on a device, if there is one for this cache. `true` if there is such work: then this cache can't be used, nor its bytes be
+    /// counted, until `finish_prompt`.
+    pub fn begin_finish_prompt(
+        &mut self,
+        threads: usize,
+        encoder: impl FnOnce(&KvCache) -> Option<Encoder>,
+    ) -> bool {
         if self.ending.0.is_some() {
             return true;
         }
         self.join();
+        let encoder = encoder(self);
         let thread = thread::Builder::new().name("mosaickv-encode".to_owned());
         let thread = if let Some(work) = self.taken_apart() {
             thread.spawn(move || work.encode(&Pool::new(threads)))
@@ -216,14 +194,12 @@ impl KvCache {
                 prompts.push((layer, std::mem::take(heads)));
             }
         }
-        let early = self.beginning.0.take();
         // Without the heads that were just taken out.
         let others = self.bytes().total();
         (!prompts.is_empty()).then_some(LayeredWork {
             shape: self.shape,
             calibration,
             prompts,
-            early,
             settings,
             others,
             places: self.places,
@@ -371,7 +347,6 @@ impl KvCache {
             closings: vec![],
             encoding: Encoding::default(),
             ending: Ending::default(),
-            beginning: Beginning::default(),
             phases: Phases::default(),
             working: Working::default(),
         }
@@ -389,7 +364,6 @@ struct LayeredWork {
     shape: KvShape,
     calibration: Arc<Calibration>,
     prompts: Vec<(usize, Vec<ExactHead>)>,
-    early: Option<Early>,
     settings: Layered,
     /// Bytes of the cache beside these layers.
     others: usize,
@@ -399,14 +373,13 @@ struct LayeredWork {
 impl LayeredWork {
     /// The layers as they are to be, with the sampled queries of all layers.
     fn encode(self, pool: &Pool, samples: &[Samples], mut encoder: Option<Encoder>) -> Vec<(usize, Layer)> {
-        let LayeredWork { shape, calibration, prompts, early, settings, others, places } = self;
+        let LayeredWork { shape, calibration, prompts, settings, others, places } = self;
         let layers: Vec<usize> = prompts.iter().map(|(layer, _)| *layer).collect();
         let of_layer = |(layer, heads)| Prompt { layer, heads, samples: &samples[layer] };
         let prompts = prompts.into_iter().map(of_layer).collect();
-        let known = early.map(Early::finish).unwrap_or_default();
         let workers = (pool, encoder.as_mut());
         let how = (settings, others, places);
-        let made = layered::compress(workers, shape, &calibration, (prompts, known), how);
+        let made = layered::compress(workers, shape, &calibration, prompts, how);
         let made: Vec<_> = layers.into_iter().zip(made).collect();
         if let Some(encoder) = encoder {
             encoder.give(&made);

@@ -33,7 +33,7 @@ mod rotation;
 mod saved;
 
 use baselines::{Head, RecentQueries};
-use compress::{Beginning, Encoding, Ending};
+use compress::{Encoding, Ending};
 use exact::ExactHead;
 use layered::{Closing, LayeredHead, Places, Samples};
 use learner::Learning;
@@ -162,7 +162,6 @@ pub struct KvCache {
     /// The layer that is being compressed.
     encoding: Encoding,
     ending: Ending,
-    beginning: Beginning,
     phases: Phases,
     working: Working,
 }
@@ -222,7 +221,6 @@ impl KvCache {
             closings: vec![],
             encoding: Encoding::default(),
             ending: Ending::default(),
-            beginning: Beginning::default(),
             phases: Phases::default(),
             working: Working::default(),
         })

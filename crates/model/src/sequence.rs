@@ -308,8 +308,9 @@ impl<'a> Sequence<'a> {
 
     fn begin_on(&mut self, threads: usize) -> bool {
         let device = self.model.device.as_ref().zip(self.mirror.as_ref());
-        let encoder = device.and_then(|(device, mirror)| mirror.encoder(&device.lock().store, &self.cache));
-        self.cache.begin_finish_prompt(threads, encoder)
+        self.cache.begin_finish_prompt(threads, |cache| {
+            device.and_then(|(device, mirror)| mirror.encoder(&device.lock().store, cache))
+        })
     }
 
     /// No further prompt will come: see [`KvCache::forget_queries`].

@@ -3,7 +3,6 @@
 
 use super::asked::Asked;
 use super::distortion::{Distortion, is_out_of_line};
-use super::early::Known;
 use super::importance::{Samples, Weights, weigh};
 use super::plan::{Channels, Head, HeadPlan, fitting, plan};
 use super::select::PageReads;
@@ -20,7 +19,6 @@ use mosaickv_kernels::Pool;
 use mosaickv_kernels::exact::PAGE_TOKENS as EXACT_TOKENS;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
 use mosaickv_kernels::rotate::multiply;
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,13 +40,12 @@ pub(crate) struct Prompt<'a> {
 }
 
 /// The layers' heads, which together take what the settings leave them beside `others` bytes of the same cache. Layers of
-/// fewer than 2,048 tokens are not for this. Of some layers it is known what they need; the prompt's pages are encoded by a device, if there is
-/// an encoder.
+/// fewer than 2,048 tokens are not for this. The prompt's pages are encoded by a device, if there is an encoder.
 pub(crate) fn compress(
     (pool, encoder): (&Pool, Option<&mut Encoder>),
     shape: KvShape,
     calibration: &Arc<Calibration>,
-    (prompts, known): (Vec<Prompt>, Vec<Known>),
+    prompts: Vec<Prompt>,
     (settings, others, keep): (Layered, usize, Places),
 ) -> Vec<Vec<LayeredHead>> {
     let Some(tokens) = prompts.first().map(|prompt| prompt.heads[0].tokens()) else { return vec![] };
@@ -57,23 +54,15 @@ pub(crate) fn compress(
     let exact = heads * tokens * shape.head_dim * 2 * size_of::<f16>();
     let budget = settings.target.budget(exact, others);
     let mut jobs: Vec<(Job, Option<(Scales, Head)>)> = Vec::new();
-    let mut known: HashMap<usize, Known> = known.into_iter().map(|known| (known.layer, known)).collect();
     for prompt in &prompts {
         let bits = 16.0 * budget / exact as f32;
         let newest = Newest::new(tokens, bits, (prompt.layer, shape.layers));
         let of = (prompt.layer, &prompt.heads[..]);
         let of_layer = Job::of_layer(of, prompt.samples, (shape, calibration), newest);
-        let is_of = |known: &Known| known.tokens == of_layer[0].middle();
-        let known = known.remove(&prompt.layer).filter(is_of).map(|known| known.heads);
-        let known = known.into_iter().flatten().map(Some).chain(std::iter::repeat_with(|| None));
-        jobs.extend(of_layer.into_iter().zip(known));
+        jobs.extend(of_layer.into_iter().map(|job| (job, None)));
     }
     let start = Instant::now();
-    pool.for_each(&mut jobs, |_, (job, out)| {
-        if out.is_none() {
-            *out = Some(job.observe());
-        }
-    });
+    pool.for_each(&mut jobs, |_, (job, out)| *out = Some(job.observe()));
     let observed = start.elapsed();
     let (jobs, found): (Vec<Job>, Vec<_>) = jobs.into_iter().unzip();
     let (scales, mut heads): (Vec<Scales>, Vec<Head>) = found.into_iter().flatten().unzip();
@@ -206,7 +195,7 @@ pub(super) fn guard(heads: &mut [Head], drop: Dropping) {
 }
 
 /// One head of a prompt.
-pub(super) struct Job<'a> {
+struct Job<'a> {
     exact: &'a ExactHead,
     calibration: &'a Arc<Calibration>,
     /// Which of the calibration's heads.
@@ -219,7 +208,7 @@ pub(super) struct Job<'a> {
 
 impl<'a> Job<'a> {
     /// The heads of a layer.
-    pub(super) fn of_layer(
+    fn of_layer(
         (layer, heads): (usize, &'a [ExactHead]),
         samples: &'a Samples,
         (shape, calibration): (KvShape, &'a Arc<Calibration>),
@@ -233,7 +222,7 @@ impl<'a> Job<'a> {
     }
 
     /// The tokens that the plan is for: neither the sinks nor the newest.
-    pub(super) fn middle(&self) -> Range<usize> {
+    fn middle(&self) -> Range<usize> {
         SINKS..self.exact.tokens() - self.newest.tokens()
     }
 
@@ -255,7 +244,7 @@ impl<'a> Job<'a> {
     }
 
     /// What the head's tokens and channels are, and weigh.
-    pub(super) fn observe(&self) -> (Scales, Head) {
+    fn observe(&self) -> (Scales, Head) {
         let KvShape { heads, head_dim: d, kv_heads, .. } = self.shape;
         let scale = (d as f32).sqrt().recip();
         let (keys, values) = self.rows(0..self.exact.tokens());

@@ -7,7 +7,7 @@ use super::OnDevice;
 use super::weights::DeviceLayer;
 use crate::config::{Architecture, ModelConfig};
 use crate::rope::RopeStyle;
-use crate::sequence::{ForwardError, Part as Reading};
+use crate::sequence::ForwardError;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::dense::{self, Activation, Heads, Pairs, Rotations};
@@ -36,7 +36,6 @@ pub(crate) struct Prompt<'s> {
     pub(crate) cache: &'s mut KvCache,
     pub(crate) mirror: &'s mut Mirror,
     pub(crate) tokens: &'s [u32],
-    pub(crate) part: Reading,
     /// The logits after the tokens from this one on are wanted.
     pub(crate) first_wanted: usize,
 }
@@ -121,14 +120,13 @@ impl OnDevice {
         done: &mut dyn FnMut(usize),
         each: &mut dyn FnMut(usize, &[f32]),
     ) -> Result<(), ForwardError> {
-        let Prompt { cache, mirror, tokens, part, first_wanted } = prompt;
+        let Prompt { cache, mirror, tokens, first_wanted } = prompt;
         let start = cache.tokens();
         mirror.update(&mut self.store, cache, threads, tokens.len())?;
         let mut work = self.ready_for_prompt(mirror, tokens.len().min(PROMPT_ROWS))?;
         let free = std::mem::take(&mut work.pinned);
         let with_queries = cache.asks(0);
-        let last_block = tokens.len().div_ceil(PROMPT_ROWS).saturating_sub(1) * self.config.layers;
-        let of_host = Host { cache, threads, complete: (part == Reading::PromptEnd).then_some(last_block) };
+        let of_host = Host { cache, threads };
         let (returned, result) = thread::scope(|scope| {
             let (to_host, layers) = mpsc::channel();
             let (give_back, given) = mpsc::channel();
@@ -378,8 +376,6 @@ impl Sent<'_> {
 struct Host<'a> {
     cache: &'a mut KvCache,
     threads: &'a Pool,
-    /// Layers to store until those come that have all of their prompt then, if it ends.
-    complete: Option<usize>,
 }
 
 impl Host<'_> {
@@ -388,7 +384,7 @@ impl Host<'_> {
         layers: mpsc::Receiver<Layer>,
         give_back: mpsc::Sender<Pinned>,
     ) -> Result<(), ForwardError> {
-        for (i, (layer, pending, [of_rows, of_queries])) in layers.into_iter().enumerate() {
+        for (layer, pending, [of_rows, of_queries]) in layers {
             let pinned = pending.wait()?;
             let taken = Taken {
                 rows: pinned.numbers(0, of_rows / 2),
@@ -396,9 +392,6 @@ impl Host<'_> {
                 log_sums: &[],
             };
             self.cache.take(self.threads, layer, taken)?;
-            if self.complete.is_some_and(|first| i >= first) {
-                self.cache.begin_observe(layer, (self.threads.threads() / 2).max(1));
-            }
             // Nobody may want it any more.
             let _ = give_back.send(pinned);
         }

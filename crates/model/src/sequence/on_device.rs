@@ -74,7 +74,7 @@ fn prompt(
     let first_wanted = share.first_wanted();
     let sequence = &mut *share.sequence;
     let mirror = sequence.mirror.as_mut().expect("a sequence of a model on a device has a mirror");
-    let (cache, tokens, part) = (&mut sequence.cache, share.tokens, share.part);
+    let prompt = Prompt { cache: &mut sequence.cache, mirror, tokens: share.tokens, first_wanted };
     // What compresses the prompt is `finish_prompt`, all layers together.
-    device.prompt(Prompt { cache, mirror, tokens, part, first_wanted }, pool, done, each)
+    device.prompt(prompt, pool, done, each)
 }

@@ -29,12 +29,10 @@ fn compressed(
     threads: &Threads,
 ) -> Result<(KvCache, usize), KvError> {
     let mut cache = cache.clone();
-    // What one layer needs is known early.
-    cache.begin_observe(0, 1);
     mirror.update(store, &mut cache, threads, 0)?;
     let encoder = mirror.encoder(store, &cache);
-    assert!(encoder.is_some() && cache.begin_finish_prompt(2, encoder));
-    assert!(cache.begin_finish_prompt(2, None), "it was begun");
+    assert!(encoder.is_some() && cache.begin_finish_prompt(2, |_| encoder));
+    assert!(cache.begin_finish_prompt(2, |_| panic!("an encoder too many")), "it was begun");
     cache.finish_prompt(threads);
     let made = mirror.made.lock().unwrap().len();
     Ok((cache, made))
