@@ -144,7 +144,7 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     const Head& head = p.heads[index];
     Share<D> share = share_of<D>(head.output_rotation);
     float mean = half_to_float(head.value_mean[c]), spread = half_to_float(head.value_spread[c]);
-    int count = p.counts[index] & ~ALL_TILES, parts = parts_of(count, p.states.slots, p.least_part, 8);
+    int count = p.counts[index] & ~ALL_TILES, parts = parts_of(p, count);
     float other = 0, other_max = NONE, other_sum = 0;
     if (p.exact.slots > 0) {
         int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);
