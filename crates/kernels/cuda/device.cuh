@@ -21,14 +21,23 @@ DEVICE unsigned char* shared_memory() {
     return bytes;
 }
 
-// Waits until the launch before this one has ended and its writes can be seen, then lets the one after this begin where there is room. So of
-// two launches that overlap the second may read, before it follows, whatever the first does not write, and write nothing that the first
-// reads. Without overlapping launches it does nothing.
-DEVICE void follow() {
+// Waits until the launch before this one has ended and its writes can be seen. Without overlapping launches it does nothing, nor does what follows.
+DEVICE void wait_for_earlier() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the launch after this one begin where there is room, when all blocks have come here.
+DEVICE void let_in_later() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+// Both, so that of launches that overlap there are two: the second may read, before it follows, whatever the first does not write, and write nothing that
+// the first reads.
+DEVICE void follow() {
+    wait_for_earlier();
+    let_in_later();
 }
 
 DEVICE int thread_index() { return threadIdx.x; }

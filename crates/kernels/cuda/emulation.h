@@ -224,6 +224,8 @@ inline void multiply(Together what, C (&c)[4], const uint32_t (&words)[6], A of_
 }  // namespace emulation
 
 DEVICE unsigned char* shared_memory() { return emulation::shared; }
+DEVICE void wait_for_earlier() {}
+DEVICE void let_in_later() {}
 DEVICE void follow() {}
 DEVICE int thread_index() { return emulation::current; }
 DEVICE int block_index() { return emulation::block; }

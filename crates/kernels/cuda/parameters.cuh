@@ -125,7 +125,7 @@ struct LayeredParameters {
     int32_t sequences, kv_heads, rows, rows_stored;
     int32_t tile_stride, list_stride;
     int32_t room_bytes;            // room of a warp for what attention reads of tiles: two of them at least, a multiple of 128
-    int32_t least_part;            // tiles, a multiple of 8
+    int32_t least_part;            // tiles, a multiple of 8; of short lists fewer
     int32_t exact_least_part;      // tokens
     int32_t slices;                // of 1,024 pages that a head may have
     int32_t page_runs;             // runs of 128 bytes that lie apart of a page, at most

@@ -84,7 +84,9 @@ DEVICE void want_of(const LayeredParameters& p) {
     int index = block_index() / p.slices, slice = block_index() % p.slices, warp = thread_index() / WARP;
     const Head& head = p.heads[index];
     int first = slice * SLICE_PAGES, end = min_of(head.selectable, first + SLICE_PAGES);
-    if (!chooses(p, head) || first >= end) return;
+    bool chosen = chooses(p, head);
+    follow();
+    if (!chosen || first >= end) return;
     // Asked for together, before anything waits. A page's four tiles are 16 bytes for four rows each.
     const uint4* codes = reinterpret_cast<const uint4*>(p.codes + (int64_t)index * p.tile_stride * p.rows_stored);
     bool both = p.rows_stored > 4;
@@ -136,7 +138,7 @@ DEVICE void want_of(const LayeredParameters& p) {
 // each number, and in earlier slices, `shared` has it afterwards.
 DEVICE void find_cut(const LayeredParameters& p, SelectShared& shared, const uint32_t* counts, int slices, int slice, int tiles) {
     uint32_t all_slices = 0, before_slice = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < slices; i++) {
         uint32_t count = counts[i * BINS + thread_index()];
         all_slices += count;
@@ -160,27 +162,41 @@ DEVICE void find_cut(const LayeredParameters& p, SelectShared& shared, const uin
     sync_block();
 }
 
+// Tiles of earlier slices over the cut.
+DEVICE uint32_t before_over_cut(const SelectShared& shared) {
+    uint32_t of_lane = 0;
+#pragma unroll
+    for (int i = 0; i < BINS / WARP; i++) {
+        uint32_t bin = i * WARP + thread_index() % WARP;
+        if (bin > shared.cut) of_lane += shared.before[bin];
+    }
+    return warp_sum<1>(of_lane);
+}
+
 DEVICE void list_of(const LayeredParameters& p) {
     auto& shared = *reinterpret_cast<SelectShared*>(shared_memory());
     int index = block_index() / p.slices, slice = block_index() % p.slices;
     const Head& head = p.heads[index];
-    if (!chooses(p, head)) {
+    bool chosen = chooses(p, head);
+    follow();
+    if (!chosen) {
         if (slice == 0 && thread_index() == 0) p.counts[index] = ALL_TILES | head.page_count * TILES;
         return;
     }
     int slices = (head.selectable + SLICE_PAGES - 1) / SLICE_PAGES, tiles = head.selectable * TILES;
     if (slice >= slices) return;
-    find_cut(p, shared, p.wanted_counts + (int64_t)index * p.slices * BINS, slices, slice, tiles);
-    uint32_t cut = shared.cut, take = shared.take, room = take - shared.at_least[cut + 1];
-    // Of this thread's pages, which follow each other: tiles over the cut and at it.
+    // Of this thread's pages, which follow each other: how much tiles are wanted, then those over the cut and at it.
     const uint32_t* wanted = reinterpret_cast<const uint32_t*>(p.wanted + (int64_t)index * p.tile_stride);
     int first = slice * SLICE_PAGES + thread_index() * THREAD_PAGES;
     uint32_t words[THREAD_PAGES], over = 0, at = 0;
 #pragma unroll
+    for (int i = 0; i < THREAD_PAGES; i++) words[i] = first + i < (int)head.selectable ? wanted[first + i] : 0;
+    find_cut(p, shared, p.wanted_counts + (int64_t)index * p.slices * BINS, slices, slice, tiles);
+    uint32_t cut = shared.cut, take = shared.take, room = take - shared.at_least[cut + 1];
+#pragma unroll
     for (int i = 0; i < THREAD_PAGES; i++) {
         // What is wanted least is never over a cut, and at one only where it is.
         bool exists = first + i < (int)head.selectable;
-        words[i] = exists ? wanted[first + i] : 0;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             uint32_t of_tile = words[i] >> (8 * tile) & 0xff;
@@ -190,8 +206,7 @@ DEVICE void list_of(const LayeredParameters& p) {
     }
     // Both in one sum: a slice has 4,096 tiles.
     uint32_t all, before = block_before(shared.totals, over | at << 16, all);
-    uint32_t over_before = before & 0xffff, at_before = (before >> 16) + shared.before[cut];
-    for (uint32_t bin = cut + 1; bin < BINS; bin++) over_before += shared.before[bin];
+    uint32_t over_before = (before & 0xffff) + before_over_cut(shared), at_before = (before >> 16) + shared.before[cut];
     uint32_t* list = p.list + (int64_t)index * p.list_stride;
 #pragma unroll
     for (int i = 0; i < THREAD_PAGES; i++) {
@@ -215,11 +230,5 @@ DEVICE void list_of(const LayeredParameters& p) {
     if (thread_index() == 0) p.counts[index] = min_of(take + always, p.list_stride);
 }
 
-KERNEL(layered_want, LayeredParameters, SELECT_THREADS, 4) {
-    follow();
-    want_of(p);
-}
-KERNEL(layered_list, LayeredParameters, SELECT_THREADS, 4) {
-    follow();
-    list_of(p);
-}
+KERNEL(layered_want, LayeredParameters, SELECT_THREADS, 4) { want_of(p); }
+KERNEL(layered_list, LayeredParameters, SELECT_THREADS, 4) { list_of(p); }

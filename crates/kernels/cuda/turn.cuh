@@ -80,6 +80,16 @@ DEVICE float known_weight(const LayeredParameters& p, int head, int row) {
     return top == NONE ? 0 : top + log2_fast(sum);
 }
 
+// Where tokens are attended to without pages, that was the launch before this one. It had waited for the queries: they are turned beside it, and the
+// sketch asks for its pages beside both.
+DEVICE void begin_turn(const LayeredParameters& p) {
+    if (p.exact.slots > 0) {
+        let_in_later();
+    } else {
+        follow();
+    }
+}
+
 // Queries, times the scale, in the pages' channels and times their spreads: as numbers, and as bytes in steps of one scale a row.
 template <int D>
 DEVICE void layered_turn_of(const LayeredParameters& p) {
@@ -88,21 +98,20 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
     const Head& head = p.heads[head_index];
     int64_t at = (int64_t)head_index * ROWS + row;
     if (row >= p.rows) {
-        follow();
+        begin_turn(p);
         if (c < D) p.turned[at * D + c] = 0;
         if (c < D / 4) p.bytes[at * (D / 4) + c] = 0;
         if (c < STEP) p.steps[at * STEP + c] = 0;
+        wait_for_earlier();
         return;
     }
     Share<D> share = share_of<D>(head.query_rotation);
     int channel = c % D;
     float mean = half_to_float(head.key_mean[channel]), spread = half_to_float(head.key_spread[channel]);
-    follow();
+    begin_turn(p);
     const uint16_t* query = p.queries + ((int64_t)head_index * p.rows + row) * D;
     if (c < D) shared.vector[c] = half_to_float(query[c]) * p.scale;
     sync_block();
-    // By another warp than the one that writes what else a step needs.
-    if (c == TURN_THREADS - WARP) p.steps[at * STEP + 2] = known_weight(p, head_index, row);
     float x = rotated<D>(shared.vector, shared.parts, share);
     float offset, top, of_mean = x * mean;
     x *= spread;
@@ -117,6 +126,8 @@ DEVICE void layered_turn_of(const LayeredParameters& p) {
         p.steps[at * STEP] = step * LEVEL_UNIT;
         p.steps[at * STEP + 1] = offset;
     }
+    wait_for_earlier();
+    if (c == 0) p.steps[at * STEP + 2] = known_weight(p, head_index, row);
 }
 
 struct LayeredFinishShared {
@@ -133,7 +144,7 @@ DEVICE void layered_finish_of(const LayeredParameters& p) {
     const Head& head = p.heads[index];
     Share<D> share = share_of<D>(head.output_rotation);
     float mean = half_to_float(head.value_mean[c]), spread = half_to_float(head.value_spread[c]);
-    int count = p.counts[index] & ~ALL_TILES, parts = parts_of(count, p.states.slots, p.least_part, 8);
+    int count = p.counts[index] & ~ALL_TILES, parts = parts_of(p, count);
     float other = 0, other_max = NONE, other_sum = 0;
     if (p.exact.slots > 0) {
         int of_exact = parts_of(p.exact_lengths[index / p.kv_heads], p.exact.slots, p.exact_least_part, PAGE_TOKENS);

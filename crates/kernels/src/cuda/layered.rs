@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use growing::Growing;
 
-/// Fewer tiles are not cut into parts.
+/// Tiles of a part, at least; of a list of less than 16 such parts a sixteenth.
 pub const LEAST_PART: usize = 32;
 
 /// Codes of weights: steps an octave, and that of a weight of 1.
@@ -307,7 +307,7 @@ fn slices(tile_stride: usize) -> usize {
 
 impl Layered {
     /// For heads of up to `most_pages` pages, of which each step reads what `choice` says and at most `always` newer ones; what is read is cut
-    /// into up to `parts` parts of at least `least_part` tiles, a multiple of 8.
+    /// into up to `parts` parts of at least `least_part` tiles, a multiple of 8, or of a sixteenth of a shorter list.
     pub fn new(
         gpu: &Gpu,
         shape: Shape,
@@ -411,7 +411,7 @@ impl Layered {
     }
 
     /// The whole step: `queries` `[B, G, R, D]` as f16, scores times `scale`, to `out` `[B, G, R, D]` as f32. `known` are the tokens that were
-    /// attended to without pages in this step, which weights are relative to.
+    /// attended to without pages by the launch before this step, of the same queries; weights are relative to them.
     pub fn step(
         &self,
         queries: &Buffer,
@@ -472,7 +472,7 @@ impl Layered {
         stages.min(4)
     }
 
-    /// As `LayeredShared` in `cuda/layered.cuh`.
+    /// As `LayeredShared` in `cuda/tiles.cuh`.
     fn attend_shared(&self) -> usize {
         let d = self.shape.head_dim;
         let warp = 2 * 8 * 32 + 4 * (32 * MOST_ROWS + MOST_ROWS * d);

@@ -125,6 +125,32 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
     assert_eq!(run(&[2, 0]), [all[2].clone(), all[0].clone()]);
 }
 
+#[test]
+fn what_a_layered_sequence_gets_does_not_depend_on_the_others() {
+    let (gpu, mut random, rows, d) = (Emulated::gpu(3), Random::new(7), 2, 64);
+    let choice = Choice { needed: Some(Needed::Mass(0.9)), from_tokens: 200, least_tiles: 20, one_in: 4 };
+    let case = Case { choice, ..Case::whole(shape(1, 1, rows, d), &[]) };
+    let heads = [900, 300, 40].map(|tokens| inputs(&gpu, &mut random, &case, tokens).unwrap());
+    let most = heads.iter().map(|h| h.pages.pages().len()).max().unwrap();
+    let [of_queries, of_outputs] = [0, 1].map(|_| random.halves(d * d, 0.125));
+    let rotations = Rotations::new(&gpu, &of_queries, &of_outputs, d).unwrap();
+    let queries = random.halves(heads.len() * rows * d, 1.0);
+    let run = |which: &[usize]| -> Vec<Vec<f32>> {
+        let shape = shape(which.len(), 1, rows, d);
+        let mut step = Layered::new(&gpu, shape, (most, 0), choice, (5, 8)).unwrap();
+        step.set(&which.iter().map(|i| &heads[*i].head).collect::<Vec<_>>(), &[&rotations]).unwrap();
+        let asked: Vec<f16> =
+            which.iter().flat_map(|i| queries[i * rows * d..][..rows * d].to_vec()).collect();
+        let (on_device, out) = (gpu.upload(&asked).unwrap(), gpu.alloc(which.len() * rows * d * 4).unwrap());
+        step.step(&on_device, 0.1, None, &out).unwrap();
+        let got: Vec<f32> = out.read(which.len() * rows * d).unwrap();
+        got.chunks_exact(rows * d).map(<[f32]>::to_vec).collect()
+    };
+    let all = run(&[0, 1, 2]);
+    assert_eq!(run(&[1]), all[1..2]);
+    assert_eq!(run(&[2, 0]), [all[2].clone(), all[0].clone()]);
+}
+
 /// Pages come in several times, each time with other newest ones, of which some may stay, in a buffer that has to grow.
 #[test]
 fn a_head_that_grew_is_the_one_that_was_uploaded_at_once() {
