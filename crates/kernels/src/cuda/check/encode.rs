@@ -70,7 +70,7 @@ fn inputs(random: &mut Random, tokens: usize, case: &Case) -> Inputs {
     // Near the identity: what is wide before is wide after.
     let matrices = [0, 1].map(|_| {
         let mut number =
-            |i: usize| f16::from_f32(random.normal() * 0.03 + f32::from(u8::from(i % (d + 1) == 0)));
+            |i: usize| f16::from_f32(random.normal() * 0.03 + f32::from(u8::from(i.is_multiple_of(d + 1))));
         (0..d * d).map(&mut number).collect::<Vec<f16>>()
     });
     let mut around =
