@@ -91,6 +91,7 @@ impl MemoryArgs {
 fn open() -> Result<Gpu> {
     let driver = mosaickv_kernels::cuda::driver::Driver::open(0);
     let driver = driver.context("cannot use a GPU; --device cpu computes without")?;
+    driver.overlap(true);
     Ok(driver.gpu())
 }
 

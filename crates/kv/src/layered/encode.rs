@@ -15,6 +15,7 @@ use crate::device::{Encoder, Planned};
 use crate::exact::ExactHead;
 use crate::packed::rows;
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::exact::PAGE_TOKENS as EXACT_TOKENS;
 use mosaickv_kernels::layered::{GROUP, PAGE_TOKENS, Pages, Profile, Width};
@@ -423,9 +424,9 @@ fn escapes(x: &[f32], d: usize) -> Vec<[f32; 3]> {
 
 /// Vectors `[T, D]` times a matrix of the calibration.
 pub(super) fn turned(x: &[f32], matrix: &[f16]) -> Vec<f32> {
-    let matrix: Vec<f32> = matrix.iter().map(|x| x.to_f32()).collect();
-    let d = matrix.len().isqrt();
-    multiply(x, &matrix, d)
+    let mut wide = vec![0.0; matrix.len()];
+    matrix.convert_to_f32_slice(&mut wide);
+    multiply(x, &wide, matrix.len().isqrt())
 }
 
 /// Takes the means from vectors `[T, D]` and divides them by the spreads, in place.

@@ -16,6 +16,7 @@ use mosaickv_kernels::cuda::prefill::{self, Limits, Places, Span, Tokens};
 use mosaickv_kernels::cuda::{Buffer, Gpu};
 use mosaickv_kv::KvCache;
 use mosaickv_kv::device::{Mirror, Taken};
+use std::ops::Range;
 use std::sync::mpsc;
 use std::thread;
 
@@ -187,7 +188,7 @@ impl OnDevice {
             let positions: Vec<usize> = (start + first..start + first + rows).collect();
             self.set_rows(work, threads, block, &positions)?;
             let of_keys = 2 * kv_heads * head_dim * 2;
-            self.layers(work, rows, &mut |l| {
+            self.layers(work, (rows, 0..layers), &mut |l| {
                 let staged = (&work.staged, work.staged(l, of_keys), rows * of_keys);
                 sent.send(l, staged, (work.queries(l), 0, rows * heads * head_dim * 2))?;
                 let tokens = Tokens { pool: &self.store.pool(l), places: &work.places, layer: l };
@@ -237,15 +238,15 @@ impl OnDevice {
         Ok(dense::embed(&self.weights.embed, (&work.tokens, tokens.len()), scale, &work.residual)?)
     }
 
-    /// All layers over so many rows: `attend(l)` writes attention's output to `work.x`, from `work.queries(l)` and the layer's pages.
+    /// Some layers over so many rows: `attend(l)` writes attention's output to `work.x`, from `work.queries(l)` and the layer's pages.
     pub(super) fn layers(
         &self,
         work: &Work,
-        rows: usize,
+        (rows, which): (usize, Range<usize>),
         attend: &mut dyn FnMut(usize) -> Result<(), ForwardError>,
     ) -> Result<(), ForwardError> {
         let config = &self.config;
-        for (l, layer) in self.weights.layers.iter().enumerate() {
+        for (l, layer) in which.clone().zip(&self.weights.layers[which]) {
             layer.attn_norm.apply(&work.residual, rows, &work.x)?;
             layer.qkv.multiply(&work.x, rows, &work.projected, Into::F32)?;
             self.heads((l, layer), work)?;
@@ -309,10 +310,8 @@ impl OnDevice {
     }
 }
 
-/// Looks at all of them: that is quicker than at each whether it is the last.
-pub(super) fn finite(logits: Vec<f32>) -> Result<Vec<f32>, ForwardError> {
-    let is_finite = logits.iter().fold(true, |all, x| all & x.is_finite());
-    if is_finite { Ok(logits) } else { Err(ForwardError::NotFinite) }
+fn finite(logits: Vec<f32>) -> Result<Vec<f32>, ForwardError> {
+    if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
 }
 
 /// A layer on its way to the host: which, and bytes of keys and values, and of queries.

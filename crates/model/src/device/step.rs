@@ -1,11 +1,11 @@
 //! A step: one more token in each of several sequences.
 //!
-//! The device is asked for all layers at once, by a graph that stays the same from step to step, and then for the logits. Keys and values of the
-//! layers come to the host while these are multiplied out; so the host stores them, seals what is full and makes ready what the next step
-//! reads of it beside the device's last product.
+//! The device is asked for the first layers, for all others and then for the logits. Layers are graphs, which stay the same from step to step;
+//! the first ones begin while the host looks through what the others need. Keys and values come to the host while logits are multiplied out;
+//! so it stores them, seals what is full and makes ready what the next step reads of it beside the device's last product.
 
 use super::OnDevice;
-use super::pass::{LOGIT_ROWS, Work, finite};
+use super::pass::{LOGIT_ROWS, Work};
 use crate::config::ModelConfig;
 use crate::sequence::ForwardError;
 use half::f16;
@@ -15,7 +15,14 @@ use mosaickv_kernels::cuda::prefill::{Limits, Span};
 use mosaickv_kernels::cuda::{Graph, dense};
 use mosaickv_kv::KvCache;
 use mosaickv_kv::device::{Attention, Mirror, Taken, reads_of};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+/// One layer in so many is in the first graph: these take the device longer than the host takes for the other one.
+const FIRST_LAYERS: usize = 16;
+
+/// Logits that one task looks at.
+const LOGITS_PER_TASK: usize = 1 << 14;
 
 /// A sequence's next token in a step.
 pub(crate) struct Step<'s> {
@@ -32,7 +39,7 @@ pub(crate) struct Step<'s> {
 pub(super) struct Ready {
     attention: Attention,
     work: Work,
-    graph: Graph,
+    graphs: [Graph; 2],
     /// Page-locked memory for what comes of the layers, and for logits, unless it is in use.
     rows: Option<Pinned>,
     logits: Option<Pinned>,
@@ -45,9 +52,9 @@ struct Brought {
 }
 
 impl Ready {
-    /// How often the layers became a graph.
+    /// How often the layers became graphs.
     pub(super) fn graphs(&self) -> usize {
-        self.graph.captures()
+        self.graphs.iter().map(Graph::captures).max().unwrap_or(0)
     }
 }
 
@@ -85,7 +92,7 @@ impl OnDevice {
         self.times.update += updated - start;
         self.times.device += updated.elapsed();
         self.times.store += kept;
-        let logits = finite(pinned.numbers(0, numbers).to_vec());
+        let logits = finite(pinned.numbers(0, numbers), threads);
         (ready.rows, ready.logits) = (Some(rows), Some(pinned));
         self.step = Some(ready);
         logits
@@ -112,7 +119,7 @@ impl OnDevice {
         Ok(Ready {
             attention: Attention::new(&self.store, count)?,
             work: Work::new(&self.gpu, &self.config, count, (layers, limits))?,
-            graph: Graph::new(&self.gpu),
+            graphs: [0, 1].map(|_| Graph::new(&self.gpu)),
             rows: Some(Pinned::new(&self.gpu, layers * count * of_row)?),
             logits: Some(Pinned::new(&self.gpu, count * vocab * 4)?),
         })
@@ -122,7 +129,7 @@ impl OnDevice {
     fn ask(
         &self,
         steps: &[Step],
-        Ready { attention, work, graph, .. }: &mut Ready,
+        Ready { attention, work, graphs, .. }: &mut Ready,
         (threads, wanted): (&Pool, &[u32]),
     ) -> Result<(), ForwardError> {
         let ModelConfig { layers, heads, head_dim, .. } = self.config;
@@ -133,17 +140,20 @@ impl OnDevice {
         let spans = |l| mirrors.iter().map(move |mirror| Span { past: mirror.exact_tokens(l), new: 1 });
         let spans: Vec<Vec<Span>> = (0..layers).map(|l| spans(l).collect()).collect();
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
-        graph.run(|| {
+        let attend = |attention: &Attention, work: &Work, l| {
+            attention.attend(&self.store, l, (work.queries(l), scale), &work.attended)?;
+            Ok(dense::narrow(&self.gpu, &work.attended, count * heads * head_dim, &work.x)?)
+        };
+        let (first, [begin, go_on]) = ((layers / FIRST_LAYERS).max(1), graphs);
+        begin.run(|| {
             attention.set(&self.store, &mirrors, reads_of(steps[0].cache))?;
             work.places.set_each(&spans)?;
             work.places.set_pages(&pages)?;
             work.picked.write(0, wanted)?;
             self.set_rows(work, threads, &tokens, &positions)?;
-            self.layers(work, count, &mut |l| {
-                attention.attend(&self.store, l, (work.queries(l), scale), &work.attended)?;
-                Ok(dense::narrow(&self.gpu, &work.attended, count * heads * head_dim, &work.x)?)
-            })
-        })
+            self.layers(work, (count, 0..first), &mut |l| attend(attention, work, l))
+        })?;
+        go_on.run(|| self.layers(work, (count, first..layers), &mut |l| attend(attention, work, l)))
     }
 
     /// Has what the layers computed copied to the host, beside what the device is asked for next.
@@ -199,4 +209,17 @@ impl OnDevice {
         }
         Ok(())
     }
+}
+
+/// A copy of logits, if they are numbers.
+fn finite(logits: &[f32], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
+    let (mut copy, is_finite) = (vec![0.0; logits.len()], AtomicBool::new(true));
+    threads.for_each_chunk(&mut copy, LOGITS_PER_TASK, |task, copy| {
+        copy.copy_from_slice(&logits[task * LOGITS_PER_TASK..][..copy.len()]);
+        // At each whether it is the last would be slower.
+        if !copy.iter().fold(true, |all, x| all & x.is_finite()) {
+            is_finite.store(false, Ordering::Relaxed);
+        }
+    });
+    if is_finite.into_inner() { Ok(copy) } else { Err(ForwardError::NotFinite) }
 }
