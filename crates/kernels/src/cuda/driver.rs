@@ -391,8 +391,8 @@ impl Device for Driver {
             Asked::Launch(kernel, blocks, shared, parameters) => unsafe {
                 self.launch_on(stream, kernel, (blocks, shared), parameters)
             },
-            // SAFETY: as above.
             Asked::Multiply(product) => {
+                // SAFETY: as above.
                 self.with_products(|products| unsafe { products.multiply(product, stream) })
             }
         };
