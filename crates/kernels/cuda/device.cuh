@@ -33,8 +33,8 @@ DEVICE void let_in_later() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Both, so that of launches that overlap there are two: the second may read, before it follows, whatever the first does not write, and write nothing that
-// the first reads.
+// Both, so that of launches that overlap there are two (three where `layered_turn` lets in the sketch before it waits itself): a later one may read, before it
+// follows, whatever the earlier ones do not write, and write nothing that they read.
 DEVICE void follow() {
     wait_for_earlier();
     let_in_later();

@@ -2,8 +2,8 @@
 //!
 //! The host keeps, the device attends: a [`KvCache`] stays the one truth of what a sequence remembers, and plans what becomes of it. A
 //! [`Mirror`] is the device's copy of one: exact tokens in pages of a [`Store`], which all sequences of a model share, and compressed pages as
-//! the host encoded them. Before each pass it is [brought in line](Mirror::update), and only what changed is written: what has left the
-//! window, and the window's newest pages. The device itself adds the keys and values of the tokens that it reads, and the host gets them
+//! the host encoded them, or as an [`Encoder`] on the device has from the host's plan, to the bit the same. Before each pass, and after a step for
+//! the next one, it is [brought in line](Mirror::update_each), and only what changed is written: what has left the window, and the window's newest pages. The device itself adds the keys and values of the tokens that it reads, and the host gets them
 //! afterwards ([`KvCache::take`]).
 
 mod attention;
@@ -57,6 +57,11 @@ impl Pools {
         pools[layer % pools.len()].clone()
     }
 
+    /// How many have memory of their own.
+    fn count(&self) -> usize {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Calls `change` with all of them.
     fn change<T>(&self, change: impl FnOnce(&mut Vec<Arc<Pool>>) -> T) -> T {
         change(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
@@ -106,7 +111,7 @@ impl Store {
 
     /// Bytes of the pages that some sequence has, and of those that none has.
     pub fn bytes(&self) -> (usize, usize) {
-        let of_page: usize = self.pools.change(|pools| pools.iter().map(|pool| pool.bytes_of_page()).sum());
+        let of_page: usize = (0..self.pools.count()).map(|layer| self.pool(layer).bytes_of_page()).sum();
         let (all, free) = (self.pool(0).pages(), lock(&self.free).len());
         ((all - free) * of_page, free * of_page)
     }
@@ -149,7 +154,7 @@ impl Store {
         let (old, mut free) = (self.pool(0).pages(), lock(&self.free));
         free.retain(|page| (*page as usize) < pages);
         // The first layer has as many pages as all have, also where an error ends this: it shrinks first and grows last.
-        let mut in_order: Vec<usize> = (0..self.pools.change(|pools| pools.len())).collect();
+        let mut in_order: Vec<usize> = (0..self.pools.count()).collect();
         if pages > old {
             in_order.reverse();
         }
@@ -158,7 +163,8 @@ impl Store {
                 let resized = self.pool(layer).resized(&self.gpu, pages)?;
                 // Who encodes beside the passes may read it at once, and does not wait for the copy.
                 resized.data().read::<u8>(1)?;
-                self.pools.change(|pools| pools[layer] = Arc::new(resized));
+                // Freeing what was before waits for the device, and the others not for that.
+                drop(self.pools.change(|pools| std::mem::replace(&mut pools[layer], Arc::new(resized))));
                 Ok(())
             });
         free.extend(old.min(pages) as u32..self.pool(0).pages() as u32);
@@ -374,14 +380,16 @@ impl Mirror {
         }
     }
 
-    /// Bytes of the compressed pages on the device, with the room that they have to grow.
+    /// Bytes of the compressed pages on the device, with the room that they have to grow, and those that were encoded for it.
     pub fn bytes(&self) -> usize {
         let of_layer = |held: &Held| match &held.heads {
             Heads::Exact => 0,
             Heads::Packed(heads) => heads.iter().map(HeldPacked::bytes).sum(),
             Heads::Layered(heads) => heads.iter().map(HeldLayered::bytes).sum::<usize>(),
         };
-        self.layers.iter().map(of_layer).sum()
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let made: usize = made.iter().flat_map(|(_, heads)| heads).map(HeldLayered::bytes).sum();
+        self.layers.iter().map(of_layer).sum::<usize>() + made
     }
 }
 

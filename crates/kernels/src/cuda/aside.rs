@@ -68,7 +68,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: it was allocated there; no copy is under way, since it would own this.
+        // SAFETY: it was allocated there; no copy is under way, since it would own this. For launches that read it the driver waits.
         unsafe { self.gpu.device().unpin(self.address, self.bytes) }
     }
 }

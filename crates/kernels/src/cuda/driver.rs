@@ -279,9 +279,10 @@ impl Device for Driver {
     fn beside(&self) -> Result<Arc<dyn Device>, Error> {
         self.enter()?;
         // The default stream, whose copies wait for what the other streams were asked for, is not waited for here.
-        let stream = stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"))?;
+        let stream = || stream::create(stream::StreamKind::NonBlocking).map_err(failed("create a stream"));
+        let (work, capturing) = (stream()?, stream()?);
         let Inner { device, context, module, .. } = *self.0;
-        Ok(Arc::new(Driver::on(device, context, module, (stream, stream, stream))))
+        Ok(Arc::new(Driver::on(device, context, module, (work, work, capturing))))
     }
 
     fn multiprocessors(&self) -> usize {

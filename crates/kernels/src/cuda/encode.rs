@@ -98,6 +98,11 @@ impl Encoder {
         })
     }
 
+    /// Waits for what it was asked for.
+    pub fn wait(&self) -> Result<(), Error> {
+        self.counts.read::<u8>(1).map(|_| ())
+    }
+
     /// The vectors to encode: those of the tokens of `order`, times the matrices `[D, D]` of keys and of values, less means and over spreads.
     pub fn turn(
         &mut self,

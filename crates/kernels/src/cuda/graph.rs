@@ -225,7 +225,7 @@ impl Graph {
         Graph { gpu: gpu.clone(), last, captured, captures: 0, letter, end }
     }
 
-    /// Has the device do what `work` writes, each place once, and then what it launches and multiplies; if it fails, nothing of it. `work` may
+    /// Has the device do what `work` writes, each place once, and then what it launches and multiplies; if `work` fails, nothing of it. It may
     /// neither write after a launch nor read.
     pub fn run<T, E: From<Error>>(&mut self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
         if let Some(end) = &self.end {
@@ -249,8 +249,8 @@ impl Graph {
             tape.launch(DELIVER, (DELIVER_BLOCKS, 0), bytemuck::bytes_of(&letter.close()?));
             tape.asked.rotate_right(1);
         }
-        // Where asking fails, the letter goes, which waits for who may be reading it.
-        self.ask(tape)?;
+        // Where asking fails, the letter goes, which waits for who may be reading it, and nobody knows what of the tape was asked for.
+        self.ask(tape).inspect_err(|_| (self.last, self.captured) = Default::default())?;
         self.letter = Some(letter);
         drop(ending);
         Ok(done)

@@ -62,34 +62,43 @@ impl Attention {
         self.shape.sequences
     }
 
-    /// Makes ready for a step of these mirrors, which are in line with their caches and have room for the step's token. All caches
-    /// [read](reads_of) alike. After an error this is not to be used any more.
-    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], reads: Reads) -> Result<(), KvError> {
-        let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
-        let most = pages.iter().map(|pages| pages.len()).max().unwrap_or(0);
+    /// Has room for a step of these mirrors, whose caches all [read](reads_of) alike: what is too small goes before what is larger comes. After
+    /// an error this is not to be used any more.
+    pub fn fit(&mut self, mirrors: &[&Mirror], reads: Reads) -> Result<(), KvError> {
+        let most = mirrors.iter().map(|mirror| mirror.pages().len()).max().unwrap_or(0);
         if most > self.most_pages || self.exact.is_empty() {
             self.most_pages = (most + most / 2).max(LEAST_PAGES);
             self.exact = vec![];
             self.exact =
                 Exact::layers(&self.gpu, self.shape, self.most_pages, (PARTS, LEAST_EXACT), self.layers)?;
         }
-        let of_layer = |l: usize| mirrors.iter().map(move |mirror| mirror.exact_tokens(l) as u32 + 1);
-        let tokens: Vec<u32> = (0..self.layers).flat_map(of_layer).collect();
-        Exact::set_layers(&mut self.exact, &tokens, &pages)?;
         let (before, sizes) = (self.packed.take(), (self.shape, self.layers));
         match reads {
             Reads::Packed(selected) => {
                 self.layered = None;
-                self.packed = OfPacked::ready(before, &self.gpu, sizes, mirrors, selected)?;
+                self.packed = OfPacked::fit(before, &self.gpu, sizes, mirrors, selected)?;
                 Ok(())
             }
-            Reads::Layered(choice) => self.set_layered(store, mirrors, choice),
+            Reads::Layered(choice) => self.fit_layered(mirrors, choice),
         }
     }
 
-    fn set_layered(&mut self, store: &Store, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
+    /// Makes ready for a step of these mirrors, which are in line with their caches and have room for the step's token, as [`fit`](Attention::fit)
+    /// does, and writes what the step reads. After an error this is not to be used any more.
+    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], reads: Reads) -> Result<(), KvError> {
+        self.fit(mirrors, reads)?;
+        let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
+        let of_layer = |l: usize| mirrors.iter().map(move |mirror| mirror.exact_tokens(l) as u32 + 1);
+        let tokens: Vec<u32> = (0..self.layers).flat_map(of_layer).collect();
+        Exact::set_layers(&mut self.exact, &tokens, &pages)?;
+        match &mut self.packed {
+            Some(packed) => packed.set(mirrors),
+            None => self.set_layered(store, mirrors),
+        }
+    }
+
+    fn fit_layered(&mut self, mirrors: &[&Mirror], choice: Choice) -> Result<(), KvError> {
         let heads = || mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(of_held);
-        heads().try_for_each(|head| head.pages.write())?;
         let most_of = |of: fn(&Growing) -> usize| heads().map(|head| of(&head.pages)).max();
         let Some(most) = most_of(|pages| pages.head().page_count()) else {
             self.layered = None;
@@ -102,7 +111,13 @@ impl Attention {
             self.layered =
                 Some(OfLayered::new(&self.gpu, (self.shape, self.layers), (most, newest), choice)?);
         }
+        Ok(())
+    }
+
+    fn set_layered(&mut self, store: &Store, mirrors: &[&Mirror]) -> Result<(), KvError> {
         let Some(of) = &mut self.layered else { return Ok(()) };
+        let mut heads = mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(of_held);
+        heads.try_for_each(|head| head.pages.write())?;
         let Some((_, rotations)) = &store.rotations else {
             unreachable!("compressed caches have a calibration")
         };

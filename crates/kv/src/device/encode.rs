@@ -87,7 +87,7 @@ impl Encoder {
     pub(crate) fn encode(&mut self, threads: &Threads, heads: &[Planned]) -> Vec<Option<Pages>> {
         let mut out: Vec<Option<Pages>> = heads.iter().map(|_| None).collect();
         if let Err(error) = self.try_encode(threads, heads, &mut out) {
-            tracing::debug!("the host encodes a prompt or the rest of it: {error}");
+            tracing::warn!("the host encodes a prompt or the rest of it: {error}");
         }
         out
     }
@@ -133,10 +133,12 @@ impl Encoder {
             kernels.turn(source, head.order, [&head.matrices.keys, &head.matrices.values], &scales)?;
             kernels.encode(&pages_of(head), &scales)
         };
-        heads.iter().map(of_head).collect()
+        // Where it ends early, the pool may still be read.
+        let encoded = heads.iter().map(of_head).collect::<Result<_, _>>();
+        encoded.or_else(|error| kernels.wait().and(Err(error)))
     }
 
-    /// Has a layer copied to the host, beside what is encoded next.
+    /// Has a layer copied to the host, which looks at it beside what is encoded next.
     fn fetch<'a>(
         &self,
         heads: Vec<Encoded>,

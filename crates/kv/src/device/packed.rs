@@ -134,6 +134,7 @@ impl HeldPacked {
 #[derive(Debug)]
 pub(super) struct OfPacked {
     pub(super) layers: Vec<Packed>,
+    kv_heads: usize,
     limits: Limits,
     selected: f32,
     /// What each layer's heads are; nothing if none of them has pages.
@@ -141,9 +142,9 @@ pub(super) struct OfPacked {
 }
 
 impl OfPacked {
-    /// Ready for a step of these mirrors that reads the share `selected` of their tokens, after what was ready `before`; `None` if none of them
-    /// is compressed.
-    pub(super) fn ready(
+    /// With room for a step of these mirrors that reads the share `selected` of their tokens, what was there `before` if it has; `None` if none of
+    /// them is compressed.
+    pub(super) fn fit(
         before: Option<OfPacked>,
         gpu: &Gpu,
         (shape, layers): (Shape, usize),
@@ -153,25 +154,29 @@ impl OfPacked {
         let heads = mirrors.iter().flat_map(|mirror| &mirror.layers).flat_map(of_held);
         let Some(needed) = heads.map(HeldPacked::limits).reduce(largest) else { return Ok(None) };
         let fits = |of: &OfPacked| of.selected == selected && largest(of.limits, needed) == of.limits;
-        let mut of = match before.filter(fits) {
-            Some(before) => before,
-            None => OfPacked::new(gpu, (shape, layers), needed, selected)?,
-        };
-        for l in 0..layers {
+        match before.filter(fits) {
+            Some(before) => Ok(Some(before)),
+            None => OfPacked::new(gpu, (shape, layers), needed, selected).map(Some),
+        }
+    }
+
+    /// Has a step read these mirrors.
+    pub(super) fn set(&mut self, mirrors: &[&Mirror]) -> Result<(), KvError> {
+        for (l, (layer, set)) in self.layers.iter_mut().zip(&mut self.set).enumerate() {
             let held = || mirrors.iter().map(|mirror| &mirror.layers[l]);
             let is_compressed = held().any(|held| !of_held(held).is_empty());
             let now = if is_compressed { whose(mirrors, l) } else { vec![] };
-            if of.set[l] != now {
-                let none = shape.kv_heads;
+            if *set != now {
+                let none = self.kv_heads;
                 let heads = held().flat_map(|held| match of_held(held) {
                     [] => vec![vec![]; none],
                     heads => heads.iter().map(HeldPacked::segments).collect(),
                 });
-                of.layers[l].set(&heads.collect::<Vec<_>>())?;
-                of.set[l] = now;
+                layer.set(&heads.collect::<Vec<_>>())?;
+                *set = now;
             }
         }
-        Ok(Some(of))
+        Ok(())
     }
 
     /// With room for more than what is there now: heads grow.
@@ -187,7 +192,7 @@ impl OfPacked {
             blocks: needed.blocks + needed.blocks / 8 + SPARE_PAGES * PAGE_TOKENS / BLOCKS[0],
         };
         let made = Packed::layers(gpu, shape, limits, selected, (PARTS, LEAST_PART), layers)?;
-        Ok(OfPacked { layers: made, limits, selected, set: vec![vec![]; layers] })
+        Ok(OfPacked { layers: made, kv_heads: shape.kv_heads, limits, selected, set: vec![vec![]; layers] })
     }
 
     /// What attends to a layer, if it is compressed.

@@ -111,18 +111,24 @@ impl OnDevice {
         let most = steps.iter().map(|step| step.mirror.pages().len()).max().unwrap_or(0);
         let fits =
             |ready: &Ready| ready.attention.sequences() == count && ready.work.places.limits().pages >= most;
-        if let Some(ready) = self.step.take().filter(fits) {
-            return Ok(ready);
-        }
-        let limits = Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
-        let of_row = (2 * kv_heads + heads) * head_dim * 2 + heads * 4;
-        Ok(Ready {
-            attention: Attention::new(&self.store, count)?,
-            work: Work::new(&self.gpu, &self.config, count, (layers, limits))?,
-            graphs: [0, 1].map(|_| Graph::new(&self.gpu)),
-            rows: Some(Pinned::new(&self.gpu, layers * count * of_row)?),
-            logits: Some(Pinned::new(&self.gpu, count * vocab * 4)?),
-        })
+        let mut ready = match self.step.take().filter(fits) {
+            Some(ready) => ready,
+            None => {
+                let limits =
+                    Limits { layers, sequences: count, pages: (most + most / 2).max(64), rows: count };
+                let of_row = (2 * kv_heads + heads) * head_dim * 2 + heads * 4;
+                Ready {
+                    attention: Attention::new(&self.store, count)?,
+                    work: Work::new(&self.gpu, &self.config, count, (layers, limits))?,
+                    graphs: [0, 1].map(|_| Graph::new(&self.gpu)),
+                    rows: Some(Pinned::new(&self.gpu, layers * count * of_row)?),
+                    logits: Some(Pinned::new(&self.gpu, count * vocab * 4)?),
+                }
+            }
+        };
+        let mirrors: Vec<&Mirror> = steps.iter().map(|step| &*step.mirror).collect();
+        ready.attention.fit(&mirrors, reads_of(steps[0].cache))?;
+        Ok(ready)
     }
 
     /// Asks the device for all layers.
@@ -191,7 +197,6 @@ impl OnDevice {
         let queries: &[f16] = pinned.numbers(next(of_asked * 2), of_asked);
         let of_sums = if *has_log_sums { layers * count * heads } else { 0 };
         let sums: &[f32] = pinned.numbers(next(of_sums * 4), of_sums);
-        steps.iter_mut().for_each(|step| step.mirror.added(1));
         let mut caches: Vec<&mut KvCache> = steps.iter_mut().map(|step| &mut *step.cache).collect();
         KvCache::take_step(&mut caches, threads, |i, l| {
             let of_layer = asked.iter().position(|asked| *asked == l);
@@ -202,8 +207,9 @@ impl OnDevice {
                 log_sums: sums.get((l * count + i) * heads..).unwrap_or_default(),
             }
         })?;
-        for Step { cache, tended, .. } in steps {
+        for Step { cache, mirror, tended, .. } in steps {
             let start = Instant::now();
+            mirror.added(1);
             cache.between_steps();
             **tended += start.elapsed();
         }
