@@ -198,15 +198,21 @@ fn steps_are_a_graph_until_what_they_use_changes() {
     }
 }
 
+/// A calibrated model on the CPU, and the same on the device.
+fn calibrated(pool: &Pool) -> [Model; 2] {
+    let (mut cpu, mut device) = (load("llama"), load("llama"));
+    let calibration = Arc::new(calibrate(&cpu, pool, &[tokens(1000, 9)], &mut |_, _| ()).unwrap());
+    cpu.calibration = Some(calibration.clone());
+    device.calibration = Some(calibration);
+    device.to_device(&Emulated::gpu(4)).unwrap();
+    [cpu, device]
+}
+
 /// A prompt that the CPU read goes on on the device, through sealed buffers; mirrors of longer answers have tests of their own.
 #[test]
 fn a_compressed_cache_goes_on_as_on_the_cpu() {
-    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
-    let (mut cpu, mut device) = (load("llama"), load("llama"));
-    let calibration = Arc::new(calibrate(&cpu, &pool, &[tokens(1000, 9)], &mut |_, _| ()).unwrap());
-    cpu.calibration = Some(calibration.clone());
-    device.calibration = Some(calibration);
-    device.to_device(&gpu).unwrap();
+    let pool = Pool::new(2);
+    let [cpu, device] = calibrated(&pool);
     let format = KvFormat::Layered(Layered::default());
     let mut want = sequence(&cpu, &pool, format);
     let mut next = greedy(&want.prefill(&tokens(2100, 1), &mut |_, _| ()).unwrap());
@@ -228,12 +234,8 @@ fn a_compressed_cache_goes_on_as_on_the_cpu() {
 /// A prompt whose last tokens the device reads is encoded there, to the bit as the host would.
 #[test]
 fn a_prompt_that_ends_on_the_device_is_encoded_there() {
-    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
-    let (mut cpu, mut device) = (load("llama"), load("llama"));
-    let calibration = Arc::new(calibrate(&cpu, &pool, &[tokens(1000, 9)], &mut |_, _| ()).unwrap());
-    cpu.calibration = Some(calibration.clone());
-    device.calibration = Some(calibration);
-    device.to_device(&gpu).unwrap();
+    let pool = Pool::new(2);
+    let [cpu, device] = calibrated(&pool);
     let prompt = tokens(2103, 1);
     let mut before = sequence(&cpu, &pool, KvFormat::Layered(Layered::default()));
     let share =

@@ -83,10 +83,9 @@ impl Attention {
         }
     }
 
-    /// Makes ready for a step of these mirrors, which are in line with their caches and have room for the step's token, as [`fit`](Attention::fit)
-    /// does, and writes what the step reads. After an error this is not to be used any more.
-    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror], reads: Reads) -> Result<(), KvError> {
-        self.fit(mirrors, reads)?;
+    /// Writes what a step of these mirrors reads, which are in line with their caches and have room for the step's token, once there is
+    /// [room](Attention::fit) for it. After an error this is not to be used any more.
+    pub fn set(&mut self, store: &Store, mirrors: &[&Mirror]) -> Result<(), KvError> {
         let pages: Vec<&[u32]> = mirrors.iter().map(|mirror| mirror.pages()).collect();
         let of_layer = |l: usize| mirrors.iter().map(move |mirror| mirror.exact_tokens(l) as u32 + 1);
         let tokens: Vec<u32> = (0..self.layers).flat_map(of_layer).collect();

@@ -69,6 +69,27 @@ fn step(cache: &mut KvCache, threads: &Threads, token: &Token) -> Vec<f32> {
     out
 }
 
+/// So many steps of a cache on the CPU and of one with a mirror, those that are `seen` on the device, where they take long here. What it did
+/// not see it is brought in line with.
+fn steps_alike(
+    (store, attention): (&mut Store, &mut Attention),
+    on_cpu: &mut KvCache,
+    (on_device, mirror): (&mut KvCache, &mut Mirror),
+    threads: &Threads,
+    (count, seen): (usize, impl Fn(usize) -> bool),
+) {
+    for i in 0..count {
+        let want = step(on_cpu, threads, &token(i));
+        if seen(i) {
+            let sequence = (&mut *on_device, &mut *mirror, token(i));
+            let got = step_each(store, attention, &mut [sequence], threads);
+            close(&got[0], &want, &format!("{}, step {i}", on_cpu.format));
+        } else {
+            step(on_device, threads, &token(i));
+        }
+    }
+}
+
 fn narrow(x: &[f32]) -> Vec<f16> {
     x.iter().map(|x| f16::from_f32(*x)).collect()
 }
@@ -94,7 +115,8 @@ fn step_each(
     let reads = sequences.iter().map(|(cache, _, _)| reads_of(cache));
     let reads = reads.reduce(|a, b| if b == Reads::Layered(Choice::all()) { a } else { b }).unwrap();
     let mirrors: Vec<&Mirror> = sequences.iter().map(|(_, mirror, _)| &**mirror).collect();
-    attention.set(store, &mirrors, reads).unwrap();
+    attention.fit(&mirrors, reads).unwrap();
+    attention.set(store, &mirrors).unwrap();
     let count = sequences.len();
     let queries: Vec<f32> = sequences.iter().flat_map(|(_, _, token)| token.queries.clone()).collect();
     let on_device = gpu.upload(&narrow(&queries)).unwrap();
@@ -146,17 +168,9 @@ fn a_mirror_attends_as_its_cache_does_while_it_grows() {
     let mut on_device = on_cpu.clone();
     let mut store = Store::new(&gpu, SHAPE).unwrap();
     let (mut mirror, mut attention) = (Mirror::new(&store), Attention::new(&store, 1).unwrap());
-    for i in 0..700 {
-        let want = step(&mut on_cpu, &threads, &token(i));
-        if i % 7 > 0 && i % 32 > 2 {
-            // The device's steps take long here. What it did not see it is brought in line with.
-            step(&mut on_device, &threads, &token(i));
-            continue;
-        }
-        let sequence = (&mut on_device, &mut mirror, token(i));
-        let got = step_each(&mut store, &mut attention, &mut [sequence], &threads);
-        close(&got[0], &want, &format!("step {i}"));
-    }
+    let sequence = (&mut on_device, &mut mirror);
+    let seen = |i: usize| i.is_multiple_of(7) || i % 32 <= 2;
+    steps_alike((&mut store, &mut attention), &mut on_cpu, sequence, &threads, (700, seen));
     let sizes = |cache: &KvCache| -> Vec<Vec<usize>> {
         let segments = |layer| match &cache.layers[layer] {
             Layer::Layered(heads) => heads[0].segments().map(|s| s.tokens()).to_vec(),

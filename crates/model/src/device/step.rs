@@ -152,7 +152,7 @@ impl OnDevice {
         };
         let (first, [begin, go_on]) = ((layers / FIRST_LAYERS).max(1), graphs);
         begin.run(|| {
-            attention.set(&self.store, &mirrors, reads_of(steps[0].cache))?;
+            attention.set(&self.store, &mirrors)?;
             work.places.set_each(&spans)?;
             work.places.set_pages(&pages)?;
             work.picked.write(0, wanted)?;

@@ -32,16 +32,9 @@ fn grow(format: KvFormat, prompt: usize, steps: usize) -> (KvCache, Mirror) {
     read(&mut on_device, &threads, prompt);
     let mut store = Store::new(&gpu, SHAPE).unwrap();
     let (mut mirror, mut attention) = (Mirror::new(&store), Attention::new(&store, 1).unwrap());
-    for i in 0..steps {
-        let want = step(&mut on_cpu, &threads, &token(i));
-        if i % 7 > 0 && i % 32 > 2 {
-            step(&mut on_device, &threads, &token(i));
-            continue;
-        }
-        let sequence = (&mut on_device, &mut mirror, token(i));
-        let got = step_each(&mut store, &mut attention, &mut [sequence], &threads);
-        close(&got[0], &want, &format!("{format}, step {i}"));
-    }
+    let sequence = (&mut on_device, &mut mirror);
+    let seen = |i: usize| i.is_multiple_of(7) || i % 32 <= 2;
+    steps_alike((&mut store, &mut attention), &mut on_cpu, sequence, &threads, (steps, seen));
     for layer in 0..SHAPE.layers {
         let (ours, theirs) = (segments(&on_device, layer), segments(&on_cpu, layer));
         assert_eq!(ours.len(), theirs.len());
@@ -141,16 +134,9 @@ fn a_stretched_mirror_has_full_pages_several_times() {
     let mut store = Store::new(&gpu, SHAPE).unwrap();
     let (mut mirror, mut attention) =
         (Mirror::new(&store).stretched(times, 0), Attention::new(&store, 1).unwrap());
-    for i in 0..40 {
-        let want = step(&mut often, &threads, &token(i));
-        if i % 10 > 0 && i % 32 > 1 {
-            step(&mut once, &threads, &token(i));
-            continue;
-        }
-        let sequence = (&mut once, &mut mirror, token(i));
-        let got = step_each(&mut store, &mut attention, &mut [sequence], &threads);
-        close(&got[0], &want, &format!("step {i}"));
-    }
+    let sequence = (&mut once, &mut mirror);
+    let seen = |i: usize| i.is_multiple_of(10) || i % 32 <= 1;
+    steps_alike((&mut store, &mut attention), &mut often, sequence, &threads, (40, seen));
 }
 
 #[test]
