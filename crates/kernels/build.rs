@@ -1,5 +1,5 @@
-//! Compiles the CUDA kernels: for GPUs (feature `cuda`), and for the host, to be run in tests (`cuda-emulated`). Without
-//! these features it does nothing.
+//! Compiles the CUDA kernels: for GPUs (feature `cuda`), and for the host, to be run in tests (`cuda-emulated`, where there is a C++ compiler).
+//! Without these features it does nothing.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +7,7 @@ use std::{env, fs};
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-check-cfg=cfg(emulated)");
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         for_gpus();
     }
@@ -53,13 +54,24 @@ fn find_nvcc() -> PathBuf {
     brought.filter(|nvcc| nvcc.is_file()).min().unwrap_or_else(|| "nvcc".into())
 }
 
-/// A static library with the kernels and what runs them thread by thread.
+/// A static library with the kernels and what runs them thread by thread, and the `cfg` that says that it is there. The emulation is
+/// written for x86-64 with Linux; who has another system or no C++ compiler gets everything but these tests.
 #[cfg(feature = "cuda-emulated")]
 fn for_the_host() {
     println!("cargo::rerun-if-changed=cuda");
+    let target = |part| env::var(format!("CARGO_CFG_TARGET_{part}")).unwrap_or_default();
+    let is_known = target("OS") == "linux" && target("ARCH") == "x86_64";
+    let mut build = cc::Build::new();
+    let mut compiler = build.cpp(true).get_compiler().to_command();
+    if !is_known || !compiler.arg("--version").output().is_ok_and(|said| said.status.success()) {
+        println!(
+            "cargo::warning=SKIPPED: tests of kernels for GPUs, which take x86-64, Linux and a C++ compiler"
+        );
+        return;
+    }
+    println!("cargo::rustc-cfg=emulated");
     // Fibers leave functions by `longjmp`.
-    cc::Build::new()
-        .cpp(true)
+    build
         .std("c++17")
         .opt_level(2)
         .flag("-U_FORTIFY_SOURCE")

@@ -15,8 +15,8 @@ pub mod dense;
 mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
-#[cfg(feature = "cuda-emulated")]
-pub mod emulated;
+#[cfg(emulated)]
+mod emulated;
 pub mod encode;
 pub mod exact;
 pub mod gemm;
@@ -50,6 +50,20 @@ pub struct Shape {
     pub rows: usize,
     /// `D`, 64 or 128.
     pub head_dim: usize,
+}
+
+/// An emulated GPU of so many multiprocessors, for tests; `None`, which is said, where kernels could not be compiled for the host.
+#[cfg(feature = "cuda-emulated")]
+pub fn emulated(multiprocessors: usize) -> Option<Gpu> {
+    #[cfg(emulated)]
+    return Some(emulated::Emulated::gpu(multiprocessors));
+    #[cfg(not(emulated))]
+    {
+        eprintln!(
+            "SKIPPED: no GPU of {multiprocessors} multiprocessors is emulated: there was no C++ compiler"
+        );
+        None
+    }
 }
 
 impl Shape {

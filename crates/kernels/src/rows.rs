@@ -19,9 +19,9 @@ pub const ROW_STEP: usize = 16;
 /// Up to 64 decoded tokens.
 #[derive(Clone, Debug)]
 pub struct Rows {
-    /// `[64, W]`
+    /// `[room, W]`
     keys: Vec<f32>,
-    /// `[64, W]`
+    /// `[room, W]`
     values: Vec<f32>,
     /// For each query, which of the tokens it sees: bit `t` stands for token `t`.
     seen: Vec<u64>,
@@ -32,11 +32,17 @@ pub struct Rows {
 impl Rows {
     /// No tokens, of keys and values with `width` elements (a positive multiple of 16), for `queries` queries.
     pub fn new(width: usize, queries: usize) -> Rows {
+        Rows::with_room(width, queries, ROWS)
+    }
+
+    /// The same for at most `room` tokens, up to 64.
+    pub fn with_room(width: usize, queries: usize, room: usize) -> Rows {
+        assert!((1..=ROWS).contains(&room), "room for {room} rows, wanted 1 to {ROWS}");
         assert!(
             width > 0 && width.is_multiple_of(ROW_STEP),
             "rows of {width}, wanted a multiple of {ROW_STEP}"
         );
-        let numbers = vec![0.0; ROWS * width];
+        let numbers = vec![0.0; room * width];
         Rows { keys: numbers.clone(), values: numbers, seen: vec![0; queries], width, tokens: 0 }
     }
 
@@ -47,13 +53,13 @@ impl Rows {
 
     /// Whether no further token fits.
     pub fn is_full(&self) -> bool {
-        self.tokens == ROWS
+        self.tokens * self.width == self.keys.len()
     }
 
     /// Adds a token that the queries for which `sees(query)` holds attend to; its key `[W]` and value `[W]` are
     /// the caller's to write, and hold anything before. Panics if no token fits.
     pub fn push(&mut self, sees: impl Fn(usize) -> bool) -> (&mut [f32], &mut [f32]) {
-        assert!(!self.is_full(), "push into {ROWS} rows");
+        assert!(!self.is_full(), "push into {} rows", self.tokens);
         let at = self.tokens;
         self.seen.iter_mut().enumerate().for_each(|(q, seen)| *seen |= u64::from(sees(q)) << at);
         self.tokens += 1;
@@ -63,7 +69,8 @@ impl Rows {
 
     /// Adds `count` tokens that all queries attend to: keys and values `[count, W]` to write.
     pub fn push_many(&mut self, count: usize) -> (&mut [f32], &mut [f32]) {
-        assert!(self.tokens + count <= ROWS, "push of {count} tokens onto {} of {ROWS}", self.tokens);
+        let room = self.keys.len() / self.width;
+        assert!(self.tokens + count <= room, "push of {count} tokens onto {} of {room}", self.tokens);
         let at = self.tokens;
         let bits = if count == ROWS { u64::MAX } else { (1 << count) - 1 };
         self.seen.iter_mut().for_each(|seen| *seen |= bits.checked_shl(at as u32).unwrap_or(0));

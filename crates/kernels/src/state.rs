@@ -68,7 +68,8 @@ impl AttnState {
                 continue;
             }
             let max = self.max[r].max(other.max[r]);
-            let (a, b) = ((self.max[r] - max).exp(), (other.max[r] - max).exp());
+            let factor = |of: f32| if of == max { 1.0 } else { (of - max).exp() };
+            let (a, b) = (factor(self.max[r]), factor(other.max[r]));
             let mine = &mut self.acc[r * self.channels..][..self.channels];
             for (x, y) in mine.iter_mut().zip(&other.acc[r * self.channels..]) {
                 *x = *x * a + y * b;

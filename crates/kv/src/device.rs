@@ -623,5 +623,5 @@ impl LayeredHead {
     }
 }
 
-#[cfg(all(test, feature = "cuda-emulated"))]
+#[cfg(test)]
 mod tests;

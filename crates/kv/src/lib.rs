@@ -520,6 +520,27 @@ fn append_one<T: Send>(
     Duration::ZERO
 }
 
+/// Adds one token to a layer of each of some caches: `keys` and `values` `[B, G, D]`, as [`append`](KvCache::append) takes them. On an error
+/// some have stored theirs.
+pub fn append_each(
+    caches: &mut [&mut KvCache],
+    pool: &Pool,
+    layer: usize,
+    keys: &[f32],
+    values: &[f32],
+) -> Result<(), KvError> {
+    let row = keys.len() / caches.len().max(1);
+    let rows = keys.chunks_exact(row.max(1)).zip(values.chunks_exact(row.max(1)));
+    if caches.len() < 2 * pool.threads() {
+        // Too few to go round, but their heads may be enough.
+        return caches.iter_mut().zip(rows).try_for_each(|(cache, (k, v))| cache.append(pool, layer, k, v));
+    }
+    let alone = Pool::new(1);
+    let mut tasks: Vec<_> = caches.iter_mut().zip(rows).map(|(cache, of)| (cache, of, Ok(()))).collect();
+    pool.for_each(&mut tasks, |_, (cache, (k, v), done)| *done = cache.append(&alone, layer, k, v));
+    tasks.into_iter().try_for_each(|(.., done)| done)
+}
+
 /// One head of one cache in a decode step.
 struct Lane<'a, H, W> {
     head: &'a H,

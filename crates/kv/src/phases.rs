@@ -29,4 +29,17 @@ impl Phases {
         self.merge += more.merge;
         self.flush += more.flush;
     }
+
+    /// What so many threads waited for, if these are the times of all of them together.
+    pub(crate) fn divided(self, threads: usize) -> Phases {
+        let part = |time: Duration| time / threads as u32;
+        Phases {
+            turn: part(self.turn),
+            score: part(self.score),
+            select: part(self.select),
+            attend: part(self.attend),
+            merge: part(self.merge),
+            flush: part(self.flush),
+        }
+    }
 }

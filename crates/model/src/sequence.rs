@@ -11,7 +11,7 @@ use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::device::Mirror;
-use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, attend_each};
+use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, append_each, attend_each};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -468,11 +468,13 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         done(l + 1);
         Ok(())
     })?;
-    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
+    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
+    let mut steps: Vec<&mut Sequence> = steps.map(|share| &mut *share.sequence).collect();
+    pass.pool.for_each(&mut steps, |_, sequence| {
         let start = Instant::now();
         sequence.cache.between_steps();
         sequence.attention += start.elapsed();
-    }
+    });
     Ok(hidden)
 }
 
@@ -528,23 +530,25 @@ fn attend_steps(
     out: &mut [f32],
 ) -> Result<usize, ForwardError> {
     let most = steps.iter().map(|share| share.tokens.len()).max().unwrap_or(0);
-    let (mut queries, mut attended) = (vec![], vec![]);
+    let (mut keys, mut values, mut queries, mut attended) = (vec![], vec![], vec![], vec![]);
     for t in 0..most {
         let (mut caches, mut places, mut first) = (vec![], vec![], 0);
-        queries.clear();
+        [&mut keys, &mut values, &mut queries].into_iter().for_each(Vec::clear);
         for Share { sequence, tokens, .. } in steps.iter_mut() {
             if t < tokens.len() {
                 if t > 0 {
                     sequence.cache.tend(l);
                 }
                 let (key, value, query) = rows.of(first + t..first + t + 1);
-                sequence.cache.append(pool, l, key, value)?;
+                keys.extend_from_slice(key);
+                values.extend_from_slice(value);
                 queries.extend_from_slice(query);
                 caches.push(&mut sequence.cache);
                 places.push(first + t);
             }
             first += tokens.len();
         }
+        append_each(&mut caches, pool, l, &keys, &values)?;
         attended.resize(queries.len(), 0.0);
         attend_each(&mut caches, pool, l, &queries, &mut attended);
         for (place, from) in places.into_iter().zip(attended.chunks_exact(rows.of_queries)) {

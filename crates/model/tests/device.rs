@@ -1,10 +1,9 @@
 //! Passes on an emulated GPU against those of the CPU, on random models of several families.
-#![cfg(feature = "cuda-emulated")]
 
 use half::bf16;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::Gpu;
-use mosaickv_kernels::cuda::emulated::Emulated;
+use mosaickv_kernels::cuda::emulated;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::{Background, KvCache, KvFormat, Layered, Timing};
 use mosaickv_model::calibrate::calibrate;
@@ -104,7 +103,8 @@ fn sequence<'a>(model: &'a Model, pool: &'a Pool, format: KvFormat) -> Sequence<
 
 #[test]
 fn prompts_and_steps_of_each_family_are_the_cpu_s() {
-    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
+    let Some(gpu) = emulated(4) else { return };
+    let pool = Pool::new(2);
     for family in ["llama", "qwen2", "qwen3", "smollm3"] {
         let (cpu, device) = (load(family), on_device(family, &gpu));
         let mut want = sequence(&cpu, &pool, KvFormat::Exact);
@@ -134,7 +134,8 @@ fn prompts_and_steps_of_each_family_are_the_cpu_s() {
 
 #[test]
 fn what_a_sequence_gets_does_not_depend_on_the_others() {
-    let (gpu, pool) = (Emulated::gpu(3), Pool::new(2));
+    let Some(gpu) = emulated(3) else { return };
+    let pool = Pool::new(2);
     let device = on_device("llama", &gpu);
     let read = |i: usize| {
         let mut sequence = sequence(&device, &pool, KvFormat::Exact);
@@ -168,7 +169,8 @@ fn what_a_sequence_gets_does_not_depend_on_the_others() {
 /// with another number of sequences.
 #[test]
 fn steps_are_a_graph_until_what_they_use_changes() {
-    let (gpu, pool) = (Emulated::gpu(2), Pool::new(2));
+    let Some(gpu) = emulated(2) else { return };
+    let pool = Pool::new(2);
     let (cpu, on_gpu) = (load("llama"), on_device("llama", &gpu));
     let device = on_gpu.device.as_ref().unwrap();
     // Room for what the first sequence needs at first.
@@ -199,20 +201,21 @@ fn steps_are_a_graph_until_what_they_use_changes() {
 }
 
 /// A calibrated model on the CPU, and the same on the device.
-fn calibrated(pool: &Pool) -> [Model; 2] {
+fn calibrated(gpu: &Gpu, pool: &Pool) -> [Model; 2] {
     let (mut cpu, mut device) = (load("llama"), load("llama"));
     let calibration = Arc::new(calibrate(&cpu, pool, &[tokens(1000, 9)], &mut |_, _| ()).unwrap());
     cpu.calibration = Some(calibration.clone());
     device.calibration = Some(calibration);
-    device.to_device(&Emulated::gpu(4)).unwrap();
+    device.to_device(gpu).unwrap();
     [cpu, device]
 }
 
 /// A prompt that the CPU read goes on on the device, through sealed buffers; mirrors of longer answers have tests of their own.
 #[test]
 fn a_compressed_cache_goes_on_as_on_the_cpu() {
+    let Some(gpu) = emulated(4) else { return };
     let pool = Pool::new(2);
-    let [cpu, device] = calibrated(&pool);
+    let [cpu, device] = calibrated(&gpu, &pool);
     let format = KvFormat::Layered(Layered::default());
     let mut want = sequence(&cpu, &pool, format);
     let mut next = greedy(&want.prefill(&tokens(2100, 1), &mut |_, _| ()).unwrap());
@@ -234,8 +237,9 @@ fn a_compressed_cache_goes_on_as_on_the_cpu() {
 /// A prompt whose last tokens the device reads is encoded there, to the bit as the host would.
 #[test]
 fn a_prompt_that_ends_on_the_device_is_encoded_there() {
+    let Some(gpu) = emulated(4) else { return };
     let pool = Pool::new(2);
-    let [cpu, device] = calibrated(&pool);
+    let [cpu, device] = calibrated(&gpu, &pool);
     let prompt = tokens(2103, 1);
     let mut before = sequence(&cpu, &pool, KvFormat::Layered(Layered::default()));
     let share =
@@ -265,7 +269,8 @@ fn a_prompt_that_ends_on_the_device_is_encoded_there() {
 /// CPU's from the same cache: of keys that differ in their last bits other elements are kept.
 #[test]
 fn packed_caches_are_read_as_on_the_cpu() {
-    let (gpu, pool) = (Emulated::gpu(4), Pool::new(2));
+    let Some(gpu) = emulated(4) else { return };
+    let pool = Pool::new(2);
     let (cpu, device) = (load("llama"), on_device("llama", &gpu));
     for (format, prompt, swaps) in [
         ("packed:selected=1,close=2", 200, true),
@@ -297,7 +302,8 @@ fn packed_caches_are_read_as_on_the_cpu() {
 /// Formats take steps of their own.
 #[test]
 fn sequences_of_all_formats_share_a_pass() {
-    let (gpu, pool) = (Emulated::gpu(3), Pool::new(2));
+    let Some(gpu) = emulated(3) else { return };
+    let pool = Pool::new(2);
     let device = on_device("llama", &gpu);
     let formats = ["exact", "packed:selected=0.5", "packed:selected=0.5,block=4", "packed"];
     let read = |format: &str| {
@@ -316,7 +322,8 @@ fn sequences_of_all_formats_share_a_pass() {
 
 #[test]
 fn what_a_gpu_is_not_for_is_said() {
-    let (gpu, pool) = (Emulated::gpu(1), Pool::new(1));
+    let Some(gpu) = emulated(1) else { return };
+    let pool = Pool::new(1);
     let refused = |family: &str| load(family).to_device(&gpu).unwrap_err().to_string();
     assert!(refused("gemma3").contains("a sliding window"), "{}", refused("gemma3"));
     let device = on_device("llama", &gpu);

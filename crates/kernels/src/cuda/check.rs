@@ -584,5 +584,5 @@ fn threshold(needed: Option<Needed>, codes: &[Vec<u8>], r: usize) -> i32 {
     if below <= may_miss { 256 } else { (least as i32).max(1) }
 }
 
-#[cfg(all(test, feature = "cuda-emulated"))]
+#[cfg(all(test, emulated))]
 mod tests;

@@ -152,7 +152,7 @@ pub trait Device: fmt::Debug + Send + Sync {
 }
 
 /// The bytes of a structure, aligned as it is.
-#[cfg(any(feature = "cuda", feature = "cuda-emulated"))]
+#[cfg(any(feature = "cuda", emulated))]
 pub(super) fn aligned(parameters: &[u8]) -> Vec<u64> {
     let word = |bytes: &[u8]| u64::from_ne_bytes(std::array::from_fn(|i| bytes.get(i).copied().unwrap_or(0)));
     parameters.chunks(8).map(word).collect()

@@ -291,7 +291,7 @@ impl Drop for Graph {
     }
 }
 
-#[cfg(all(test, feature = "cuda-emulated"))]
+#[cfg(all(test, emulated))]
 mod tests {
     use super::*;
     use crate::cuda::Buffer;

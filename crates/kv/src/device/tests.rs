@@ -6,7 +6,7 @@ mod packed;
 use super::*;
 use crate::common::uniform;
 use crate::{Layered as Format, Moments, Select, Target};
-use mosaickv_kernels::cuda::emulated::Emulated;
+use mosaickv_kernels::cuda::emulated;
 use mosaickv_kernels::cuda::layered::Choice;
 
 const D: usize = 64;
@@ -162,7 +162,8 @@ fn layered() -> KvFormat {
 /// Through sealed buffers, pages that leave the window, and segments that close: each twice and more.
 #[test]
 fn a_mirror_attends_as_its_cache_does_while_it_grows() {
-    let (gpu, threads) = (Emulated::gpu(4), Threads::new(2));
+    let Some(gpu) = emulated(4) else { return };
+    let threads = Threads::new(2);
     let mut on_cpu = cache(layered());
     read(&mut on_cpu, &threads, 2100);
     let mut on_device = on_cpu.clone();
@@ -190,7 +191,8 @@ fn a_mirror_attends_as_its_cache_does_while_it_grows() {
 /// A sequence that is exact and long, one that is exact and short, and one that is compressed.
 #[test]
 fn sequences_of_different_lengths_and_formats_share_a_step() {
-    let (gpu, threads) = (Emulated::gpu(3), Threads::new(2));
+    let Some(gpu) = emulated(3) else { return };
+    let threads = Threads::new(2);
     let mut store = Store::new(&gpu, SHAPE).unwrap();
     let mut attention = Attention::new(&store, 3).unwrap();
     let mut caches = [cache(KvFormat::Exact), cache(layered()), cache(layered())];
@@ -220,7 +222,8 @@ fn sequences_of_different_lengths_and_formats_share_a_step() {
 /// read other tiles, since the device knows weights to a quarter of an octave.
 #[test]
 fn a_long_context_is_selected_from() {
-    let (gpu, threads) = (Emulated::gpu(4), Threads::new(2));
+    let Some(gpu) = emulated(4) else { return };
+    let threads = Threads::new(2);
     let mut on_cpu = cache(layered());
     read(&mut on_cpu, &threads, 12_000);
     let (mut on_device, mut whole) = (on_cpu.clone(), on_cpu.clone());

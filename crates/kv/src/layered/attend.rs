@@ -1,14 +1,15 @@
 //! One decode step over layered pages: sketch the weights of tiles, select, attend.
 //!
-//! Five jobs of the pool, each over all heads of all caches that take the step together: turn the queries (and attend to
-//! the exact tokens), sketch, select, attend to what was selected, merge. Tiles of a head's prompt and tail compete with each
+//! Five phases: turn the queries (and attend to the exact tokens), sketch, select, attend to what was selected, merge. Where there are
+//! heads enough for all threads, one thread takes a head through all of them; where there are few, each phase is a job of the pool over
+//! the runs of all heads. Tiles of a head's prompt and tail compete with each
 //! other; newer pages are always read. Where all is read, nothing is sketched. Partial states are merged in order in the
 //! calibration's channels, then leave them and meet the exact tokens. Runs are cut by pages and tiles alone, so that
 //! results depend neither on threads nor on the other caches.
 
 use super::{LayeredHead, SINKS, select};
 use crate::{Phases, Step, cleared};
-use half::f16;
+use half::slice::HalfFloatSliceExt;
 use mosaickv_kernels::exact::{self, Visible};
 use mosaickv_kernels::layered::{Pages, Queries, TILES, attend_tiles, sketch};
 use mosaickv_kernels::rotate::rotate;
@@ -23,6 +24,9 @@ const ATTENDED_PER_TASK: u32 = 128;
 /// Pages that one task sketches.
 const SKETCHED_PER_TASK: usize = 256;
 
+/// Tasks for each thread, as large as the largest, from which a task may be a whole head: threads end at about the same time.
+const HEADS_PER_THREAD: usize = 4;
+
 /// What a step works with in one head, kept between steps for its allocations.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
@@ -30,6 +34,8 @@ pub(crate) struct Work {
     pub(crate) scaled: Vec<f32>,
     /// The same in the calibration's channels, times the keys' spreads.
     turned: Vec<f32>,
+    /// The head's means and spreads: of keys `[2, D]`, of values `[2, D]`.
+    scales: Vec<f32>,
     /// `[R]`: a query's product with the keys' means, which is in every score.
     offsets: Vec<f32>,
     /// Both, as the kernel wants them.
@@ -48,6 +54,8 @@ pub(crate) struct Work {
     reads: Vec<usize>,
     /// Bytes that the step reads.
     pub(crate) read: u64,
+    /// Time of the step, if one thread took all of it.
+    phases: Phases,
 }
 
 impl Work {
@@ -58,11 +66,13 @@ impl Work {
         self.scaled.extend(queries.iter().map(|q| q * scale));
         self.turned.resize(queries.len(), 0.0);
         rotate(isa, &self.scaled, &head.calibration.heads[head.index].queries, &mut self.turned, d);
-        let (mean, spread) = (head.scales.key_mean(), head.scales.key_spread());
+        self.scales.resize(4 * d, 0.0);
+        head.scales.numbers.convert_to_f32_slice(&mut self.scales);
+        let (mean, spread) = self.scales[..2 * d].split_at(d);
         self.offsets.clear();
         for query in self.turned.chunks_exact_mut(d) {
-            self.offsets.push(query.iter().zip(mean).map(|(q, m)| q * m.to_f32()).sum());
-            query.iter_mut().zip(spread).for_each(|(q, s)| *q *= s.to_f32());
+            self.offsets.push(dot(query, mean));
+            query.iter_mut().zip(spread).for_each(|(q, s)| *q *= s);
         }
         self.queries.set(isa, &self.turned, &self.offsets);
     }
@@ -73,6 +83,21 @@ type Lane<'a> = crate::Lane<'a, LayeredHead, Work>;
 
 /// One token in each of some caches: `lanes` are all of their heads.
 pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
+    let pages = |lane: &Lane| -> usize {
+        lane.head.segments().map(|segment| segment.pages.pages().len()).iter().sum()
+    };
+    let (most, all) = lanes.iter().map(pages).fold((0, 0), |(most, all), n| (most.max(n), all + n));
+    if HEADS_PER_THREAD * step.pool.threads() * most > all {
+        return by_phases(step, lanes);
+    }
+    step.pool.for_each(lanes, |_, lane| lane.whole(step));
+    let mut phases = Phases::default();
+    lanes.iter().for_each(|lane| phases.add(lane.work.phases));
+    phases.divided(step.pool.threads())
+}
+
+/// Each phase over the runs of all heads.
+fn by_phases(step: Step, lanes: &mut [Lane]) -> Phases {
     let mut clock = Instant::now();
     let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed();
     step.pool.for_each(lanes, |_, lane| lane.turn(step));
@@ -92,16 +117,32 @@ pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
 }
 
 impl Lane<'_> {
+    /// All of the step.
+    fn whole(&mut self, step: Step) {
+        let mut clock = Instant::now();
+        let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed();
+        self.turn(step);
+        let turn = lap();
+        self.sketching().iter_mut().for_each(|task| task.run(step.isa));
+        let score = lap();
+        self.select(step.isa);
+        let select = lap();
+        self.attending(step).iter_mut().for_each(|task| task.run(step.isa));
+        let attend = lap();
+        self.merge(step);
+        self.work.phases = Phases { turn, score, select, attend, merge: lap(), flush: Duration::ZERO };
+    }
+
     fn turn(&mut self, step: Step) {
         let (head, work) = (self.head, &mut *self.work);
         let (rows, d) = (step.shape.group(), step.shape.head_dim);
         work.turn(step.isa, head, self.queries, step.scale);
         let [state] = cleared(&mut work.whole, 1, rows, d) else { unreachable!("one state was asked for") };
-        let mut sinks = Rows::new(d, rows);
+        let mut sinks = Rows::with_room(d, rows, SINKS);
         let (keys, values) = sinks.push_many(SINKS);
         for (t, token) in head.sinks.chunks_exact(2 * d).enumerate() {
-            widen(&token[..d], &mut keys[t * d..][..d]);
-            widen(&token[d..], &mut values[t * d..][..d]);
+            token[..d].convert_to_f32_slice(&mut keys[t * d..][..d]);
+            token[d..].convert_to_f32_slice(&mut values[t * d..][..d]);
         }
         sinks.fold(step.isa, &work.scaled, state);
         if let Some(buffer) = &head.buffer {
@@ -168,11 +209,13 @@ impl Lane<'_> {
         if let Some((first, others)) = work.parts.split_first_mut() {
             others.iter().for_each(|part| first.merge(part));
             let outputs = &head.calibration.heads[head.index].outputs;
-            let (mean, spread) = (head.scales.value_mean(), head.scales.value_spread());
+            let (mean, spread) = work.scales[2 * d..].split_at(d);
             let turn = |acc: &[f32], sums: &[f32], out: &mut [f32]| {
-                let element =
-                    |(i, x): (usize, &f32)| x * spread[i % d].to_f32() + sums[i / d] * mean[i % d].to_f32();
-                rotate(step.isa, &acc.iter().enumerate().map(element).collect::<Vec<_>>(), outputs, out, d);
+                let mut of_channels = acc.to_vec();
+                for (row, sum) in of_channels.chunks_exact_mut(d).zip(sums) {
+                    row.iter_mut().zip(spread).zip(mean).for_each(|((x, s), m)| *x = *x * s + sum * m);
+                }
+                rotate(step.isa, &of_channels, outputs, out, d);
             };
             work.whole[0].merge(&first.turned(d, turn));
         }
@@ -258,6 +301,11 @@ impl LayeredHead {
     }
 }
 
-fn widen(x: &[f16], out: &mut [f32]) {
-    out.iter_mut().zip(x).for_each(|(out, x)| *out = x.to_f32());
+/// Of vectors of a multiple of 16 elements, in as many sums.
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut sums = [0.0; 16];
+    for (x, y) in x.chunks_exact(16).zip(y.chunks_exact(16)) {
+        sums.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum += x * y);
+    }
+    sums.iter().sum()
 }

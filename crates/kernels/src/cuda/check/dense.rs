@@ -482,7 +482,7 @@ fn copies(gpu: &Gpu, random: &mut Random) -> Result<f64, Failure> {
     Ok(0.0)
 }
 
-#[cfg(all(test, feature = "cuda-emulated"))]
+#[cfg(all(test, emulated))]
 mod tests {
     use super::*;
     use crate::cuda::Error;

@@ -397,7 +397,7 @@ fn rotating(
     Ok(())
 }
 
-#[cfg(all(test, feature = "cuda-emulated"))]
+#[cfg(all(test, emulated))]
 mod tests {
     use super::*;
     use crate::cuda::emulated::Emulated;

@@ -24,13 +24,13 @@ fn settled(cache: &KvCache) -> usize {
 }
 
 /// Steps through `steps` tokens, some of which the device does not see, and is brought in line with.
-fn grow(format: KvFormat, prompt: usize, steps: usize) -> (KvCache, Mirror) {
-    let (gpu, threads) = (Emulated::gpu(4), Threads::new(2));
+fn grow(gpu: &Gpu, format: KvFormat, prompt: usize, steps: usize) -> (KvCache, Mirror) {
+    let threads = Threads::new(2);
     let mut on_cpu = cache(format);
     read(&mut on_cpu, &threads, prompt);
     let mut on_device = cache(format);
     read(&mut on_device, &threads, prompt);
-    let mut store = Store::new(&gpu, SHAPE).unwrap();
+    let mut store = Store::new(gpu, SHAPE).unwrap();
     let (mut mirror, mut attention) = (Mirror::new(&store), Attention::new(&store, 1).unwrap());
     let sequence = (&mut on_device, &mut mirror);
     let seen = |i: usize| i.is_multiple_of(7) || i % 32 <= 2;
@@ -52,7 +52,8 @@ fn grow(format: KvFormat, prompt: usize, steps: usize) -> (KvCache, Mirror) {
 /// Through encoded buffers, segments that close, and strategies that take the place of borrowed ones.
 #[test]
 fn a_mirror_attends_as_its_cache_does_while_it_grows() {
-    let (cache, mirror) = grow(packed("segment=64,close=6"), 700, 420);
+    let Some(gpu) = emulated(4) else { return };
+    let (cache, mirror) = grow(&gpu, packed("segment=64,close=6"), 700, 420);
     let (count, settled) = (segments(&cache, 0).len(), settled(&cache));
     // Ten are the prompt's.
     assert!(settled >= 13 && count > settled, "{settled} of {count} segments are settled");
@@ -67,12 +68,13 @@ fn a_mirror_attends_as_its_cache_does_while_it_grows() {
 /// One strategy for all, of several kinds; one segment goes on from the prompt.
 #[test]
 fn given_strategies_are_attended_to() {
+    let Some(gpu) = emulated(4) else { return };
     for parameters in [
         "kept=0.25,group=1,block=8,selected=1",
         "kept=0.75,group=2,block=4,selected=0.3,rotation=none",
         "kept=0.125,group=4,block=16,selected=0.5",
     ] {
-        let (cache, _) = grow(packed(parameters), 600, 80);
+        let (cache, _) = grow(&gpu, packed(parameters), 600, 80);
         assert_eq!(segments(&cache, 0).len(), 1, "{parameters}");
     }
 }
@@ -80,7 +82,8 @@ fn given_strategies_are_attended_to() {
 /// A sequence that is exact, and packed ones that differ in all but what is selected: of several segments, of sinks alone, and without pages.
 #[test]
 fn sequences_of_different_lengths_and_strategies_share_a_step() {
-    let (gpu, threads) = (Emulated::gpu(3), Threads::new(2));
+    let Some(gpu) = emulated(3) else { return };
+    let threads = Threads::new(2);
     let mut store = Store::new(&gpu, SHAPE).unwrap();
     let mut attention = Attention::new(&store, 4).unwrap();
     let formats = [KvFormat::Exact, packed("segment=256"), packed("block=4"), packed("kept=0.375,group=2")];
@@ -114,7 +117,8 @@ fn sequences_of_different_lengths_and_strategies_share_a_step() {
 /// The cache whose full pages are there several times, as a stretched mirror has them.
 #[test]
 fn a_stretched_mirror_has_full_pages_several_times() {
-    let (gpu, threads, times) = (Emulated::gpu(3), Threads::new(2), 3);
+    let Some(gpu) = emulated(3) else { return };
+    let (threads, times) = (Threads::new(2), 3);
     let mut once = cache(packed("selected=0.2"));
     read(&mut once, &threads, 1300);
     let mut often = once.clone();
@@ -141,7 +145,8 @@ fn a_stretched_mirror_has_full_pages_several_times() {
 
 #[test]
 fn too_many_segments_are_refused() {
-    let (gpu, threads) = (Emulated::gpu(1), Threads::new(2));
+    let Some(gpu) = emulated(1) else { return };
+    let threads = Threads::new(2);
     let mut cache = cache(packed("segment=32"));
     let tokens = 4 + 257 * 32 + 32;
     for layer in 0..SHAPE.layers {
