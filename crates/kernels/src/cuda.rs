@@ -52,7 +52,7 @@ pub struct Shape {
     pub head_dim: usize,
 }
 
-/// An emulated GPU of so many multiprocessors, for tests; `None`, which is said, where kernels could not be compiled for the host.
+/// An emulated GPU of so many multiprocessors, for tests; `None` where kernels are not compiled for the host, as the build says.
 #[cfg(feature = "cuda-emulated")]
 pub fn emulated(multiprocessors: usize) -> Option<Gpu> {
     #[cfg(emulated)]
@@ -60,7 +60,7 @@ pub fn emulated(multiprocessors: usize) -> Option<Gpu> {
     #[cfg(not(emulated))]
     {
         eprintln!(
-            "SKIPPED: no GPU of {multiprocessors} multiprocessors is emulated: there was no C++ compiler"
+            "SKIPPED: no GPU of {multiprocessors} multiprocessors: that takes x86-64, Linux and a C++ compiler"
         );
         None
     }

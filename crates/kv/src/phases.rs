@@ -30,7 +30,7 @@ impl Phases {
         self.flush += more.flush;
     }
 
-    /// What so many threads waited for, if these are the times of all of them together.
+    /// About what was waited for, if these are the times of so many threads together: that they end at different times is left out.
     pub(crate) fn divided(self, threads: usize) -> Phases {
         let part = |time: Duration| time / threads as u32;
         Phases {

@@ -5,7 +5,7 @@ mod common;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{
     Background, Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Part, Target,
-    Timing,
+    Timing, append_each, attend_each,
 };
 use std::sync::Arc;
 
@@ -201,6 +201,49 @@ fn a_step_reads_what_its_queries_need() {
             close(&got, &wide, 0.5, &format!("{isa:?}, {text} and all"));
         }
     }
+}
+
+/// One, where phases go over runs of heads, and many, where a thread takes a whole head: of unequal lengths, some of which select, and one
+/// that is exact.
+#[test]
+fn caches_step_together_as_they_do_alone() {
+    let alone = Pool::new(1);
+    let of = |text: &str, prompt: usize, more: usize| {
+        let mut exact = cache(KvFormat::Exact).remember_queries();
+        read(&mut exact, &alone, prompt, 500);
+        let mut cache = exact.compressed(&alone, text.parse().unwrap()).unwrap();
+        grow(&mut cache, &alone, more);
+        cache
+    };
+    let kinds = [
+        of("layered@mass=0.9", 9000, 70),
+        of("layered@all", 2500, 15),
+        of("layered", 2200, 31),
+        of("exact", 700, 3),
+    ];
+    for (count, threads) in [1, 3, 16].into_iter().flat_map(|count| [1, 2, 3].map(|threads| (count, threads)))
+    {
+        let pool = Pool::new(threads);
+        let mut together: Vec<KvCache> = (0..count).map(|i| kinds[i % kinds.len()].clone()).collect();
+        let mut one_by_one = together.clone();
+        let (keys, values) = (rows(21, count, KV_ROW), rows(22, count, KV_ROW));
+        let (queries, mut out) = (asking(23, count), vec![f32::NAN; count * Q_ROW]);
+        let mut all: Vec<&mut KvCache> = together.iter_mut().collect();
+        append_each(&mut all, &pool, 1, &keys, &values).unwrap();
+        attend_each(&mut all, &pool, 1, &queries, &mut out);
+        for (i, (cache, together)) in one_by_one.iter_mut().zip(&together).enumerate() {
+            let (row, mut want) = (i * KV_ROW..(i + 1) * KV_ROW, vec![0.0; Q_ROW]);
+            cache.append(&alone, 1, &keys[row.clone()], &values[row]).unwrap();
+            cache.attend(&alone, 1, &queries[i * Q_ROW..][..Q_ROW], &mut want);
+            assert_eq!(out[i * Q_ROW..][..Q_ROW], want, "cache {i} of {count}, {threads} threads");
+            assert_eq!(cache.bytes_read(), together.bytes_read(), "cache {i} of {count}, {threads} threads");
+        }
+        let mut wrong = keys.clone();
+        wrong[count / 2 * KV_ROW] = f32::NAN;
+        let refused = append_each(&mut together.iter_mut().collect::<Vec<_>>(), &pool, 0, &wrong, &values);
+        assert!(matches!(refused, Err(KvError::NotFinite { layer: 0 })), "{refused:?}");
+    }
+    append_each(&mut [], &alone, 0, &[], &[]).unwrap();
 }
 
 #[test]

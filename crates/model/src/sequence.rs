@@ -468,13 +468,12 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         done(l + 1);
         Ok(())
     })?;
-    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
-    let mut steps: Vec<&mut Sequence> = steps.map(|share| &mut *share.sequence).collect();
-    pass.pool.for_each(&mut steps, |_, sequence| {
+    // One after the other: which segments are handed over where memory for that runs out must not depend on threads.
+    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
         let start = Instant::now();
         sequence.cache.between_steps();
         sequence.attention += start.elapsed();
-    });
+    }
     Ok(hidden)
 }
 

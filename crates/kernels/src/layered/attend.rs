@@ -175,7 +175,7 @@ fn batches<'a, S: Simd>(s: S, pages: &'a Pages, visits: &[(u32, u8)]) -> (Vec<Ba
             s.prefetch_near(pages.escapes_of(index as usize)[0].as_ptr(), 0);
         }
     }
-    // Tiles that are chosen one by one make fewer.
+    // At most one a visit.
     let mut batches = Vec::with_capacity(visits.len());
     let (mut open, mut read) = (Vec::<(Batch, usize)>::new(), 0);
     for &(index, tiles) in visits {

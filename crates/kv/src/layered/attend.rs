@@ -1,11 +1,11 @@
 //! One decode step over layered pages: sketch the weights of tiles, select, attend.
 //!
-//! Five phases: turn the queries (and attend to the exact tokens), sketch, select, attend to what was selected, merge. Where there are
-//! heads enough for all threads, one thread takes a head through all of them; where there are few, each phase is a job of the pool over
-//! the runs of all heads. Tiles of a head's prompt and tail compete with each
-//! other; newer pages are always read. Where all is read, nothing is sketched. Partial states are merged in order in the
-//! calibration's channels, then leave them and meet the exact tokens. Runs are cut by pages and tiles alone, so that
-//! results depend neither on threads nor on the other caches.
+//! Five phases: turn the queries (and attend to the exact tokens), sketch, select, attend to what was selected, merge. Where
+//! there are heads enough for all threads, one thread takes a head through all of them; where there are few, each phase is a job
+//! of the pool over the runs of all heads. Tiles of a head's prompt and tail compete with each other; newer pages are always
+//! read. Where all is read, nothing is sketched. Partial states are merged in order in the calibration's channels, then leave
+//! them and meet the exact tokens. Runs are cut by pages and tiles alone, and both ways merge the same runs, so that results
+//! depend neither on threads nor on the other caches.
 
 use super::{LayeredHead, SINKS, select};
 use crate::{Phases, Step, cleared};
@@ -93,7 +93,7 @@ pub(crate) fn decode(step: Step, lanes: &mut [Lane]) -> Phases {
     step.pool.for_each(lanes, |_, lane| lane.whole(step));
     let mut phases = Phases::default();
     lanes.iter().for_each(|lane| phases.add(lane.work.phases));
-    phases.divided(step.pool.threads())
+    phases.divided(step.pool.threads().min(lanes.len()).max(1))
 }
 
 /// Each phase over the runs of all heads.
