@@ -529,11 +529,10 @@ pub fn append_each(
     keys: &[f32],
     values: &[f32],
 ) -> Result<(), KvError> {
-    let Some(first) = caches.first() else { return Ok(assert!(keys.is_empty(), "keys of no cache")) };
-    let row = first.shape.kv_heads * first.shape.head_dim;
+    let row = caches.first().map_or(0, |first| first.shape.kv_heads * first.shape.head_dim);
     let all = caches.len() * row;
     assert_eq!((keys.len(), values.len()), (all, all), "keys, values not {} rows of {row}", caches.len());
-    let rows = keys.chunks_exact(row).zip(values.chunks_exact(row));
+    let rows = keys.chunks_exact(row.max(1)).zip(values.chunks_exact(row.max(1)));
     if caches.len() < 2 * pool.threads() {
         // Too few to go round, but their heads may be enough.
         return caches.iter_mut().zip(rows).try_for_each(|(cache, (k, v))| cache.append(pool, layer, k, v));
