@@ -30,6 +30,20 @@ pub use aside::{Pending, Pinned};
 pub use device::{Buffer, Device, Error, Gpu, Kernel, Piece};
 pub use graph::{Asked, Captured, Graph, Tape};
 
+/// An emulated GPU of so many multiprocessors, for tests; `None` where kernels are not compiled for the host, as the build says.
+#[cfg(feature = "cuda-emulated")]
+pub fn emulated(multiprocessors: usize) -> Option<Gpu> {
+    #[cfg(emulated)]
+    return Some(emulated::Emulated::gpu(multiprocessors));
+    #[cfg(not(emulated))]
+    {
+        eprintln!(
+            "SKIPPED: no GPU of {multiprocessors} multiprocessors: that takes x86-64, Linux and a C++ compiler"
+        );
+        None
+    }
+}
+
 /// Most query heads of a KV head.
 pub const MOST_ROWS: usize = 8;
 
@@ -50,20 +64,6 @@ pub struct Shape {
     pub rows: usize,
     /// `D`, 64 or 128.
     pub head_dim: usize,
-}
-
-/// An emulated GPU of so many multiprocessors, for tests; `None` where kernels are not compiled for the host, as the build says.
-#[cfg(feature = "cuda-emulated")]
-pub fn emulated(multiprocessors: usize) -> Option<Gpu> {
-    #[cfg(emulated)]
-    return Some(emulated::Emulated::gpu(multiprocessors));
-    #[cfg(not(emulated))]
-    {
-        eprintln!(
-            "SKIPPED: no GPU of {multiprocessors} multiprocessors: that takes x86-64, Linux and a C++ compiler"
-        );
-        None
-    }
 }
 
 impl Shape {
