@@ -72,8 +72,8 @@ pub trait Compute {
     /// Bytes allocated for a sequence, without those that it shares with the one that it is a clone of, if that is given.
     fn bytes(&self, sequence: &Self::Sequence, beside: Option<&Self::Sequence>) -> usize;
 
-    /// Bytes that attention has read of it.
-    fn read_bytes(&self, sequence: &Self::Sequence) -> u64;
+    /// Bytes that attention has read of it, if somebody counts.
+    fn read_bytes(&self, sequence: &Self::Sequence) -> Option<u64>;
 
     /// A clone of its keys and values.
     fn cache(&self, sequence: &Self::Sequence) -> KvCache;
@@ -196,8 +196,8 @@ impl<'a> Compute for ModelCompute<'a> {
         sequence.cache().bytes().total() - shared
     }
 
-    fn read_bytes(&self, sequence: &Sequence<'a>) -> u64 {
-        sequence.cache().bytes_read()
+    fn read_bytes(&self, sequence: &Sequence<'a>) -> Option<u64> {
+        sequence.bytes_read()
     }
 
     fn cache(&self, sequence: &Sequence<'a>) -> KvCache {

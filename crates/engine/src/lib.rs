@@ -229,8 +229,8 @@ pub struct Bill {
     pub kv_bytes: usize,
     /// Bytes that they would take as f16.
     pub exact_bytes: usize,
-    /// Bytes of keys and values that a step read, mean over the steps.
-    pub read_bytes_per_step: f64,
+    /// Bytes of keys and values that a step read, mean over the steps; `None` on a GPU, which does not count, and of a request that never began.
+    pub read_bytes_per_step: Option<f64>,
     /// Until it was first scheduled.
     pub queued: Duration,
     /// From then until the first token.

@@ -315,7 +315,7 @@ impl<S> Running<S> {
         reservation: Reservation,
     ) -> Running<S> {
         let Found { base, sequence } = found;
-        let begins = (base.tokens.len(), compute.read_bytes(&sequence));
+        let begins = (base.tokens.len(), compute.read_bytes(&sequence).unwrap_or(0));
         let running = Running::begin(active, sequence, reservation, begins);
         Running { base: Some(base), ..running }
     }
@@ -398,12 +398,12 @@ impl<S> Running<S> {
         if let Shadow::Reading = self.shadow {
             let copy = compute.compressed(&self.sequence, self.active.kv)?;
             // The copy has read nothing yet.
-            self.read_before = compute.read_bytes(&self.sequence);
+            self.read_before = compute.read_bytes(&self.sequence).unwrap_or(0);
             let exact = std::mem::replace(&mut self.sequence, copy);
             self.shadow = Shadow::On { exact, heard: vec![] };
         }
         compute.compress(&mut self.sequence);
-        self.compressed = (self.read, compute.read_bytes(&self.sequence));
+        self.compressed = (self.read, compute.read_bytes(&self.sequence).unwrap_or(0));
         self.bytes = compute.bytes(&self.sequence, None);
         self.bytes += self.shadow.exact().map_or(0, |exact| compute.bytes(exact, None));
         // What is no longer needed is given back at the next step, when it is measured.
@@ -579,14 +579,12 @@ impl<S> Running<S> {
         } = self;
         let all = compute.read_bytes(&sequence);
         let steps = read.saturating_sub(compressed.0);
+        let of_step =
+            |all: u64| if steps == 0 { 0.0 } else { all.saturating_sub(compressed.1) as f64 / steps as f64 };
         let bill = Bill {
             kv_bytes: compute.bytes(&sequence, None),
             exact_bytes: compute.exact_bytes(read),
-            read_bytes_per_step: if steps == 0 {
-                0.0
-            } else {
-                all.saturating_sub(compressed.1) as f64 / steps as f64
-            },
+            read_bytes_per_step: all.map(of_step),
             ..active.bill()
         };
         let bytes = compute.bytes(&sequence, base.as_ref().map(|base| &base.sequence));
@@ -626,6 +624,6 @@ impl<S> Running<S> {
                 memory.release(reservation);
             }
         }
-        Farewell { emit: active.emit, end, bill, read: read_before + all - inherited }
+        Farewell { emit: active.emit, end, bill, read: read_before + all.unwrap_or(0) - inherited }
     }
 }

@@ -1,6 +1,7 @@
 //! Which token comes next? From logits to a token, the way that the request asked for.
 
 use crate::Grammar;
+use mosaickv_model::greedy;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::HashMap;
@@ -50,20 +51,26 @@ pub(crate) struct Sampler {
     sampling: Sampling,
     draws: ChaCha8Rng,
     grammar: Option<Box<dyn Grammar>>,
-    /// How often the answer has a token; tokens of the prompt have an entry too.
+    /// How often the answer has a token, if choices look back; with a repetition penalty tokens of the prompt have an entry too.
     seen: HashMap<u32, usize>,
 }
 
 impl Sampler {
     /// After these tokens.
     pub(crate) fn new(sampling: Sampling, grammar: Option<Box<dyn Grammar>>, before: &[u32]) -> Sampler {
-        let looks_back = sampling.repetition_penalty != 1.0;
-        let seen = if looks_back { before.iter().map(|&id| (id, 0)).collect() } else { HashMap::new() };
+        let repeats = sampling.repetition_penalty != 1.0;
+        let seen = if repeats { before.iter().map(|&id| (id, 0)).collect() } else { HashMap::new() };
         Sampler { draws: ChaCha8Rng::seed_from_u64(sampling.seed), sampling, grammar, seen }
     }
 
     /// The next token, never one of `banned`. An error is the grammar's.
     pub(crate) fn choose(&mut self, logits: &[f32], banned: &[u32]) -> Result<u32, String> {
+        if self.takes_the_first() {
+            let id = greedy(logits);
+            if !banned.contains(&id) && logits[id as usize] > f32::NEG_INFINITY {
+                return Ok(id);
+            }
+        }
         let mut logits = logits.to_vec();
         self.weigh(&mut logits);
         for &id in banned {
@@ -74,15 +81,29 @@ impl Sampler {
         if let Some(grammar) = &mut self.grammar {
             grammar.mask(&mut logits)?;
         }
-        let id = if self.sampling.temperature > 0.0 { self.draw(&logits) } else { most_probable(&logits) };
+        let id = if self.sampling.temperature > 0.0 { self.draw(&logits) } else { greedy(&logits) };
         if logits[id as usize] == f32::NEG_INFINITY {
             return Err("no token may come next: the grammar and the other limits leave none".into());
         }
         if let Some(grammar) = &mut self.grammar {
             grammar.accept(id)?;
         }
-        *self.seen.entry(id).or_default() += 1;
+        if self.looks_back() {
+            *self.seen.entry(id).or_default() += 1;
+        }
         Ok(id)
+    }
+
+    /// Whether the most probable token is chosen, but for those that are banned.
+    fn takes_the_first(&self) -> bool {
+        let Sampling { temperature, logit_bias, .. } = &self.sampling;
+        *temperature <= 0.0 && logit_bias.is_empty() && !self.looks_back() && self.grammar.is_none()
+    }
+
+    /// Whether a choice depends on the tokens before it.
+    fn looks_back(&self) -> bool {
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
+        (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
     }
 
     /// Biases and penalties.
@@ -132,13 +153,8 @@ impl Sampler {
             rest -= weight;
             rest < 0.0
         });
-        drawn.or(left.last()).map_or_else(|| most_probable(logits), |(id, _)| *id)
+        drawn.or(left.last()).map_or_else(|| greedy(logits), |(id, _)| *id)
     }
-}
-
-/// The first of the largest logits.
-fn most_probable(logits: &[f32]) -> u32 {
-    mosaickv_model::greedy(logits)
 }
 
 /// The natural logarithm of the probability of token `id` after these logits `[vocab]`, and the `count` most probable tokens with
@@ -219,6 +235,7 @@ mod tests {
         };
         let plain = Sampling::default();
         assert_eq!(choose(plain.clone(), &[], &[1]), [4, 4, 4]);
+        assert!(Sampler::new(plain.clone(), None, &[]).choose(&LOGITS, &[0, 1, 2, 3, 4]).is_err());
         assert_eq!(choose(Sampling { presence_penalty: 1.5, ..plain.clone() }, &[1], &[]), [1, 4, 2]);
         assert_eq!(choose(Sampling { frequency_penalty: 0.3, ..plain.clone() }, &[], &[]), [1, 1, 4]);
         assert_eq!(choose(Sampling { repetition_penalty: 1.3, ..plain.clone() }, &[1], &[])[0], 4);

@@ -171,8 +171,8 @@ impl Compute for Fake {
         (0..sequence.pages.len()).filter(|&i| !is_shared(i)).map(|i| sequence.pages[i].bytes).sum()
     }
 
-    fn read_bytes(&self, _: &FakeSequence) -> u64 {
-        0
+    fn read_bytes(&self, _: &FakeSequence) -> Option<u64> {
+        None
     }
 
     fn cache(&self, _: &FakeSequence) -> KvCache {

@@ -212,7 +212,7 @@ impl<'a> Answering<'a> {
 pub(crate) struct Meter {
     cost: Cost,
     /// Tokens held and bytes read when the prompt was in.
-    before: (usize, u64),
+    before: (usize, Option<u64>),
 }
 
 impl Meter {
@@ -227,17 +227,18 @@ impl Meter {
             bits_per_scalar: bytes as f64 * 8.0 / cache.shape().scalars(tokens) as f64,
             bytes_read_per_step: None,
         };
-        Meter { cost, before: (tokens, cache.bytes_read()) }
+        Meter { cost, before: (tokens, fork.bytes_read()) }
     }
 
     /// The cost, with what the steps since then led to, if there were any.
     pub(crate) fn cost(self, fork: &Sequence) -> Cost {
         let cache = fork.cache();
-        let (steps, read) = (cache.tokens() - self.before.0, cache.bytes_read() - self.before.1);
+        let steps = cache.tokens() - self.before.0;
         if steps == 0 {
             return self.cost;
         }
-        let bytes_read_per_step = Some(read as f64 / steps as f64);
+        let read = fork.bytes_read().zip(self.before.1);
+        let bytes_read_per_step = read.map(|(after, before)| (after - before) as f64 / steps as f64);
         Cost { bytes_read_per_step, end_ratio: Some(ratio(cache)), ..self.cost }
     }
 }

@@ -4,6 +4,9 @@
 #include "fold.cuh"
 #include "select.cuh"
 
+// Tiles of the longest list that is cut into 16 parts: as many as 16 of the parts that a long one has.
+constexpr int SHORT_LIST = 512;
+
 // The tile that a head reads at `at`, if that is before `end`.
 DEVICE uint32_t tile_at(const LayeredParameters& p, int index, bool listed, int at, int end) {
     if (!listed || at >= end) return at;
@@ -74,10 +77,11 @@ DEVICE void fold_list(const LayeredParameters& p, LayeredShared<D>& shared, Laye
     wait_for_copies<0>();
 }
 
-// Tiles of a part of `count`: as many as the step says, or a sixteenth of a short list.
+// Tiles of a part of `count`: as many as the step says, or fewer, so that of 32 heads with short lists, or of 8 with long ones, all parts run at once.
 DEVICE int part_of(const LayeredParameters& p, int count) {
-    int sixteenth = max_of(8, (count / 16 + 4) / 8 * 8);
-    return parts_unit(count, p.states.slots, min_of(p.least_part, sixteenth), 8);
+    int parts = count <= SHORT_LIST ? 16 : 64;
+    int share = max_of(8, (count + 8 * parts - 1) / (8 * parts) * 8);
+    return parts_unit(count, p.states.slots, min_of(p.least_part, share), 8);
 }
 DEVICE int parts_of(const LayeredParameters& p, int count) {
     int part = part_of(p, count);

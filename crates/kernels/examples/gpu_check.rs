@@ -29,9 +29,9 @@ const CONTEXTS: [usize; 4] = [32 << 10, 128 << 10, 256 << 10, 1 << 20];
 const BATCHES: [usize; 3] = [1, 4, 8];
 /// Tokens that are attended to without pages: 4 sinks and an update buffer.
 const KNOWN: usize = 68;
-/// Pages that are made anew; more are copies of them.
+/// Pages that are made anew, at most; more are copies of them.
 const DISTINCT: usize = 512;
-const CHECKS: [&str; 12] = [
+const CHECKS: [&str; 13] = [
     "dense",
     "dense-small",
     "dense-overlapped",
@@ -41,6 +41,7 @@ const CHECKS: [&str; 12] = [
     "layered-profiles",
     "layered-selected",
     "layered-long",
+    "layered-lists",
     "layered-encode",
     "layered-selected-overlapped",
     "layered-long-overlapped",
@@ -57,10 +58,13 @@ fn main() -> ExitCode {
         }
         ["--time", context, batch] => number(context).and_then(|context| time(context, number(batch)?)),
         ["--tune", context, batch] => number(context).and_then(|context| tune(context, number(batch)?)),
+        ["--tune-layered", context, batch] => {
+            number(context).and_then(|context| tune_layered(context, number(batch)?))
+        }
         ["--resources"] => show_resources(),
         [folder] => all(folder, 6.0),
         [folder, minutes] => minutes.parse().map_err(Into::into).and_then(|minutes| all(folder, minutes)),
-        _ => Err("usage: gpu_check FOLDER [MINUTES] | --check NAME | --copy | --time CONTEXT BATCH | --time-packed CONTEXT BATCH | --tune CONTEXT BATCH | --resources".into()),
+        _ => Err("usage: gpu_check FOLDER [MINUTES] | --check NAME | --copy | --time CONTEXT BATCH | --time-packed CONTEXT BATCH | --tune CONTEXT BATCH | --tune-layered CONTEXT BATCH | --resources".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -356,6 +360,11 @@ fn cases(name: &str) -> Result<Vec<Case>> {
             let long = Case::whole(shape(1, 2, 4, 128), &[24_000]);
             vec![Case { choice: Choice::default(), always: 3, known: vec![68], spread: 5.0, ..long }]
         }
+        // Lists of up to 512 tiles, of more, and of so many that a 64th would be more than a part may have.
+        "layered-lists" => {
+            let whole = |tokens: usize| Case::whole(shape(1, 1, 4, 128), &[tokens]);
+            [6_500, 8_200, 18_000, 33_000].map(whole).into()
+        }
         _ => return Err(format!("no check {name}; there are {CHECKS:?}").into()),
     })
 }
@@ -475,6 +484,27 @@ fn tune(context: usize, batch: usize) -> Result<()> {
         println!(
             "{{\"tuned\": {context}, \"batch\": {batch}, \"parts\": {parts}, \"exact_s\": {seconds:.3e}, \"gb_s\": {gb_s:.0}}}"
         );
+    }
+    Ok(())
+}
+
+/// Layered steps of both plans, cut into parts of other sizes.
+fn tune_layered(context: usize, batch: usize) -> Result<()> {
+    let driver = Driver::open(0)?;
+    for plan in [Plan::Every, Plan::SixOfTen] {
+        let all = LayeredSteps::new(&driver, shape(batch, 8, 4, 128), context, plan)?;
+        let mut line =
+            format!("{{\"tuned\": {context}, \"batch\": {batch}, \"planned\": {}", plan == Plan::SixOfTen);
+        for part in [8, 16, 24, 32, 40] {
+            let steps = all.steps(Choice::default(), part)?;
+            let apart = all.time(&steps)?;
+            let together = overlapped(&driver, || all.time(&steps));
+            write!(line, ", \"parts_of_{part}_s\": {:.3e}", apart.min(together))?;
+            if part == layered::LEAST_PART {
+                time_stages(&all, &steps, &mut line)?;
+            }
+        }
+        println!("{line}}}");
     }
     Ok(())
 }
@@ -599,8 +629,8 @@ impl<'a> LayeredSteps<'a> {
         let kept = if plan == Plan::Every { context } else { context / 10 * 6 };
         let one: Vec<f16> = random.halves(of.rows * d, 1.0);
         let queries = gpu.upload(&one.repeat(of.heads()))?;
-        let distinct = synthetic(&mut random, &one, plan, DISTINCT.min(kept / PAGE_TOKENS));
-        let times = kept / PAGE_TOKENS / distinct.pages().len();
+        let times = (kept / PAGE_TOKENS).div_ceil(DISTINCT);
+        let distinct = synthetic(&mut random, &one, plan, kept / PAGE_TOKENS / times);
         let pages = times * distinct.pages().len();
         // Channels are those of the queries: rotations that change nothing.
         let identity: Vec<f16> =

@@ -69,8 +69,8 @@ fn stream(pool: &Pool) -> f64 {
 fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usize) {
     for &ty in types {
         let model = Model::new(shape, ty);
-        let mut buffers = model.buffers(1);
-        let seconds = best(4 * rounds, || model.forward(Precision::EightBits, isa, pool, &mut buffers));
+        let x = model.activations(1);
+        let seconds = best(4 * rounds, || model.forward(Precision::EightBits, isa, pool, &x));
         let bytes = model.bytes() as f64;
         println!(
             "{} {ty:?} decode: {:.2} ms, {:.1} MB, {:.1} GB/s",
@@ -84,10 +84,10 @@ fn decode(isa: Isa, pool: &Pool, shape: &Shape, types: &[BlockType], rounds: usi
 
 fn prefill(isa: Isa, pool: &Pool, shape: &Shape, tokens: usize, rounds: usize) {
     let model = Model::new(shape, BlockType::Q4_1);
-    let mut buffers = model.buffers(tokens);
+    let x = model.activations(tokens);
     let flop = 2.0 * tokens as f64 * model.layer_elements() as f64;
     for precision in [Precision::EightBits, Precision::Full] {
-        let seconds = best(rounds, || model.forward(precision, isa, pool, &mut buffers));
+        let seconds = best(rounds, || model.forward(precision, isa, pool, &x));
         println!(
             "{} Q4_1 layers, {tokens} tokens, {precision:?}: {:.1} ms, {:.0} tok/s, {:.0} GFLOP/s",
             shape.name,
@@ -107,13 +107,6 @@ fn best(rounds: usize, mut job: impl FnMut()) -> f64 {
             start.elapsed().as_secs_f64()
         })
         .fold(f64::INFINITY, f64::min)
-}
-
-/// Activations and outputs, allocated once as a model does.
-struct Buffers {
-    tokens: usize,
-    x: Vec<f32>,
-    outs: [Vec<f32>; 3],
 }
 
 impl Model {
@@ -146,37 +139,25 @@ impl Model {
         self.matrices().map(|m| m.rows() * m.cols()).sum::<usize>() - head
     }
 
-    fn buffers(&self, tokens: usize) -> Buffers {
+    /// `[T, inner]`
+    fn activations(&self, tokens: usize) -> Vec<f32> {
         let inner = self.layers[0].down.cols();
-        let widest = self.head.as_ref().map_or(0, Matrix::rows).max(tokens * inner);
-        let x = (0..tokens * inner).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
-        Buffers { tokens, x, outs: [(); 3].map(|()| vec![0.0; widest]) }
+        (0..tokens * inner).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect()
     }
 
     /// All products of one step; the output matrix takes the last token only.
-    fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, buffers: &mut Buffers) {
-        let tokens = buffers.tokens;
-        let multiply = |x: &[f32], parts: &mut [(&Matrix, &mut [f32])]| {
-            multiply_each(precision, isa, pool, x, parts);
-        };
+    fn forward(&self, precision: Precision, isa: Isa, pool: &Pool, x: &[f32]) {
         let hidden = self.layers[0].down.rows();
-        let inner = self.layers[0].down.cols();
-        let Buffers { x, outs: [a, b, c], .. } = buffers;
+        let narrow = &x[..x.len() / self.layers[0].down.cols() * hidden];
         for layer in &self.layers {
-            let [q, k, v] = &layer.qkv;
-            let kv = tokens * k.rows();
-            let mut parts = [(q, &mut a[..tokens * hidden]), (k, &mut b[..kv]), (v, &mut c[..kv])];
-            multiply(&x[..tokens * hidden], &mut parts);
-            multiply(&x[..tokens * hidden], &mut [(&layer.o, &mut a[..tokens * hidden])]);
-            let [gate, up] = &layer.gate_up;
-            let mut parts = [(gate, &mut a[..tokens * inner]), (up, &mut b[..tokens * inner])];
-            multiply(&x[..tokens * hidden], &mut parts);
-            multiply(x, &mut [(&layer.down, &mut a[..tokens * hidden])]);
+            black_box(multiply_each(precision, isa, pool, narrow, layer.qkv.each_ref()));
+            black_box(multiply_each(precision, isa, pool, narrow, [&layer.o]));
+            black_box(multiply_each(precision, isa, pool, narrow, layer.gate_up.each_ref()));
+            black_box(multiply_each(precision, isa, pool, x, [&layer.down]));
         }
         if let Some(head) = &self.head {
-            multiply(&x[..hidden], &mut [(head, &mut a[..head.rows()])]);
+            black_box(multiply_each(precision, isa, pool, &x[..hidden], [head]));
         }
-        black_box(&buffers);
     }
 }
 

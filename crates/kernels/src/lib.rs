@@ -24,3 +24,23 @@ mod simd;
 pub use isa::Isa;
 pub use pool::Pool;
 pub use state::AttnState;
+
+/// Whether no number is NaN or infinite.
+pub fn all_finite(x: &[f32]) -> bool {
+    // Counted piece by piece, which a CPU does side by side.
+    x.chunks(1024).all(|some| some.iter().fold(0u32, |not, x| not + u32::from(!x.is_finite())) == 0)
+}
+
+#[cfg(test)]
+#[test]
+fn one_number_that_is_not_finite_is_found_anywhere() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for place in [0, 1023, 1024, 2050] {
+            let mut x = vec![1.0; 2051];
+            assert!(all_finite(&x));
+            x[place] = bad;
+            assert!(!all_finite(&x), "{bad} at {place}");
+        }
+    }
+    assert!(all_finite(&[]));
+}

@@ -171,13 +171,15 @@ impl Matrix {
         }
     }
 
-    /// Rows of a task: a multiple of 16, fixed by the matrix and the way.
-    fn task_rows(&self, way: Way) -> usize {
+    /// Rows of a task that meet so many tokens: a multiple of 16.
+    fn task_rows(&self, way: Way, tokens: usize) -> usize {
         if way == Way::Tiles {
             return tile::TILE_ROWS;
         }
-        // Small enough for 16 threads to share a matrix, large enough to outweigh the claim of a task.
-        let bytes = (self.bytes() / 16).clamp(32 << 10, 256 << 10);
+        // Small enough for 16 threads to share a matrix, large enough to outweigh the claim of a task: so many times fewer bytes, down to a
+        // quarter, as there are tokens that each meets.
+        let several = tokens.min(4);
+        let bytes = (self.bytes() / (16 * several)).clamp((32 << 10) / several, 256 << 10);
         let panel = self.bytes().div_ceil(self.rows().div_ceil(ROWS));
         (bytes / panel).max(1) * ROWS
     }
@@ -194,36 +196,32 @@ enum Way {
     Tiles,
 }
 
-/// `out[T, rows] = x[T, cols] W^T` for several matrices of the same `cols` with the same `x` (queries, keys and
-/// values; gate and up) in one job of the pool: one join. Each output is `[T, rows]` of its matrix.
-pub fn multiply_each(
+/// `x[T, cols] W^T` for several matrices of the same `cols` with the same `x` (queries, keys and values; gate and up) in one job
+/// of the pool: one join. Each product is `[T, rows]` of its matrix.
+pub fn multiply_each<const N: usize>(
     precision: Precision,
     isa: Isa,
     pool: &Pool,
     x: &[f32],
-    parts: &mut [(&Matrix, &mut [f32])],
-) {
-    let Some((first, _)) = parts.first() else { return };
+    matrices: [&Matrix; N],
+) -> [Vec<f32>; N] {
+    let Some(first) = matrices.first() else { return [const { Vec::new() }; N] };
     let cols = first.cols();
     let tokens = x.len() / cols;
     assert_eq!(x.len(), tokens * cols, "activations are not a multiple of {cols} columns");
     if tokens == 0 {
-        return;
+        return [const { Vec::new() }; N];
     }
     let mut tasks = 0;
-    let parts: Vec<Part> = parts
-        .iter_mut()
-        .map(|(matrix, out)| {
-            let rows = matrix.rows();
-            assert_eq!(matrix.cols(), cols, "matrices that share activations have the same columns");
-            assert_eq!(out.len(), tokens * rows, "an output of the wrong length");
-            let way = matrix.way(precision, tokens);
-            let task_rows = matrix.task_rows(way);
-            let part = Part { matrix, way, out: Output::new(out, rows), first_task: tasks, task_rows };
-            tasks += rows.div_ceil(task_rows);
-            part
-        })
-        .collect();
+    let parts = matrices.map(|matrix| {
+        assert_eq!(matrix.cols(), cols, "matrices that share activations have the same columns");
+        let way = matrix.way(precision, tokens);
+        let task_rows = matrix.task_rows(way, tokens);
+        let out = Output::new(tokens, matrix.rows());
+        let part = Part { matrix, way, out, first_task: tasks, task_rows };
+        tasks += matrix.rows().div_ceil(task_rows);
+        part
+    });
     let wants = |way: Way| parts.iter().any(|part| part.way == way);
     let inputs = Inputs {
         exact: x,
@@ -234,13 +232,15 @@ pub fn multiply_each(
         let part = parts.iter().rfind(|part| part.first_task <= task).expect("the first part starts at 0");
         part.run(isa, task, &inputs);
     });
+    // SAFETY: the tasks have written all rows of each part, of all tokens, whatever the way.
+    parts.map(|part| unsafe { part.out.finish() })
 }
 
 /// One matrix of a job.
 struct Part<'a> {
     matrix: &'a Matrix,
     way: Way,
-    out: Output<'a>,
+    out: Output,
     first_task: usize,
     task_rows: usize,
 }

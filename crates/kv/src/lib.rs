@@ -37,7 +37,7 @@ use compress::{Encoding, Ending};
 use exact::ExactHead;
 use layered::{Closing, LayeredHead, Places, Samples};
 use learner::Learning;
-use mosaickv_kernels::{AttnState, Isa, Pool, exact::HEAD_DIM_STEP};
+use mosaickv_kernels::{AttnState, Isa, Pool, all_finite, exact::HEAD_DIM_STEP};
 use packed::PackedHead;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -54,6 +54,9 @@ pub use parts::{HeadParts, Order, Part, Parts};
 pub use phases::Phases;
 pub use rotation::Basis;
 pub use saved::ReadError;
+
+/// Caches of which it is not worth a job of the pool to count what was read, or to store a token in each.
+const FEW_CACHES: usize = 4;
 
 /// Query heads that may share a KV head.
 const MOST_QUERIES: usize = 128;
@@ -280,6 +283,15 @@ impl KvCache {
         (0..self.layers.len()).for_each(|layer| self.tend(layer));
     }
 
+    /// Segments of the layered format that are due, and whose work no background has done.
+    fn due(&self) -> impl Iterator<Item = Arc<Closing>> {
+        let is_due = |layer: usize, closing: &Closing| match &self.layers[layer] {
+            Layer::Layered(heads) => closing.is_open() && closing.is_due(heads),
+            _ => false,
+        };
+        self.closings.iter().filter(move |(layer, closing)| is_due(*layer, closing)).map(|(_, c)| c.clone())
+    }
+
     /// What has become of segments that grew while tokens were generated.
     pub fn swaps(&self) -> Swaps {
         self.learning.swaps
@@ -322,7 +334,7 @@ impl KvCache {
             (tokens * row, tokens * row),
             "keys, values not rows of {row}"
         );
-        if !keys.iter().chain(values).all(|x| x.is_finite()) {
+        if !all_finite(keys) || !all_finite(values) {
             return Err(KvError::NotFinite { layer });
         }
         let d = self.shape.head_dim;
@@ -389,6 +401,28 @@ impl KvCache {
         if let (Some(samples), Layer::Exact(_)) = (&mut self.samples, &self.layers[layer]) {
             samples[layer].push(queries, self.shape.heads * self.shape.head_dim);
         }
+    }
+
+    /// After the attention of one token, which took so long in all caches of its format: what was read is counted and remembered, and what is out
+    /// of sight forgotten.
+    fn after_step(&mut self, layer: usize, of_packed: Phases, of_layered: Phases) {
+        let KvCache { layers, working, bytes_read, phases, .. } = self;
+        match &mut layers[layer] {
+            Layer::Packed(heads) => {
+                let works = &working.packed;
+                heads.iter_mut().zip(works).for_each(|(head, work)| head.count_reads(&work.selected));
+                *bytes_read += works.iter().map(|work| work.read).sum::<u64>();
+                phases.add(of_packed);
+            }
+            Layer::Layered(heads) => {
+                let works = &working.layered;
+                heads.iter_mut().zip(works).for_each(|(head, work)| head.remember(work));
+                *bytes_read += works.iter().map(|work| work.read).sum::<u64>();
+                phases.add(of_layered);
+            }
+            Layer::Exact(_) | Layer::Baseline(_) => {}
+        }
+        self.forget(layer);
     }
 
     fn step<'a>(&self, pool: &'a Pool) -> Step<'a> {
@@ -533,7 +567,7 @@ pub fn append_each(
     let all = caches.len() * row;
     assert_eq!((keys.len(), values.len()), (all, all), "keys, values not {} rows of {row}", caches.len());
     let rows = keys.chunks_exact(row.max(1)).zip(values.chunks_exact(row.max(1)));
-    if caches.len() < 2 * pool.threads() {
+    if caches.len() < FEW_CACHES.max(pool.threads() / 2) {
         // Too few to go round, but their heads may be enough.
         return caches.iter_mut().zip(rows).try_for_each(|(cache, (k, v))| cache.append(pool, layer, k, v));
     }
@@ -575,15 +609,17 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
     let (row, of_head) = (shape.heads * shape.head_dim, shape.group() * shape.head_dim);
     assert_eq!(queries.len(), caches.len() * row, "queries are not {} rows of {row}", caches.len());
     assert_eq!(out.len(), queries.len(), "output of the wrong length");
-    let (mut exact, mut packed, mut layered) = (vec![], vec![], vec![]);
+    let heads = caches.len() * shape.kv_heads;
+    let (mut exact, mut packed, mut layered) = (vec![], vec![], Vec::with_capacity(heads));
     let rows = queries.chunks_exact(row).zip(out.chunks_exact_mut(row));
     for (cache, (queries, out)) in caches.iter_mut().zip(rows) {
         assert!((cache.shape, cache.isa) == (shape, step.isa), "caches of different shapes or kernels");
-        assert!(cache.layers[layer].tokens() > 0, "a query for no token in the cache");
         cache.observe(layer, queries);
         let KvCache { layers, working, bytes_read, .. } = &mut **cache;
         match &layers[layer] {
             Layer::Exact(heads) => {
+                // What is compressed has tokens.
+                assert!(heads[0].tokens() > 0, "a query for no token in the cache");
                 exact.push(exact::Lane {
                     heads,
                     queries,
@@ -606,20 +642,29 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
     exact::decode(step, &mut exact);
     let of_packed = packed::decode(step, &mut packed);
     let of_layered = layered::decode(step, &mut layered);
-    for cache in caches {
-        if let Layer::Packed(heads) = &mut cache.layers[layer] {
-            let works = &cache.working.packed;
-            heads.iter_mut().zip(works).for_each(|(head, work)| head.count_reads(&work.selected));
-            cache.bytes_read += cache.working.packed.iter().map(|work| work.read).sum::<u64>();
-            cache.phases.add(of_packed);
-        }
-        if let Layer::Layered(heads) = &mut cache.layers[layer] {
-            heads.iter_mut().zip(&cache.working.layered).for_each(|(head, work)| head.remember(work));
-            cache.bytes_read += cache.working.layered.iter().map(|work| work.read).sum::<u64>();
-            cache.phases.add(of_layered);
-        }
-        cache.forget(layer);
+    pool.for_each_chunk(caches, FEW_CACHES, |_, caches| {
+        caches.iter_mut().for_each(|cache| cache.after_step(layer, of_packed, of_layered));
+    });
+}
+
+/// [`between_steps`](KvCache::between_steps) of each of some caches. Where the background came to nothing, since decoding left it no core, the pool's threads
+/// share its work.
+pub fn tend_each(caches: &mut [&mut KvCache], pool: &Pool) {
+    let start = Instant::now();
+    let mut due: Vec<Arc<Closing>> = caches.iter().flat_map(|cache| cache.due()).collect();
+    if !due.is_empty() {
+        let waiting: Vec<bool> = caches.iter().map(|cache| cache.due().next().is_some()).collect();
+        // Clones of a cache share theirs.
+        due.sort_unstable_by_key(Arc::as_ptr);
+        due.dedup_by_key(|closing| Arc::as_ptr(closing));
+        pool.for_each(&mut due, |_, closing| {
+            closing.stored();
+        });
+        let of_waiting = caches.iter_mut().zip(waiting).filter(|(_, waits)| *waits);
+        of_waiting.for_each(|(cache, _)| cache.phases.flush += start.elapsed());
     }
+    // One after the other: which segments are handed over where memory for that runs out must not depend on threads.
+    caches.iter_mut().for_each(|cache| cache.between_steps());
 }
 
 /// What one step of attention goes by.

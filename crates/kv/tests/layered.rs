@@ -5,7 +5,7 @@ mod common;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::{
     Background, Calibration, Dropping, KvCache, KvError, KvFormat, KvShape, Layered, Moments, Part, Target,
-    Timing, append_each, attend_each,
+    Timing, append_each, attend_each, tend_each,
 };
 use std::sync::Arc;
 
@@ -203,6 +203,42 @@ fn a_step_reads_what_its_queries_need() {
     }
 }
 
+/// Clones share a segment that is closing when they part.
+#[test]
+fn segments_close_in_many_caches_as_in_one() {
+    let alone = Pool::new(1);
+    let mut exact = cache(KvFormat::Exact).remember_queries();
+    read(&mut exact, &alone, 2200, 500);
+    let mut first = exact.compressed(&alone, "layered@all".parse().unwrap()).unwrap();
+    grow(&mut first, &alone, 200);
+    let in_tail = |cache: &KvCache| -> usize {
+        cache.layered_heads().iter().flat_map(|head| &head.tail).map(|page| page.tokens).sum()
+    };
+    for threads in [1, 3] {
+        let pool = Pool::new(threads);
+        let (mut one, mut together) = (first.clone(), vec![first.clone(); 5]);
+        let (keys, values) = (rows(21, 400, KV_ROW), rows(22, 400, KV_ROW));
+        for (key, value) in keys.chunks_exact(KV_ROW).zip(values.chunks_exact(KV_ROW)) {
+            let mut all: Vec<&mut KvCache> = together.iter_mut().collect();
+            for layer in 0..SHAPE.layers {
+                one.append(&alone, layer, key, value).unwrap();
+                append_each(&mut all, &pool, layer, &key.repeat(5), &value.repeat(5)).unwrap();
+            }
+            one.between_steps();
+            tend_each(&mut all, &pool);
+        }
+        assert!(in_tail(&one) > in_tail(&first) + 256, "{} tokens in tails", in_tail(&one));
+        for cache in &mut together {
+            cache.check().unwrap();
+            assert_eq!(in_tail(cache), in_tail(&one), "{threads} threads");
+            for layer in 0..SHAPE.layers {
+                let want = attend(&mut one.clone(), &alone, layer);
+                assert_eq!(attend(cache, &alone, layer), want, "layer {layer}, {threads} threads");
+            }
+        }
+    }
+}
+
 /// One, where phases go over runs of heads, and many, where a thread takes a whole head: of unequal lengths, some of which select, and one
 /// that is exact.
 #[test]
@@ -238,6 +274,8 @@ fn caches_step_together_as_they_do_alone() {
             assert_eq!(out[i * Q_ROW..][..Q_ROW], want, "cache {i} of {count}, {threads} threads");
             assert_eq!(cache.bytes_read(), together.bytes_read(), "cache {i} of {count}, {threads} threads");
         }
+        tend_each(&mut together.iter_mut().collect::<Vec<_>>(), &pool);
+        one_by_one.iter_mut().for_each(KvCache::between_steps);
         let mut wrong = keys.clone();
         wrong[count / 2 * KV_ROW] = f32::NAN;
         let refused = append_each(&mut together.iter_mut().collect::<Vec<_>>(), &pool, 0, &wrong, &values);

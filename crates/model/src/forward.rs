@@ -9,7 +9,11 @@ use crate::sequence::ForwardError;
 use crate::weights::{Layer, LayerRope, Model};
 use mosaickv_kernels::activation::{gelu_gate, silu_gate};
 use mosaickv_kernels::matrix::{Matrix, Precision, multiply_each};
-use mosaickv_kernels::{Isa, Pool};
+use mosaickv_kernels::{Isa, Pool, all_finite};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Numbers that are added up in one task.
+const SUMS_OF_TASK: usize = 1 << 15;
 
 /// Tokens that go through a feed-forward layer together.
 pub(crate) const BLOCK_TOKENS: usize = 512;
@@ -57,27 +61,32 @@ impl Forward<'_> {
             model.embed.row(token as usize, row);
             scale(row, model.config.embed_scale);
         }
+        // Kept between layers for their allocations.
+        let (mut normed, mut attended) = (Vec::new(), Vec::new());
         for (l, layer) in model.layers.iter().enumerate() {
-            let projected = self.project(layer, &rotations, &x);
-            let mut out = vec![0.0; projected.queries.len()];
-            attend(l, &projected, &mut out)?;
+            let projected = self.project(layer, &rotations, &x, &mut normed);
+            attended.resize(projected.queries.len(), 0.0);
+            attend(l, &projected, &mut attended)?;
             // `x += norm(wo * attention(norm(x)))`, the outer norm where the layer has one.
-            self.add_product((&layer.wo, layer.post_attn_norm.as_deref()), &out, &mut x);
+            self.add_product((&layer.wo, layer.post_attn_norm.as_deref()), &attended, &mut x);
             for block in x.chunks_mut(BLOCK_TOKENS * hidden) {
-                self.feed_forward(layer, block);
+                self.feed_forward(layer, block, &mut normed);
             }
         }
         Ok(x)
     }
 
-    fn project<'x>(self, layer: &Layer, rotations: &Rotations, x: &'x [f32]) -> Projected<'x> {
+    fn project<'x>(
+        self,
+        layer: &Layer,
+        rotations: &Rotations,
+        x: &'x [f32],
+        normed: &mut Vec<f32>,
+    ) -> Projected<'x> {
         let config = &self.model.config;
         let (tokens, d) = (x.len() / config.hidden, config.head_dim);
-        let mut q = vec![0.0; tokens * config.heads * d];
-        let mut k = vec![0.0; tokens * config.kv_heads * d];
-        let mut v = k.clone();
-        let normed = self.norm(x, &layer.attn_norm);
-        self.multiply(&normed, &mut [(&layer.wq, &mut q), (&layer.wk, &mut k), (&layer.wv, &mut v)]);
+        self.norm(x, &layer.attn_norm, normed);
+        let [mut q, mut k, mut v] = self.multiply(normed, [&layer.wq, &layer.wk, &layer.wv]);
         let eps = config.norm_eps;
         let heads = [(&mut q, &layer.bq, &layer.q_norm), (&mut k, &layer.bk, &layer.k_norm)];
         for (heads, bias, norm) in heads {
@@ -98,12 +107,10 @@ impl Forward<'_> {
 
     /// `x += norm(down * (silu(gate * norm(x)) * (up * norm(x))))`, the outer norm where the layer has one; for
     /// Gemma, GELU in place of SiLU.
-    fn feed_forward(self, layer: &Layer, x: &mut [f32]) {
+    fn feed_forward(self, layer: &Layer, x: &mut [f32], normed: &mut Vec<f32>) {
         let ffn = self.model.config.ffn;
-        let tokens = x.len() / self.model.config.hidden;
-        let normed = self.norm(x, &layer.ffn_norm);
-        let (mut gate, mut up) = (vec![0.0; tokens * ffn], vec![0.0; tokens * ffn]);
-        self.multiply(&normed, &mut [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
+        self.norm(x, &layer.ffn_norm, normed);
+        let [mut gate, up] = self.multiply(normed, [&layer.gate, &layer.up]);
         let activate = match self.model.config.architecture {
             Architecture::Gemma3 => gelu_gate,
             _ => silu_gate,
@@ -112,37 +119,46 @@ impl Forward<'_> {
         self.add_product((&layer.down, layer.post_ffn_norm.as_deref()), &gate, x);
     }
 
-    /// Each output `[T, rows] = x[T, cols] W^T`.
-    fn multiply(self, x: &[f32], parts: &mut [(&Matrix, &mut [f32])]) {
-        multiply_each(self.precision, self.isa, self.pool, x, parts);
+    /// Each product `x[T, cols] W^T`, `[T, rows]`.
+    fn multiply<const N: usize>(self, x: &[f32], matrices: [&Matrix; N]) -> [Vec<f32>; N] {
+        multiply_each(self.precision, self.isa, self.pool, x, matrices)
     }
 
     /// `x += norm(w * y)`, or without a norm `x += w * y`
     fn add_product(self, (w, norm): (&Matrix, Option<&[f32]>), y: &[f32], x: &mut [f32]) {
-        let mut out = vec![0.0; x.len()];
-        self.multiply(y, &mut [(w, &mut out)]);
+        let [mut out] = self.multiply(y, [w]);
         if let Some(weight) = norm {
             let eps = self.model.config.norm_eps;
             each_row(self.pool, &mut out, weight.len(), |_, row| rms_norm(row, weight, eps));
         }
-        x.iter_mut().zip(&out).for_each(|(x, y)| *x += y);
+        self.pool.for_each_chunk(x, SUMS_OF_TASK, |i, x| {
+            x.iter_mut().zip(&out[i * SUMS_OF_TASK..]).for_each(|(x, y)| *x += y);
+        });
     }
 
-    /// RMSNorm of every row of `x`.
-    fn norm(self, x: &[f32], weight: &[f32]) -> Vec<f32> {
-        let mut out = x.to_vec();
-        let eps = self.model.config.norm_eps;
-        each_row(self.pool, &mut out, weight.len(), |_, row| rms_norm(row, weight, eps));
-        out
+    /// RMSNorm of every row of `x`, into `out`.
+    fn norm(self, x: &[f32], weight: &[f32], out: &mut Vec<f32>) {
+        let (width, eps) = (weight.len(), self.model.config.norm_eps);
+        out.resize(x.len(), 0.0);
+        each_row(self.pool, out, width, |t, row| {
+            row.copy_from_slice(&x[t * width..][..width]);
+            rms_norm(row, weight, eps);
+        });
     }
 
     /// Logits `[T, vocab]` of the residual stream `[T, hidden]`.
     pub(crate) fn logits(self, hidden: &[f32]) -> Result<Vec<f32>, ForwardError> {
-        let normed = self.norm(hidden, &self.model.norm);
+        let mut normed = Vec::new();
+        self.norm(hidden, &self.model.norm, &mut normed);
         let head = self.model.head.as_ref().unwrap_or(&self.model.embed);
-        let mut logits = vec![0.0; hidden.len() / self.model.config.hidden * self.model.config.vocab];
-        self.multiply(&normed, &mut [(head, &mut logits)]);
-        if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
+        let [mut logits] = self.multiply(&normed, [head]);
+        let is_finite = AtomicBool::new(true);
+        each_row(self.pool, &mut logits, self.model.config.vocab, |_, row| {
+            if !all_finite(row) {
+                is_finite.store(false, Ordering::Relaxed);
+            }
+        });
+        if is_finite.into_inner() { Ok(logits) } else { Err(ForwardError::NotFinite) }
     }
 }
 
@@ -174,7 +190,7 @@ fn scale(x: &mut [f32], factor: f32) {
 
 /// Calls `body(t, row)` for each row, spread over the pool where there is enough to be worth a join.
 fn each_row(pool: &Pool, x: &mut [f32], row: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
-    const NUMBERS: usize = 8192;
+    const NUMBERS: usize = 2048;
     let rows = (NUMBERS / row).max(1);
     pool.for_each_chunk(x, rows * row, |i, chunk| {
         chunk.chunks_exact_mut(row).enumerate().for_each(|(t, row)| body(i * rows + t, row));

@@ -11,7 +11,9 @@ use crate::weights::Model;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kernels::{Isa, Pool};
 use mosaickv_kv::device::Mirror;
-use mosaickv_kv::{Background, KvCache, KvError, KvFormat, KvShape, Timing, append_each, attend_each};
+use mosaickv_kv::{
+    Background, KvCache, KvError, KvFormat, KvShape, Timing, append_each, attend_each, tend_each,
+};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -248,6 +250,11 @@ impl<'a> Sequence<'a> {
         &self.cache
     }
 
+    /// Bytes that attention has read from its cache, see [`KvCache::bytes_read`]; on a GPU nobody counts.
+    pub fn bytes_read(&self) -> Option<u64> {
+        self.mirror.is_none().then(|| self.cache.bytes_read())
+    }
+
     /// Time spent in the cache so far: storing keys and values, compressing, and attention. A step that several
     /// sequences take together counts in each of them.
     pub fn attention_time(&self) -> Duration {
@@ -468,12 +475,12 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         done(l + 1);
         Ok(())
     })?;
-    // One after the other: which segments are handed over where memory for that runs out must not depend on threads.
-    for Share { sequence, .. } in shares.iter_mut().filter(|share| share.part == Part::Step) {
-        let start = Instant::now();
-        sequence.cache.between_steps();
-        sequence.attention += start.elapsed();
-    }
+    let start = Instant::now();
+    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
+    tend_each(&mut steps.map(|share| &mut share.sequence.cache).collect::<Vec<_>>(), pass.pool);
+    let took = start.elapsed();
+    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
+    steps.for_each(|share| share.sequence.attention += took);
     Ok(hidden)
 }
 
@@ -528,6 +535,15 @@ fn attend_steps(
     rows: &Rows,
     out: &mut [f32],
 ) -> Result<usize, ForwardError> {
+    if steps.iter().all(|share| share.tokens.len() == 1) {
+        // Their rows follow each other already.
+        let count = steps.len();
+        let (keys, values, queries) = rows.of(0..count);
+        let mut caches: Vec<_> = steps.iter_mut().map(|share| &mut share.sequence.cache).collect();
+        append_each(&mut caches, pool, l, keys, values)?;
+        attend_each(&mut caches, pool, l, queries, &mut out[..count * rows.of_queries]);
+        return Ok(count);
+    }
     let most = steps.iter().map(|share| share.tokens.len()).max().unwrap_or(0);
     let (mut keys, mut values, mut queries, mut attended) = (vec![], vec![], vec![], vec![]);
     for t in 0..most {
@@ -559,11 +575,22 @@ fn attend_steps(
 
 /// The most probable token; the first of equals.
 pub fn greedy(logits: &[f32]) -> u32 {
+    const SOME: usize = 256;
     // Side by side, which is how a CPU looks at many.
-    let mut most = [f32::NEG_INFINITY; 16];
-    for some in logits.chunks(16) {
-        most.iter_mut().zip(some).for_each(|(most, x)| *most = if *x > *most { *x } else { *most });
+    let most_of = |some: &[f32]| {
+        let mut most = [f32::NEG_INFINITY; 16];
+        for some in some.chunks(16) {
+            most.iter_mut().zip(some).for_each(|(most, x)| *most = if *x > *most { *x } else { *most });
+        }
+        most.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    };
+    let (mut most, mut start) = (f32::NEG_INFINITY, 0);
+    for (i, some) in logits.chunks(SOME).enumerate() {
+        let here = most_of(some);
+        if here > most {
+            (most, start) = (here, i * SOME);
+        }
     }
-    let most = most.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|x| *x == most).unwrap_or(0) as u32
+    let place = logits[start..].iter().position(|x| *x == most);
+    place.map_or(0, |place| (start + place) as u32)
 }

@@ -9,7 +9,7 @@ use common::SMOLLM2;
 use mosaickv_kernels::Pool;
 use mosaickv_kernels::matrix::Precision;
 use mosaickv_kv::{KvFormat, Packed};
-use mosaickv_model::{ForwardError, Model, Part, Sequence, Share, Wanted, read_each, step_each};
+use mosaickv_model::{ForwardError, Model, Part, Sequence, Share, Wanted, greedy, read_each, step_each};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
@@ -334,4 +334,17 @@ fn too_long_and_unknown_tokens_are_refused_with_both_numbers() {
     let unknown = model.config.vocab as u32;
     assert!(matches!(sequence.step(unknown), Err(ForwardError::Token { id, .. }) if id == unknown));
     assert_eq!(sequence.cache().tokens(), 0);
+}
+
+#[test]
+fn the_first_of_the_most_probable_tokens_is_greedy() {
+    let least = f32::NEG_INFINITY;
+    for (tokens, places) in
+        [(1000, vec![511, 512, 999]), (1000, vec![999]), (257, vec![256]), (3, vec![0, 2])]
+    {
+        let mut logits = vec![least; tokens];
+        places.iter().for_each(|&place| logits[place] = -2.0);
+        assert_eq!(greedy(&logits), places[0] as u32, "{places:?} of {tokens}");
+    }
+    assert_eq!((greedy(&[least; 300]), greedy(&[f32::NAN; 300])), (0, 0));
 }

@@ -70,8 +70,7 @@ pub fn answer(
     let mut next = greedy(&logits?);
     let (ttft, missed) = (start.elapsed(), budget::missed(sequence.cache()));
 
-    let (attention, read, decode) =
-        (sequence.attention_time(), sequence.cache().bytes_read(), Instant::now());
+    let (attention, read, decode) = (sequence.attention_time(), sequence.bytes_read(), Instant::now());
     let (mut decoder, mut answer, mut tokens) = (Decoder::new(), String::new(), 0);
     let finish_reason = loop {
         if text.eos().contains(&next) {
@@ -95,7 +94,7 @@ pub fn answer(
         steps: held - asked.prompt.len(),
         time: decode.elapsed(),
         attention: sequence.attention_time() - attention,
-        kv_bytes_read: sequence.cache().bytes_read() - read,
+        kv_bytes_read: sequence.bytes_read().zip(read).map(|(after, before)| after - before),
     };
     let kv = asked.format.to_string();
     let mut bill = Bill::new(kv, (model.kv_shape(), held), sequence.cache().bytes());

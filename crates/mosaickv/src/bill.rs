@@ -38,7 +38,8 @@ pub struct DecodeTotals {
     pub steps: usize,
     pub time: Duration,
     pub attention: Duration,
-    pub kv_bytes_read: u64,
+    /// `None` on a GPU, where neither this nor attention's time is known.
+    pub kv_bytes_read: Option<u64>,
 }
 
 impl Bill {
@@ -70,8 +71,8 @@ impl Bill {
         let (steps, time) = (totals.steps as f64, totals.time.as_secs_f64());
         self.tbt_s = Some(time / steps);
         self.tokens_per_s = Some(steps / time);
-        self.kv_bytes_read_per_step = Some(totals.kv_bytes_read as f64 / steps);
-        self.attention_share = Some(totals.attention.as_secs_f64() / time);
+        self.kv_bytes_read_per_step = totals.kv_bytes_read.map(|read| read as f64 / steps);
+        self.attention_share = totals.kv_bytes_read.map(|_| totals.attention.as_secs_f64() / time);
     }
 }
 

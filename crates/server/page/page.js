@@ -516,7 +516,8 @@ $("ask").addEventListener("submit", async (event) => {
       if (event.kv) {
         $("bill").textContent =
           `${event.kv.format}: ${bytes(event.kv.stored_bytes)} in place of ${bytes(event.kv.exact_bytes)} (${event.kv.ratio.toFixed(1)}x less), ` +
-          `${bytes(event.kv.read_bytes_per_step)} read a token; the first token came after ${own.first ? own.first.toFixed(1) : "?"} s`;
+          (event.kv.read_bytes_per_step === undefined ? "" : `${bytes(event.kv.read_bytes_per_step)} read a token; `) +
+          `the first token came after ${own.first ? own.first.toFixed(1) : "?"} s`;
       }
     });
     if ($("bill").textContent === "It reads …") $("bill").textContent = "";

@@ -129,8 +129,9 @@ pub struct KvReport {
     pub exact_bytes: usize,
     /// `exact_bytes` over `stored_bytes`.
     pub ratio: f64,
-    /// Bytes of them that a decode step read, in the mean.
-    pub read_bytes_per_step: f64,
+    /// Bytes of them that a decode step read, in the mean; not there from a GPU, which does not count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_bytes_per_step: Option<f64>,
     /// Seconds of compressing the prompt.
     pub compress_seconds: f64,
     /// Tokens of the prompt whose keys and values were there before.
@@ -144,13 +145,13 @@ impl KvReport {
     pub fn new(format: KvFormat, bills: &[Bill], cached_tokens: usize) -> KvReport {
         let stored_bytes: usize = bills.iter().map(|bill| bill.kv_bytes).sum();
         let exact_bytes: usize = bills.iter().map(|bill| bill.exact_bytes).sum();
-        let read: f64 = bills.iter().map(|bill| bill.read_bytes_per_step).sum();
+        let read: Vec<f64> = bills.iter().filter_map(|bill| bill.read_bytes_per_step).collect();
         KvReport {
             format: format.to_string(),
             stored_bytes,
             exact_bytes,
             ratio: if stored_bytes == 0 { 1.0 } else { exact_bytes as f64 / stored_bytes as f64 },
-            read_bytes_per_step: read / bills.len().max(1) as f64,
+            read_bytes_per_step: (!read.is_empty()).then(|| read.iter().sum::<f64>() / read.len() as f64),
             compress_seconds: bills.iter().map(|bill| bill.compress.as_secs_f64()).sum(),
             cached_tokens,
             compressed_harder: bills.iter().any(|bill| bill.is_harder),

@@ -144,8 +144,10 @@ impl Maker {
                 "mosaickv_kv_bytes_exact_equivalent",
                 "Bytes that the tokens of all caches would take as f16.",
             ),
-            read_bytes: self
-                .counter("mosaickv_kv_bytes_read_total", "Bytes of keys and values that attention read."),
+            read_bytes: self.counter(
+                "mosaickv_kv_bytes_read_total",
+                "Bytes of keys and values that attention read (a GPU counts none).",
+            ),
             prompt_tokens: self.counter("vllm:prompt_tokens_total", "Prompt tokens read."),
             output_tokens: self.counter("vllm:generation_tokens_total", "Tokens sampled."),
             prefix_queries: self

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use growing::Growing;
 
-/// Tiles of a part, at least; of a list of less than 16 such parts a sixteenth.
+/// Tiles of a part, at least; of a list of up to 16 such parts a sixteenth, of one of up to 64 a 64th.
 pub const LEAST_PART: usize = 32;
 
 /// Codes of weights: steps an octave, and that of a weight of 1.
@@ -307,7 +307,7 @@ fn slices(tile_stride: usize) -> usize {
 
 impl Layered {
     /// For heads of up to `most_pages` pages, of which each step reads what `choice` says and at most `always` newer ones; what is read is cut
-    /// into up to `parts` parts of at least `least_part` tiles, a multiple of 8, or of a sixteenth of a shorter list.
+    /// into up to `parts` parts of at least `least_part` tiles, a multiple of 8, or of a sixteenth or a 64th of shorter lists, see [`LEAST_PART`].
     pub fn new(
         gpu: &Gpu,
         shape: Shape,

@@ -9,7 +9,7 @@ use crate::pool::Pool;
 use crate::simd::{Kernel, Simd, dispatch};
 
 /// Numbers that one task quantizes, about.
-const TASK_NUMBERS: usize = 8192;
+const TASK_NUMBERS: usize = 2048;
 
 /// 32 activations of one token.
 #[derive(Clone, Copy, Default)]

@@ -73,7 +73,7 @@ struct Multiply<'a, F> {
     w: &'a Packed,
     panels: Range<usize>,
     x: &'a [activations::Span],
-    out: &'a Output<'a>,
+    out: &'a Output,
     format: PhantomData<F>,
 }
 

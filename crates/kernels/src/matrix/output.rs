@@ -1,24 +1,35 @@
 //! How do tasks write columns of one row-major output at the same time?
 
-use std::marker::PhantomData;
-
-/// `[T, rows]` f32, of which every task writes other columns.
-pub(super) struct Output<'a> {
+/// `[T, rows]` f32, not initialized until every task has written its columns.
+pub(super) struct Output {
+    /// Empty, with room for all.
+    room: Vec<f32>,
     at: *mut f32,
     rows: usize,
     tokens: usize,
-    borrowed: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: tasks write disjoint columns, which `write` and `column` demand of their callers.
-unsafe impl Sync for Output<'_> {}
-// SAFETY: it stands for a `&mut [f32]`.
-unsafe impl Send for Output<'_> {}
+// SAFETY: tasks write disjoint columns, which `write` and `pointer` demand of their callers.
+unsafe impl Sync for Output {}
+// SAFETY: it owns what it points to.
+unsafe impl Send for Output {}
 
-impl<'a> Output<'a> {
-    /// Borrows `out`, of `rows` columns for each token.
-    pub fn new(out: &'a mut [f32], rows: usize) -> Output<'a> {
-        Output { at: out.as_mut_ptr(), rows, tokens: out.len() / rows, borrowed: PhantomData }
+impl Output {
+    /// Of `rows` columns for each of `tokens`.
+    pub fn new(tokens: usize, rows: usize) -> Output {
+        let mut room = Vec::with_capacity(tokens * rows);
+        let at = room.as_mut_ptr();
+        Output { room, at, rows, tokens }
+    }
+
+    /// All of it.
+    ///
+    /// # Safety
+    /// Every column of every token has been written.
+    pub unsafe fn finish(mut self) -> Vec<f32> {
+        // SAFETY: there is room, and what is in it was written, as the caller promises.
+        unsafe { self.room.set_len(self.tokens * self.rows) };
+        self.room
     }
 
     pub fn rows(&self) -> usize {
@@ -32,7 +43,7 @@ impl<'a> Output<'a> {
     /// Where `out[token, row]` is; tokens are `rows` apart.
     pub fn pointer(&self, token: usize, row: usize) -> *mut f32 {
         assert!(token < self.tokens && row < self.rows, "output [{token}, {row}] is out of range");
-        // SAFETY: inside the borrowed slice, as just checked.
+        // SAFETY: inside the room, as just checked.
         unsafe { self.at.add(token * self.rows + row) }
     }
 
@@ -50,7 +61,7 @@ impl<'a> Output<'a> {
         assert!(row < self.rows && token + N <= self.tokens, "output [{token} + {N}, {row}] is out of range");
         let len = R.min(self.rows - row);
         for (n, values) in values.iter().enumerate() {
-            // SAFETY: inside the slice, as checked above; the caller promises that no one else is there.
+            // SAFETY: inside the room, as checked above; the caller promises that no one else is there.
             unsafe {
                 let to = self.at.add((token + n) * self.rows + row);
                 std::ptr::copy_nonoverlapping(values.as_ptr(), to, len);

@@ -146,7 +146,7 @@ struct Multiply<'a, E> {
     rows: Range<usize>,
     stride: usize,
     x: &'a [f32],
-    out: &'a Output<'a>,
+    out: &'a Output,
 }
 
 impl<E: Element> Kernel for Multiply<'_, E> {

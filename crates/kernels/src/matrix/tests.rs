@@ -235,8 +235,8 @@ fn check_precision(
     let used = if quantized { x.chunks(cols).flat_map(eight_bits).collect() } else { exact.clone() };
     let pool = Pool::new(2);
     for &isa in Isa::available() {
-        let mut out = vec![f32::NAN; tokens * rows];
-        multiply_each(precision, isa, &pool, &x, &mut [(&matrix, &mut out)]);
+        let [out] = multiply_each(precision, isa, &pool, &x, [&matrix]);
+        assert_eq!(out.len(), tokens * rows, "{precision:?} {ty:?} {rows}x{cols}");
         for (i, got) in out.iter().enumerate() {
             let (t, r) = (i / rows, i % rows);
             let (w, at) = (&w[r * cols..][..cols], t * cols..(t + 1) * cols);
@@ -303,8 +303,7 @@ fn extreme_codes_do_not_overflow() {
                 let x = vec![sign; w.len()];
                 let want = sign * w.iter().sum::<f64>() as f32;
                 for &isa in Isa::available() {
-                    let mut out = [0.0];
-                    multiply(&matrix, isa, 1, &x, &mut out);
+                    let out = multiply(&matrix, isa, 1, &x);
                     let scale = w.iter().map(|w| w.abs()).sum::<f64>() as f32;
                     assert!(
                         (out[0] - want).abs() <= 1e-5 * scale,
@@ -317,8 +316,9 @@ fn extreme_codes_do_not_overflow() {
     }
 }
 
-fn multiply(matrix: &Matrix, isa: Isa, threads: usize, x: &[f32], out: &mut [f32]) {
-    multiply_each(Precision::EightBits, isa, &Pool::new(threads), x, &mut [(matrix, out)]);
+fn multiply(matrix: &Matrix, isa: Isa, threads: usize, x: &[f32]) -> Vec<f32> {
+    let [out] = multiply_each(Precision::EightBits, isa, &Pool::new(threads), x, [matrix]);
+    out
 }
 
 #[test]
@@ -329,26 +329,16 @@ fn neither_threads_nor_company_change_a_result() {
         let matrix =
             Matrix::from_blocks(ty, rows, cols, &random_blocks(ty, rows, cols, &mut numbers)).unwrap();
         for &isa in Isa::available() {
-            for tokens in [1, 7, 33] {
+            for tokens in [0, 1, 2, 4, 7, 33] {
                 let x = numbers.activations(tokens * cols);
-                let (mut one, mut three) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
-                multiply(&matrix, isa, 1, &x, &mut one);
-                multiply(&matrix, isa, 3, &x, &mut three);
+                let (one, three) = (multiply(&matrix, isa, 1, &x), multiply(&matrix, isa, 3, &x));
                 assert_eq!(one, three, "{ty:?} {} {tokens} tokens", isa.name());
-                let (mut a, mut b) = (vec![0.0; tokens * rows], vec![0.0; tokens * rows]);
-                multiply_each(
-                    Precision::EightBits,
-                    isa,
-                    &Pool::new(3),
-                    &x,
-                    &mut [(&matrix, &mut a), (&matrix, &mut b)],
-                );
+                let [a, b] = multiply_each(Precision::EightBits, isa, &Pool::new(3), &x, [&matrix; 2]);
                 assert!(a == one && b == one, "{ty:?} {} {tokens} tokens in company", isa.name());
                 // Plain floats in larger numbers go through `gemm`, which adds in another order.
                 if tokens <= FEW_DOTS || ty.block_elements() > 1 {
                     for (x, want) in x.chunks(cols).zip(one.chunks(rows)) {
-                        let mut alone = vec![0.0; rows];
-                        multiply(&matrix, isa, 1, x, &mut alone);
+                        let alone = multiply(&matrix, isa, 1, x);
                         assert_eq!(alone, want, "{ty:?} {} a token alone", isa.name());
                     }
                 }
@@ -360,24 +350,18 @@ fn neither_threads_nor_company_change_a_result() {
 #[test]
 fn matrices_of_several_types_share_activations() {
     let mut numbers = Numbers(5);
-    let matrices: Vec<Matrix> = TYPES
-        .into_iter()
-        .enumerate()
-        .map(|(i, ty)| {
-            let rows = 3 + 20 * i;
-            Matrix::from_blocks(ty, rows, 256, &random_blocks(ty, rows, 256, &mut numbers)).unwrap()
-        })
-        .collect();
+    let mut rows = 3;
+    let matrices = TYPES.map(|ty| {
+        rows += 20;
+        Matrix::from_blocks(ty, rows, 256, &random_blocks(ty, rows, 256, &mut numbers)).unwrap()
+    });
     for tokens in [1, 20] {
         let x = numbers.activations(tokens * 256);
-        let mut outs: Vec<Vec<f32>> = matrices.iter().map(|m| vec![0.0; tokens * m.rows()]).collect();
-        let mut parts: Vec<(&Matrix, &mut [f32])> =
-            matrices.iter().zip(&mut outs).map(|(m, out)| (m, &mut out[..])).collect();
-        multiply_each(Precision::EightBits, Isa::current(), &Pool::new(2), &x, &mut parts);
-        for (matrix, got) in matrices.iter().zip(&outs) {
-            let mut want = vec![0.0; got.len()];
-            multiply(matrix, Isa::current(), 1, &x, &mut want);
-            assert_eq!(*got, want, "{:?}", matrix.block_type());
+        let outs =
+            multiply_each(Precision::EightBits, Isa::current(), &Pool::new(2), &x, matrices.each_ref());
+        for (matrix, got) in matrices.iter().zip(outs) {
+            assert_eq!(got.len(), tokens * matrix.rows(), "{:?}", matrix.block_type());
+            assert_eq!(got, multiply(matrix, Isa::current(), 1, &x), "{:?}", matrix.block_type());
         }
     }
 }
@@ -421,8 +405,8 @@ fn bad_activations_show_in_every_product() {
             for &isa in Isa::available() {
                 let mut x = numbers.activations(256);
                 x[77] = bad;
-                let mut out = vec![0.0; 5];
-                multiply(&matrix, isa, 1, &x, &mut out);
+                let out = multiply(&matrix, isa, 1, &x);
+                assert_eq!(out.len(), 5);
                 assert!(out.iter().all(|y| !y.is_finite()), "{ty:?} {} {bad}: {out:?}", isa.name());
             }
         }

@@ -84,9 +84,19 @@ impl Closing {
         })
     }
 
+    /// Whether it is to be in the tails of the layer's `heads` now.
+    pub(crate) fn is_due(&self, heads: &[LayeredHead]) -> bool {
+        heads[0].tokens() >= self.since + SWAP_AFTER
+    }
+
+    /// Whether nobody has done the work yet.
+    pub(crate) fn is_open(&self) -> bool {
+        self.stored.get().is_none()
+    }
+
     /// Whether it was due, and is now in the tails of the layer's `heads`.
     pub(crate) fn swap(&self, heads: &mut [LayeredHead]) -> bool {
-        if heads[0].tokens() < self.since + SWAP_AFTER {
+        if !self.is_due(heads) {
             return false;
         }
         for (head, segment) in heads.iter_mut().zip(self.stored()) {

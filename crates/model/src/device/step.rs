@@ -13,8 +13,8 @@ use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::prefill::{Limits, Span};
 use mosaickv_kernels::cuda::{Graph, dense};
-use mosaickv_kv::KvCache;
 use mosaickv_kv::device::{Attention, Mirror, Taken, reads_of};
+use mosaickv_kv::{KvCache, tend_each};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -207,12 +207,12 @@ impl OnDevice {
                 log_sums: sums.get((l * count + i) * heads..).unwrap_or_default(),
             }
         })?;
-        for Step { cache, mirror, tended, .. } in steps {
-            let start = Instant::now();
-            mirror.added(1);
-            cache.between_steps();
-            **tended += start.elapsed();
-        }
+        let start = Instant::now();
+        steps.iter_mut().for_each(|step| step.mirror.added(1));
+        let mut caches: Vec<&mut KvCache> = steps.iter_mut().map(|step| &mut *step.cache).collect();
+        tend_each(&mut caches, threads);
+        let took = start.elapsed();
+        steps.iter_mut().for_each(|step| *step.tended += took);
         Ok(())
     }
 }

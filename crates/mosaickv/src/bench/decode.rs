@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use mosaickv_kernels::Pool;
 use mosaickv_kv::{Background, KvCache, KvFormat, KvFormats, Layered, Timing};
-use mosaickv_model::{Model, Sequence, Specials, Text, greedy, step_each};
+use mosaickv_model::{Model, Part, Sequence, Share, Specials, Text, Wanted, greedy, read_each};
 use serde::Serialize;
 use std::io::{self, StdoutLock, Write};
 use std::sync::Arc;
@@ -80,8 +80,9 @@ struct Row {
     tokens_per_s: f64,
     /// Likewise.
     kv_bytes: usize,
-    kv_bytes_read_per_step: f64,
-    attention_share: f64,
+    /// `None` on a GPU, where neither this nor attention's share is known.
+    kv_bytes_read_per_step: Option<f64>,
+    attention_share: Option<f64>,
     /// Of one sequence, for packing the oldest tokens of full update buffers: part of the time between tokens.
     flush_us_per_step: f64,
 }
@@ -134,7 +135,7 @@ struct Run {
     tbt: f64,
     attention_share: f64,
     kv_bytes: usize,
-    kv_bytes_read: f64,
+    kv_bytes_read: Option<f64>,
     flush: f64,
     /// What is to be said if the prompt did not become what was asked for.
     missed: Option<String>,
@@ -183,14 +184,20 @@ fn run(
         next.push(next[0]);
     }
     let missed = budget::missed(sequences[0].cache());
-    let read = |all: &[Sequence]| all.iter().map(|sequence| sequence.cache().bytes_read()).sum::<u64>();
+    let read = |all: &[Sequence]| all.iter().map(Sequence::bytes_read).sum::<Option<u64>>();
     let flush = |all: &[Sequence]| all[0].cache().phases().flush;
     let (attention, before, flushed) = (sequences[0].attention_time(), read(&sequences), flush(&sequences));
     let start = Instant::now();
     for _ in 0..steps {
-        let mut all: Vec<&mut Sequence> = sequences.iter_mut().collect();
-        let logits = step_each(&mut all, &next)?;
-        next = logits.chunks_exact(logits.len() / batch).map(greedy).collect();
+        let fed = std::mem::take(&mut next);
+        let shares = sequences.iter_mut().zip(fed.chunks(1));
+        let shares = shares.map(|(sequence, tokens)| Share {
+            sequence,
+            tokens,
+            part: Part::Step,
+            wanted: Wanted::Last,
+        });
+        read_each(&mut shares.collect::<Vec<_>>(), &mut |_, _, logits| next.push(greedy(logits)))?;
     }
     let time = start.elapsed().as_secs_f64();
     Ok(Run {
@@ -198,7 +205,9 @@ fn run(
         tbt: time / steps as f64,
         attention_share: (sequences[0].attention_time() - attention).as_secs_f64() / time,
         kv_bytes: sequences.iter().map(|sequence| sequence.cache().bytes().total()).sum(),
-        kv_bytes_read: (read(&sequences) - before) as f64 / steps as f64,
+        kv_bytes_read: read(&sequences)
+            .zip(before)
+            .map(|(after, before)| (after - before) as f64 / steps as f64),
         flush: (flush(&sequences) - flushed).as_secs_f64() / steps as f64,
         missed,
     })
@@ -217,8 +226,8 @@ fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]
         tbt_ms: tbt * 1e3,
         tokens_per_s: batch as f64 / tbt,
         kv_bytes: runs[0].kv_bytes,
-        kv_bytes_read_per_step: middle(&|r| r.kv_bytes_read),
-        attention_share: middle(&|r| r.attention_share),
+        kv_bytes_read_per_step: runs[0].kv_bytes_read.map(|_| middle(&|r| r.kv_bytes_read.unwrap_or(0.0))),
+        attention_share: runs[0].kv_bytes_read.map(|_| middle(&|r| r.attention_share)),
         flush_us_per_step: middle(&|r| r.flush) * 1e6,
     }
 }
@@ -250,7 +259,7 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     for row in &report.rows {
         writeln!(
             out,
-            "{:<28}{:>7}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14.2}{:>10.0}%{:>10.1}",
+            "{:<28}{:>7}{:>7}{:>16.1}{:>9.2}{:>9.2}{:>9.1}{:>10.2}{:>14}{:>11}{:>10.1}",
             row.kv,
             row.depth,
             row.batch,
@@ -259,8 +268,8 @@ fn print(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
             row.tbt_ms,
             row.tokens_per_s,
             row.kv_bytes as f64 / 1e6,
-            row.kv_bytes_read_per_step / 1e6,
-            row.attention_share * 100.0,
+            row.kv_bytes_read_per_step.map_or("-".into(), |read| format!("{:.2}", read / 1e6)),
+            row.attention_share.map_or("-".into(), |share| format!("{:.0}%", share * 100.0)),
             row.flush_us_per_step
         )?;
     }

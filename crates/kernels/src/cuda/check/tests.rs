@@ -41,6 +41,17 @@ fn layered_attention_to_all_agrees_with_the_oracle() {
     }
 }
 
+/// Cut into 16 parts, into 64, and into parts that may not be larger.
+#[test]
+fn lists_of_any_length_are_read_whole() {
+    for (tokens, tiles) in [(6_500, 400..513), (8_200, 513..1024), (18_000, 1025..2048), (33_000, 2049..3000)]
+    {
+        let outcome = layered(&Emulated::gpu(3), 5, &Case::whole(shape(1, 1, 1, 64), &[tokens])).unwrap();
+        assert!(outcome.error < LAYERED_ERROR, "{tokens} tokens: {outcome:?}");
+        assert!(outcome.tiles.0 == outcome.tiles.1 && tiles.contains(&outcome.tiles.0), "{outcome:?}");
+    }
+}
+
 #[test]
 fn each_profile_by_itself_agrees_with_the_oracle() {
     for d in [64, 128] {
