@@ -497,8 +497,7 @@ fn tune_layered(context: usize, batch: usize) -> Result<()> {
             format!("{{\"tuned\": {context}, \"batch\": {batch}, \"planned\": {}", plan == Plan::SixOfTen);
         for part in [8, 16, 24, 32, 40] {
             let steps = all.steps(Choice::default(), part)?;
-            let apart = all.time(&steps)?;
-            let together = overlapped(&driver, || all.time(&steps));
+            let (apart, together) = all.time_both(&steps)?;
             write!(line, ", \"parts_of_{part}_s\": {:.3e}", apart.min(together))?;
             if part == layered::LEAST_PART {
                 time_stages(&all, &steps, &mut line)?;
@@ -702,6 +701,11 @@ impl<'a> LayeredSteps<'a> {
         })
     }
 
+    /// The same, and with launches that overlap.
+    fn time_both(&self, steps: &[Layered]) -> Result<(f64, f64)> {
+        Ok((self.time(steps)?, overlapped(self.driver, || self.time(steps))))
+    }
+
     /// Seconds of one of its launches.
     fn time_stage(&self, steps: &[Layered], stage: Stage) -> Result<f64> {
         seconds(self.driver, self.wanted, || {
@@ -723,9 +727,8 @@ fn time_layered(driver: &Driver, of: Shape, context: usize, plan: Plan) -> Resul
     write!(line, ", \"{prefix}steps\": {}, \"{prefix}sets\": {}", all.wanted, all.sets)?;
     write!(line, ", \"{prefix}bytes_a_token\": {:.2}", a_token(stored))?;
     write!(line, ", \"{prefix}sketch_bytes_a_token\": {:.2}", a_token(all.bytes[0]))?;
-    let apart = all.time(&chosen)?;
+    let (apart, overlapped) = all.time_both(&chosen)?;
     write!(line, ", \"{prefix}layered_apart_s\": {apart:.3e}")?;
-    let overlapped = overlapped(driver, || all.time(&chosen));
     write!(line, ", \"{prefix}layered_s\": {:.3e}", apart.min(overlapped))?;
     if overlapped.is_finite() {
         write!(line, ", \"{prefix}layered_overlapped_s\": {overlapped:.3e}")?;
@@ -740,9 +743,9 @@ fn time_layered(driver: &Driver, of: Shape, context: usize, plan: Plan) -> Resul
     drop(chosen);
     for least_part in [8, 16, 64] {
         let tried = all.steps(Choice::default(), least_part)?;
-        write!(line, ", \"layered_apart_{least_part}_s\": {:.3e}", all.time(&tried)?)?;
-        let of_tried = self::overlapped(driver, || all.time(&tried));
-        write!(line, ", \"layered_overlapped_{least_part}_s\": {of_tried:.3e}")?;
+        let (apart, overlapped) = all.time_both(&tried)?;
+        write!(line, ", \"layered_apart_{least_part}_s\": {apart:.3e}")?;
+        write!(line, ", \"layered_overlapped_{least_part}_s\": {overlapped:.3e}")?;
     }
     let of_all = all.time(&all.steps(Choice::all(), layered::LEAST_PART)?)?;
     let gb_s = (stored * of.heads()) as f64 / of_all / 1e9;

@@ -31,7 +31,6 @@ pub fn all_finite(x: &[f32]) -> bool {
     x.chunks(1024).all(|some| some.iter().fold(0u32, |not, x| not + u32::from(!x.is_finite())) == 0)
 }
 
-#[cfg(test)]
 #[test]
 fn one_number_that_is_not_finite_is_found_anywhere() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {

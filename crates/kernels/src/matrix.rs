@@ -205,13 +205,12 @@ pub fn multiply_each<const N: usize>(
     x: &[f32],
     matrices: [&Matrix; N],
 ) -> [Vec<f32>; N] {
-    let Some(first) = matrices.first() else { return [const { Vec::new() }; N] };
+    let Some(first) = matrices.first().filter(|_| !x.is_empty()) else {
+        return [const { Vec::new() }; N];
+    };
     let cols = first.cols();
     let tokens = x.len() / cols;
     assert_eq!(x.len(), tokens * cols, "activations are not a multiple of {cols} columns");
-    if tokens == 0 {
-        return [const { Vec::new() }; N];
-    }
     let mut tasks = 0;
     let parts = matrices.map(|matrix| {
         assert_eq!(matrix.cols(), cols, "matrices that share activations have the same columns");

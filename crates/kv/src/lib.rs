@@ -651,18 +651,16 @@ pub fn attend_each(caches: &mut [&mut KvCache], pool: &Pool, layer: usize, queri
 /// share its work.
 pub fn tend_each(caches: &mut [&mut KvCache], pool: &Pool) {
     let start = Instant::now();
-    let mut due: Vec<Arc<Closing>> = caches.iter().flat_map(|cache| cache.due()).collect();
-    if !due.is_empty() {
-        let waiting: Vec<bool> = caches.iter().map(|cache| cache.due().next().is_some()).collect();
-        // Clones of a cache share theirs.
-        due.sort_unstable_by_key(Arc::as_ptr);
-        due.dedup_by_key(|closing| Arc::as_ptr(closing));
-        pool.for_each(&mut due, |_, closing| {
-            closing.stored();
-        });
-        let of_waiting = caches.iter_mut().zip(waiting).filter(|(_, waits)| *waits);
-        of_waiting.for_each(|(cache, _)| cache.phases.flush += start.elapsed());
-    }
+    let of_each: Vec<Vec<Arc<Closing>>> = caches.iter().map(|cache| cache.due().collect()).collect();
+    // Clones of a cache share theirs.
+    let mut due: Vec<&Arc<Closing>> = of_each.iter().flatten().collect();
+    due.sort_unstable_by_key(|closing| Arc::as_ptr(closing));
+    due.dedup_by_key(|closing| Arc::as_ptr(closing));
+    pool.for_each(&mut due, |_, closing| {
+        closing.stored();
+    });
+    let waited = caches.iter_mut().zip(&of_each).filter(|(_, due)| !due.is_empty());
+    waited.for_each(|(cache, _)| cache.phases.flush += start.elapsed());
     // One after the other: which segments are handed over where memory for that runs out must not depend on threads.
     caches.iter_mut().for_each(|cache| cache.between_steps());
 }

@@ -476,12 +476,19 @@ fn layers_each(shares: &mut [Share], done: &mut dyn FnMut(usize)) -> Result<Vec<
         Ok(())
     })?;
     let start = Instant::now();
-    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
-    tend_each(&mut steps.map(|share| &mut share.sequence.cache).collect::<Vec<_>>(), pass.pool);
+    let (steps, _) = steps_and_prompts(shares);
+    let mut caches: Vec<_> = steps.iter_mut().map(|share| &mut share.sequence.cache).collect();
+    tend_each(&mut caches, pass.pool);
     let took = start.elapsed();
-    let steps = shares.iter_mut().filter(|share| share.part == Part::Step);
-    steps.for_each(|share| share.sequence.attention += took);
+    steps.iter_mut().for_each(|share| share.sequence.attention += took);
     Ok(hidden)
+}
+
+/// The steps of a pass, which come first, and its prompts.
+fn steps_and_prompts<'s, 'a, 'b>(
+    shares: &'s mut [Share<'a, 'b>],
+) -> (&'s mut [Share<'a, 'b>], &'s mut [Share<'a, 'b>]) {
+    shares.split_at_mut(shares.partition_point(|share| share.part == Part::Step))
 }
 
 /// Stores a layer's keys and values, and attends: the steps of all sequences together, and prompts one by one.
@@ -498,7 +505,7 @@ fn attend(
         of_queries: shape.heads * shape.head_dim,
         projected,
     };
-    let (steps, prompts) = shares.split_at_mut(shares.partition_point(|share| share.part == Part::Step));
+    let (steps, prompts) = steps_and_prompts(shares);
     let mut row = attend_steps(steps, (pool, l), &rows, out)?;
     for Share { sequence, tokens, .. } in prompts {
         let count = tokens.len();

@@ -8,12 +8,12 @@ use super::weights::DeviceLayer;
 use crate::config::{Architecture, ModelConfig};
 use crate::rope::RopeStyle;
 use crate::sequence::ForwardError;
-use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::dense::{self, Activation, Heads, Pairs, Rotations};
 use mosaickv_kernels::cuda::gemm::{Into, Weights};
 use mosaickv_kernels::cuda::prefill::{self, Limits, Places, Span, Tokens};
 use mosaickv_kernels::cuda::{Buffer, Gpu};
+use mosaickv_kernels::{Pool, all_finite};
 use mosaickv_kv::KvCache;
 use mosaickv_kv::device::{Mirror, Taken};
 use std::ops::Range;
@@ -311,7 +311,7 @@ impl OnDevice {
 }
 
 fn finite(logits: Vec<f32>) -> Result<Vec<f32>, ForwardError> {
-    if logits.iter().all(|x| x.is_finite()) { Ok(logits) } else { Err(ForwardError::NotFinite) }
+    if all_finite(&logits) { Ok(logits) } else { Err(ForwardError::NotFinite) }
 }
 
 /// A layer on its way to the host: which, and bytes of keys and values, and of queries.

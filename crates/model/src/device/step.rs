@@ -9,10 +9,10 @@ use super::pass::{LOGIT_ROWS, Work};
 use crate::config::ModelConfig;
 use crate::sequence::ForwardError;
 use half::f16;
-use mosaickv_kernels::Pool;
 use mosaickv_kernels::cuda::aside::{self, Part, Pending, Pinned};
 use mosaickv_kernels::cuda::prefill::{Limits, Span};
 use mosaickv_kernels::cuda::{Graph, dense};
+use mosaickv_kernels::{Pool, all_finite};
 use mosaickv_kv::device::{Attention, Mirror, Taken, reads_of};
 use mosaickv_kv::{KvCache, tend_each};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -222,8 +222,7 @@ fn finite(logits: &[f32], threads: &Pool) -> Result<Vec<f32>, ForwardError> {
     let (mut copy, is_finite) = (vec![0.0; logits.len()], AtomicBool::new(true));
     threads.for_each_chunk(&mut copy, LOGITS_PER_TASK, |task, copy| {
         copy.copy_from_slice(&logits[task * LOGITS_PER_TASK..][..copy.len()]);
-        // At each whether it is the last would be slower.
-        if !copy.iter().fold(true, |all, x| all & x.is_finite()) {
+        if !all_finite(copy) {
             is_finite.store(false, Ordering::Relaxed);
         }
     });

@@ -1,6 +1,6 @@
 //! The same passes of sequences whose model is on a GPU.
 
-use super::{ForwardError, Part, Share};
+use super::{ForwardError, Share, steps_and_prompts};
 use crate::device::{Device, OnDevice, Prompt, Step};
 use mosaickv_kernels::Pool;
 use mosaickv_kv::device::{Reads, reads_of};
@@ -14,8 +14,8 @@ pub(super) fn read(
 ) -> Result<(), ForwardError> {
     let Some(pool) = shares.first().map(|share| share.sequence.pool) else { return Ok(()) };
     let mut device = device.lock();
-    let first_prompt = shares.partition_point(|share| share.part == Part::Step);
-    let (steps, prompts) = shares.split_at_mut(first_prompt);
+    let (steps, prompts) = steps_and_prompts(shares);
+    let first_prompt = steps.len();
     let most = steps.iter().map(|share| share.tokens.len()).max().unwrap_or(0);
     for t in 0..most {
         for members in together(steps, t, device.most_sequences()) {

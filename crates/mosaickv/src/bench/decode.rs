@@ -216,6 +216,7 @@ fn run(
 fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]) -> Row {
     let middle = |of: &dyn Fn(&Run) -> f64| median(&mut runs.iter().map(of).collect::<Vec<_>>());
     let (ttft, tbt) = (middle(&|r| r.ttft), middle(&|r| r.tbt));
+    let mut read: Option<Vec<f64>> = runs.iter().map(|run| run.kv_bytes_read).collect();
     Row {
         kv: kv.to_string(),
         depth,
@@ -226,8 +227,8 @@ fn row(kv: KvFormat, (depth, prompt, batch): (usize, usize, usize), runs: &[Run]
         tbt_ms: tbt * 1e3,
         tokens_per_s: batch as f64 / tbt,
         kv_bytes: runs[0].kv_bytes,
-        kv_bytes_read_per_step: runs[0].kv_bytes_read.map(|_| middle(&|r| r.kv_bytes_read.unwrap_or(0.0))),
-        attention_share: runs[0].kv_bytes_read.map(|_| middle(&|r| r.attention_share)),
+        kv_bytes_read_per_step: read.as_deref_mut().map(median),
+        attention_share: read.map(|_| middle(&|r| r.attention_share)),
         flush_us_per_step: middle(&|r| r.flush) * 1e6,
     }
 }
