@@ -12,6 +12,7 @@ use std::cell::Cell;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -192,6 +193,7 @@ impl<C: Compute> Engine<C> {
         }
         Figures {
             running: self.running.len(),
+            compressing: self.running.iter().filter(|running| running.compressing.is_some()).count(),
             waiting: self.waiting.len(),
             kv_budget: self.memory.budget(),
             kv_reserved: self.memory.reserved(),
@@ -253,8 +255,9 @@ impl<C: Compute> Engine<C> {
                 let sequence = base.sequence.clone();
                 Found { base, sequence }
             });
-            let growth = |running: &Running<_>| self.compute.growth_bytes(running.active.kv, MEASURED_EVERY);
+            let growth = |running: &Running<_>| running.growth(&self.compute);
             let growth: usize = self.running.iter().map(growth).sum();
+            let growth = growth + active.growth(&self.compute, None);
             let (needed, start) = match found {
                 Some(found) => {
                     let own = self.compute.bytes(&found.sequence, Some(&found.base.sequence));
@@ -264,7 +267,8 @@ impl<C: Compute> Engine<C> {
             };
             let priority = active.order.0;
             let is_alone = self.running.is_empty();
-            let free = self.memory.free() + self.droppable();
+            let base = if let Start::After(found) = &start { Some(&found.base) } else { None };
+            let free = self.memory.free() + self.droppable_beside(base);
             if needed + growth > free && !is_alone {
                 // What was found stays as long as this goes on: it is not to be taken for it.
                 if self.make_way(needed + growth - free, priority) {
@@ -362,7 +366,12 @@ impl<C: Compute> Engine<C> {
 
     /// Bytes of prefixes that no request and nobody outside needs.
     fn droppable(&self) -> usize {
-        self.prefixes.droppable(self.running.iter().filter_map(|running| running.base.as_ref()))
+        self.droppable_beside(None)
+    }
+
+    /// The same if somebody needs this one.
+    fn droppable_beside(&self, base: Option<&Rc<Prefix<C::Sequence>>>) -> usize {
+        self.prefixes.droppable(self.running.iter().filter_map(|running| running.base.as_ref()).chain(base))
     }
 
     fn why_no_room(&self, needed: usize) -> String {

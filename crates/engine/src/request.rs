@@ -19,6 +19,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+/// By one in so many of its tokens each request is to have room to grow when another one begins: who loses its cache reads them again.
+const ROOM_TO_GROW: usize = 16;
+
 /// A request that has not ended.
 pub(crate) struct Active {
     /// The least goes first.
@@ -181,6 +184,18 @@ impl Active {
             preemptions: 0,
             was_harder: false,
             cached: None,
+        }
+    }
+
+    /// Bytes for which there is to be [room](ROOM_TO_GROW), or that its answer still takes: for each token as many as those that it `has` take,
+    /// bytes of tokens. How many that is of a compressed cache, its prompt tells.
+    pub(crate) fn growth<C: Compute>(&self, compute: &C, has: Option<(usize, usize)>) -> usize {
+        let left = (self.speech.known + self.speech.most).saturating_sub(self.tokens.len());
+        let tokens = left.min(self.tokens.len() / ROOM_TO_GROW);
+        match has {
+            Some((bytes, of)) => bytes / of.max(1) * tokens,
+            None if self.kv == KvFormat::Exact => compute.exact_bytes(tokens),
+            None => 0,
         }
     }
 
@@ -503,6 +518,15 @@ impl<S> Running<S> {
         self.shadow = Shadow::Off;
         let _is_granted = self.measure(compute, memory);
         true
+    }
+
+    /// Bytes for which there is to be room, not fewer than it may take until it is next measured.
+    pub(crate) fn growth<C: Compute<Sequence = S>>(&self, compute: &C) -> usize {
+        let bases = std::iter::successors(self.base.as_ref(), |base| base.base.as_ref());
+        let bytes = self.bytes + bases.map(|base| base.bytes).sum::<usize>();
+        let is_measured = self.granted > 0;
+        let growth = self.active.growth(compute, is_measured.then_some((bytes, self.read)));
+        growth.max(compute.growth_bytes(self.active.kv, MEASURED_EVERY))
     }
 
     /// Whether its reservation is enough for the next step.

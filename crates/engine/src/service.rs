@@ -16,6 +16,8 @@ use std::thread::{self, JoinHandle};
 pub struct Figures {
     /// Requests with a cache.
     pub running: usize,
+    /// Of those, the ones whose prompts are being compressed.
+    pub compressing: usize,
     /// Requests without.
     pub waiting: usize,
     /// Bytes that the caches may take.

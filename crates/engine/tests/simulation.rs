@@ -2,7 +2,7 @@
 //! every request got each of its tokens once, whatever ran beside it.
 
 use mosaickv_engine::{
-    Compute, End, Engine, Event, Kept, PrefixCache, PromptLogprobs, Reading, Request, Settings,
+    Compute, End, Engine, Event, Figures, Kept, PrefixCache, PromptLogprobs, Reading, Request, Settings,
 };
 use mosaickv_kv::{KvCache, KvFormat, KvShape};
 use mosaickv_model::{Part, Wanted};
@@ -19,6 +19,11 @@ const CONTEXT: usize = 4000;
 /// Bytes of an exact token; a compressed one takes an eighth.
 const TOKEN: usize = 80;
 
+/// Bytes of a token after the prompt.
+fn each(kv: KvFormat) -> usize {
+    if kv == KvFormat::Exact { TOKEN } else { TOKEN / 8 }
+}
+
 /// A stand-in whose next token follows from all tokens before it.
 struct Fake {
     live: Rc<Cell<usize>>,
@@ -31,6 +36,8 @@ struct FakeSequence {
     pages: Vec<Rc<FakePage>>,
     has_ended: bool,
     is_compressed: bool,
+    /// Bytes of a token, once it is compressed.
+    each: usize,
     /// For how many more questions whether it is compressed.
     busy: Rc<Cell<usize>>,
 }
@@ -70,12 +77,13 @@ impl Compute for Fake {
         VOCAB
     }
 
-    fn begin(&self, _: KvFormat) -> Result<FakeSequence, String> {
+    fn begin(&self, kv: KvFormat) -> Result<FakeSequence, String> {
         Ok(FakeSequence {
             tokens: vec![],
             pages: vec![],
             has_ended: false,
             is_compressed: false,
+            each: each(kv),
             busy: Rc::default(),
         })
     }
@@ -84,17 +92,17 @@ impl Compute for Fake {
         self.begin(KvFormat::Exact)
     }
 
-    fn compressed(&self, exact: &FakeSequence, _: KvFormat) -> Result<FakeSequence, String> {
+    fn compressed(&self, exact: &FakeSequence, kv: KvFormat) -> Result<FakeSequence, String> {
         assert!(exact.has_ended && !exact.is_compressed);
-        Ok(exact.clone())
+        Ok(FakeSequence { each: each(kv), ..exact.clone() })
     }
 
     fn prompt_bytes(&self, _: KvFormat, tokens: usize) -> usize {
         tokens * (TOKEN + TOKEN / 8)
     }
 
-    fn growth_bytes(&self, _: KvFormat, tokens: usize) -> usize {
-        tokens * TOKEN / 8
+    fn growth_bytes(&self, kv: KvFormat, tokens: usize) -> usize {
+        tokens * each(kv)
     }
 
     fn exact_bytes(&self, tokens: usize) -> usize {
@@ -127,7 +135,7 @@ impl Compute for Fake {
                 }
             }
             sequence.has_ended |= part == Part::PromptEnd;
-            let each = if sequence.is_compressed { TOKEN / 8 } else { TOKEN };
+            let each = if sequence.is_compressed { sequence.each } else { TOKEN };
             sequence.pages.extend(tokens.iter().map(|_| FakePage::new(each, &self.live)));
         }
         Ok(())
@@ -136,7 +144,7 @@ impl Compute for Fake {
     fn compress(&self, sequence: &mut FakeSequence) {
         assert!(sequence.has_ended && !sequence.is_compressed);
         sequence.is_compressed = true;
-        sequence.pages.iter_mut().for_each(|page| *page = FakePage::new(TOKEN / 8, &self.live));
+        sequence.pages.iter_mut().for_each(|page| *page = FakePage::new(sequence.each, &self.live));
     }
 
     fn begin_compress(&self, sequence: &mut FakeSequence) -> bool {
@@ -471,6 +479,25 @@ fn a_higher_priority_goes_first() {
     }
     while engine.step() {}
     assert_eq!(*order.lock().unwrap(), ["high", "first", "second", "low"]);
+}
+
+/// Prompts of which ten fit, and answers half as long: who begins has room to go on, and what it goes on from is not taken for free.
+#[test]
+fn who_begins_goes_on() {
+    let settings = Settings { kv_memory: 10 * 400 * TOKEN, ..Settings::default() };
+    let mut world = World::new(0, settings);
+    for i in 0..40 {
+        let prompt = (0..400).map(|t| (i * 7 + t * (i + 1)) % VOCAB as u32).collect();
+        let request = Request { kv: KvFormat::Exact, ..request(prompt, 200) };
+        world.engine.submit(request, Box::new(|_| ()), Arc::new(AtomicBool::new(false)));
+    }
+    let mut together = 0;
+    while world.engine.step() {
+        together = together.max(world.engine.figures().running);
+    }
+    let Figures { preemptions, output_tokens, .. } = world.engine.figures();
+    assert_eq!(output_tokens, 40 * 200);
+    assert!(together >= 8 && preemptions <= 10, "{together} together, {preemptions} preemptions");
 }
 
 #[test]

@@ -198,7 +198,7 @@ impl Mailbox {
 /// What has become of a cache's growing segments so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swaps {
-    /// Segments that got a strategy of their own.
+    /// Segments that got a strategy, or in the layered format a plan, of their own.
     pub swapped: usize,
     /// Segments that keep a borrowed one, because the background held too much.
     pub given_up: usize,

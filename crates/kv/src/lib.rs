@@ -266,7 +266,9 @@ impl KvCache {
             }
             Layer::Layered(heads) => {
                 let start = Instant::now();
+                let before = self.closings.len();
                 self.closings.retain(|(l, closing)| *l != layer || !closing.swap(heads));
+                self.learning.swaps.swapped += (before - self.closings.len()) * heads.len();
                 if let Some(closing) = Closing::begin(heads) {
                     let closing = Arc::new(closing);
                     self.learning.hand_over(layer, &closing);

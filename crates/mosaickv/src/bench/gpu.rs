@@ -22,7 +22,7 @@ const PAGE: usize = 64;
 #[derive(Args)]
 #[command(
     after_help = "Columns: TBT, the median time between tokens, and its 90th percentile; update and device, of which a step consists, and store, what the host does \
-    beside the device; tokens/s of all sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
+    beside the device; swap, ms by which the steps around a swap of a segment are longer; tokens/s of all sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
     until the prompt's first token was known, and then until it was compressed. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
@@ -90,6 +90,10 @@ struct Row {
     update_ms: f64,
     device_ms: f64,
     store_ms: f64,
+    /// Segments of a layer that were swapped in during the steps, and what a swap took: by how much the step that ended with one and the next
+    /// were longer than two medians, mean.
+    swaps: usize,
+    swap_ms: Option<f64>,
     tokens_per_s: f64,
 }
 
@@ -164,7 +168,7 @@ fn of_format(
     for &context in &args.context {
         for &batch in &args.batch {
             // What does not fit is told, and others are measured.
-            let Timed { upload, mut steps, parts, kv_bytes, gpu_bytes } =
+            let Timed { upload, mut steps, swaps, parts, kv_bytes, gpu_bytes } =
                 match time(args, &first, (context, batch)) {
                     Ok(timed) => timed,
                     Err(error) => {
@@ -172,6 +176,7 @@ fn of_format(
                         continue;
                     }
                 };
+            let of_swaps: f64 = swaps.iter().map(|i| steps[*i..].iter().take(2).sum::<f64>()).sum();
             let tbt = median(&mut steps);
             let row = Row {
                 kv: kv.to_string(),
@@ -189,6 +194,8 @@ fn of_format(
                 update_ms: parts[0] * 1e3,
                 device_ms: parts[1] * 1e3,
                 store_ms: parts[2] * 1e3,
+                swaps: swaps.len(),
+                swap_ms: (!swaps.is_empty()).then(|| (of_swaps / swaps.len() as f64 - 2.0 * tbt) * 1e3),
                 tokens_per_s: batch as f64 / tbt,
             };
             told(args, |out| line(&row, out))?;
@@ -201,6 +208,8 @@ fn of_format(
 struct Timed {
     upload: f64,
     steps: Vec<f64>,
+    /// Those after which a segment was swapped in, but for the last.
+    swaps: Vec<usize>,
     /// Means of a step's.
     parts: [f64; 3],
     kv_bytes: usize,
@@ -223,15 +232,20 @@ fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> R
         device.reserve(batch * (before + (args.prompt + args.steps) / PAGE + 2))?;
     }
     let mut next = vec![1u32; sequences.len()];
-    let (mut times, mut before) = (vec![], device.times());
+    let (mut times, mut swaps, mut before) = (vec![], vec![], device.times());
+    let swapped = |sequences: &[Sequence]| sequences[0].cache().swaps().swapped;
     for i in 0..args.steps + 8 {
         if i == 8 {
             before = device.times();
         }
+        let swapped_before = swapped(&sequences);
         let start = Instant::now();
         let logits = step_each(&mut sequences.iter_mut().collect::<Vec<_>>(), &next)?;
         next = logits.chunks_exact(logits.len() / sequences.len()).map(greedy).collect();
         times.push(start.elapsed().as_secs_f64());
+        if i >= 8 && i + 1 < args.steps + 8 && swapped(&sequences) > swapped_before {
+            swaps.push(i - 8);
+        }
     }
     let after = device.times();
     let parts = [after.update - before.update, after.device - before.device, after.store - before.store];
@@ -239,6 +253,7 @@ fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> R
     Ok(Timed {
         upload: times[0],
         steps: times.split_off(8),
+        swaps,
         parts: parts.map(|part| part.as_secs_f64() / args.steps as f64),
         kv_bytes: compressed + device.bytes().exact,
         gpu_bytes: device.used(),
@@ -256,7 +271,7 @@ fn head(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "{:<14}{:>9}{:>7}{:>9}{:>9}{:>9}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
+        "{:<14}{:>9}{:>7}{:>9}{:>9}{:>9}{:>9}{:>9}{:>9}{:>12}{:>10}{:>10}{:>10}{:>9}{:>9}{:>10}",
         "kv",
         "context",
         "batch",
@@ -265,6 +280,7 @@ fn head(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
         "update",
         "device",
         "store",
+        "swap",
         "tokens/s",
         "KV GB",
         "GPU GB",
@@ -278,7 +294,7 @@ fn head(report: &Report, out: &mut StdoutLock) -> io::Result<()> {
 fn line(row: &Row, out: &mut StdoutLock) -> io::Result<()> {
     writeln!(
         out,
-        "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
+        "{:<14}{:>9}{:>7}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9.2}{:>9}{:>12.1}{:>10.2}{:>10.2}{:>10.2}{:>9.2}{:>9.2}{:>10}",
         row.kv,
         row.context,
         row.batch,
@@ -287,6 +303,7 @@ fn line(row: &Row, out: &mut StdoutLock) -> io::Result<()> {
         row.update_ms,
         row.device_ms,
         row.store_ms,
+        row.swap_ms.map_or("-".to_owned(), |ms| format!("{ms:.2}")),
         row.tokens_per_s,
         row.kv_bytes as f64 / 1e9,
         row.gpu_bytes as f64 / 1e9,

@@ -24,7 +24,7 @@ const WATCHED_EVERY: Duration = Duration::from_millis(20);
 #[derive(Args)]
 #[command(
     after_help = "All requests come at once. Columns: contexts, the most that had a cache at a time; TBT, the time between \
-    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read.\n\nExamples:\n  \
+    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read or compressed.\n\nExamples:\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 1GiB --context 6000 --requests 64\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 300MB --context 3000 --requests 8 --kv exact,packed,layered"
 )]
@@ -82,7 +82,7 @@ struct Row {
     seconds: f64,
     requests_per_s: f64,
     output_tokens_per_s: f64,
-    /// Of the time in which no prompt was read.
+    /// Of the time in which no prompt was read or compressed.
     decode_tokens_per_s: f64,
     ttft_s: Quantiles,
     tbt_ms: Quantiles,
@@ -236,8 +236,11 @@ fn row(kv: KvFormat, (seconds, watched): (f64, &[(Instant, Figures)]), told: &[T
     let pairs = told.iter().flat_map(|told| told.sampled.windows(2));
     let tbt = pairs.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3);
     let most = |of: fn(&Figures) -> usize| watched.iter().map(|(_, figures)| of(figures)).max().unwrap_or(0);
-    // Between two looks without a prompt token read, all that was sampled was decode.
-    let is_decode = |pair: &&[(Instant, Figures)]| pair[0].1.prompt_tokens == pair[1].1.prompt_tokens;
+    // Between two looks without a prompt token read, and without a prompt being compressed, all that was done was decode.
+    let is_decode = |pair: &&[(Instant, Figures)]| {
+        let [(_, before), (_, after)] = pair else { unreachable!("windows of two") };
+        before.prompt_tokens == after.prompt_tokens && before.compressing + after.compressing == 0
+    };
     let (mut decoded, mut decoding) = (0, 0.0);
     for pair in watched.windows(2).filter(is_decode) {
         decoded += pair[1].1.output_tokens - pair[0].1.output_tokens;
