@@ -520,13 +520,12 @@ impl<S> Running<S> {
         true
     }
 
-    /// Bytes for which there is to be room, not fewer than it may take until it is next measured.
+    /// Bytes for which there is to be room beside its reservation.
     pub(crate) fn growth<C: Compute<Sequence = S>>(&self, compute: &C) -> usize {
         let bases = std::iter::successors(self.base.as_ref(), |base| base.base.as_ref());
         let bytes = self.bytes + bases.map(|base| base.bytes).sum::<usize>();
         let is_measured = self.granted > 0;
-        let growth = self.active.growth(compute, is_measured.then_some((bytes, self.read)));
-        growth.max(compute.growth_bytes(self.active.kv, MEASURED_EVERY))
+        self.active.growth(compute, is_measured.then_some((bytes, self.read)))
     }
 
     /// Whether its reservation is enough for the next step.

@@ -6,9 +6,9 @@
 //! is worse than none (KL after 1,000 generated tokens: 0.3 in place of 0.02).
 //!
 //! That work is a [`Closing`], handed over between two steps and due [`SWAP_AFTER`] tokens later. Until then the pages are
-//! attended to as they were. A background thread does it meanwhile; who needs a closing that nobody has begun does it himself, and waits
-//! for one that was begun. So what is generated depends neither on threads nor on time, and copies of a cache share the work that was
-//! in flight.
+//! attended to as they were. A background thread does it meanwhile; who needs a closing that is not done does it himself, even one that
+//! was begun: a thread of low priority may get no core for long, and what two make of it is the same. So what is generated depends neither on
+//! threads nor on time, and copies of a cache share the work that was in flight.
 
 use super::asked::Asked;
 use super::encode::{channels, guard, lift, push};
@@ -70,18 +70,26 @@ impl Closing {
         Closing { since, heads: vec![], drop: Dropping::default(), stored: OnceLock::from(stored) }
     }
 
-    /// Does the work, or waits for the one who is at it; nothing if it is done.
+    /// Does the work, waiting for nobody; nothing if it is done.
     pub(crate) fn stored(&self) -> &[Segment] {
-        self.stored.get_or_init(|| {
-            let (rows, mut observed): (Vec<_>, Vec<Head>) = self.heads.iter().map(Leaving::observe).unzip();
-            guard(&mut observed, self.drop);
-            let usual: f32 = self.heads.iter().map(|head| head.usual).sum();
-            let left: f32 = self.heads.iter().map(|head| head.left).sum();
-            let budget = left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual);
-            let plans = plan(&Pool::new(1), &observed, budget);
-            let heads = self.heads.iter().zip(rows).zip(plans);
-            heads.map(|((head, (keys, values)), plan)| head.store((&keys, &values), &plan)).collect()
-        })
+        match self.stored.get() {
+            Some(stored) => stored,
+            None => {
+                let made = self.make();
+                self.stored.get_or_init(|| made)
+            }
+        }
+    }
+
+    fn make(&self) -> Vec<Segment> {
+        let (rows, mut observed): (Vec<_>, Vec<Head>) = self.heads.iter().map(Leaving::observe).unzip();
+        guard(&mut observed, self.drop);
+        let usual: f32 = self.heads.iter().map(|head| head.usual).sum();
+        let left: f32 = self.heads.iter().map(|head| head.left).sum();
+        let budget = left.clamp(BOUNDS.0 * usual, BOUNDS.1 * usual);
+        let plans = plan(&Pool::new(1), &observed, budget);
+        let heads = self.heads.iter().zip(rows).zip(plans);
+        heads.map(|((head, (keys, values)), plan)| head.store((&keys, &values), &plan)).collect()
     }
 
     /// Whether it is to be in the tails of the layer's `heads` now.
@@ -89,7 +97,7 @@ impl Closing {
         heads[0].tokens() >= self.since + SWAP_AFTER
     }
 
-    /// Whether nobody has done the work yet.
+    /// Whether the work is not done yet.
     pub(crate) fn is_open(&self) -> bool {
         self.stored.get().is_none()
     }

@@ -24,7 +24,8 @@ const WATCHED_EVERY: Duration = Duration::from_millis(20);
 #[derive(Args)]
 #[command(
     after_help = "All requests come at once. Columns: contexts, the most that had a cache at a time; TBT, the time between \
-    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read or compressed.\n\nExamples:\n  \
+    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read or compressed; full tok/s, the same \
+    while requests waited for room, so that the budget was the limit.\n\nExamples:\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 1GiB --context 6000 --requests 64\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 300MB --context 3000 --requests 8 --kv exact,packed,layered"
 )]
@@ -84,6 +85,8 @@ struct Row {
     output_tokens_per_s: f64,
     /// Of the time in which no prompt was read or compressed.
     decode_tokens_per_s: f64,
+    /// The same while requests waited for room; nothing if none did.
+    full_tokens_per_s: Option<f64>,
     ttft_s: Quantiles,
     tbt_ms: Quantiles,
     preemptions: u64,
@@ -237,22 +240,25 @@ fn row(kv: KvFormat, (seconds, watched): (f64, &[(Instant, Figures)]), told: &[T
     let tbt = pairs.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3);
     let most = |of: fn(&Figures) -> usize| watched.iter().map(|(_, figures)| of(figures)).max().unwrap_or(0);
     // Between two looks without a prompt token read, and without a prompt being compressed, all that was done was decode.
-    let is_decode = |pair: &&[(Instant, Figures)]| {
-        let [(_, before), (_, after)] = pair else { unreachable!("windows of two") };
+    let is_decode = |before: &Figures, after: &Figures| {
         before.prompt_tokens == after.prompt_tokens && before.compressing + after.compressing == 0
     };
-    let (mut decoded, mut decoding) = (0, 0.0);
-    for pair in watched.windows(2).filter(is_decode) {
-        decoded += pair[1].1.output_tokens - pair[0].1.output_tokens;
-        decoding += (pair[1].0 - pair[0].0).as_secs_f64();
-    }
+    let rate = |counts: &dyn Fn(&Figures, &Figures) -> bool| {
+        let (mut tokens, mut seconds) = (0, 0.0);
+        for pair in watched.windows(2).filter(|pair| counts(&pair[0].1, &pair[1].1)) {
+            tokens += pair[1].1.output_tokens - pair[0].1.output_tokens;
+            seconds += (pair[1].0 - pair[0].0).as_secs_f64();
+        }
+        (seconds > 0.0).then(|| tokens as f64 / seconds)
+    };
     Row {
         kv: kv.to_string(),
         contexts: most(|figures| figures.running),
         seconds,
         requests_per_s: told.len() as f64 / seconds,
         output_tokens_per_s: tokens as f64 / seconds,
-        decode_tokens_per_s: if decoding > 0.0 { decoded as f64 / decoding } else { 0.0 },
+        decode_tokens_per_s: rate(&is_decode).unwrap_or(0.0),
+        full_tokens_per_s: rate(&|before, after| is_decode(before, after) && after.waiting > 0),
         ttft_s: quantiles(ttft.collect()),
         tbt_ms: quantiles(tbt.collect()),
         preemptions: watched.last().map_or(0, |(_, figures)| figures.preemptions),
@@ -274,13 +280,14 @@ impl Report {
         let Report { model, requests, prompt_tokens, output_tokens, kv_memory, threads, .. } = self;
         let memory = *kv_memory as f64 / 1e6;
         let columns = format!(
-            "{:<24}{:>9}{:>10}{:>9}{:>9}{:>14}{:>16}{:>16}{:>14}{:>12}",
+            "{:<24}{:>9}{:>10}{:>9}{:>9}{:>14}{:>12}{:>16}{:>16}{:>14}{:>12}",
             "kv",
             "contexts",
             "seconds",
             "req/s",
             "tok/s",
             "decode tok/s",
+            "full tok/s",
             "TTFT s p50/99",
             "TBT ms p50/99",
             "MB a request",
@@ -295,13 +302,14 @@ impl Report {
 impl Row {
     fn line(&self) -> String {
         format!(
-            "{:<24}{:>9}{:>10.1}{:>9.3}{:>9.1}{:>14.1}{:>16}{:>16}{:>14.2}{:>12}",
+            "{:<24}{:>9}{:>10.1}{:>9.3}{:>9.1}{:>14.1}{:>12}{:>16}{:>16}{:>14.2}{:>12}",
             self.kv,
             self.contexts,
             self.seconds,
             self.requests_per_s,
             self.output_tokens_per_s,
             self.decode_tokens_per_s,
+            self.full_tokens_per_s.map_or("-".to_owned(), |rate| format!("{rate:.1}")),
             format!("{:.1} / {:.1}", self.ttft_s.p50, self.ttft_s.p99),
             format!("{:.0} / {:.0}", self.tbt_ms.p50, self.tbt_ms.p99),
             self.kv_bytes as f64 / 1e6,
