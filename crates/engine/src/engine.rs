@@ -244,8 +244,8 @@ impl<C: Compute> Engine<C> {
         self.memory.release(reservation);
     }
 
-    /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for those that run to go
-    /// on for a while. Where there are not, those that run are compressed harder, if that is allowed and enough; else it waits.
+    /// Lets requests begin, in their order, as long as there are bytes for the next one's whole prompt, and for it and those that run to go
+    /// on for a while; what it goes on from is not free. Where there are not, those that run are compressed harder, if that is allowed and enough; else it waits.
     fn admit(&mut self) {
         while self.running.len() < self.settings.most_sequences
             && let Some(next) = self.next_to_begin()
@@ -257,7 +257,9 @@ impl<C: Compute> Engine<C> {
             });
             let growth = |running: &Running<_>| running.growth(&self.compute);
             let growth: usize = self.running.iter().map(growth).sum();
-            let growth = growth + active.growth(&self.compute, None);
+            let has = found.as_ref().map(|found| (found.base.whole_bytes(), found.base.tokens.len()));
+            let read = has.map_or(0, |(_, tokens)| tokens);
+            let growth = growth + active.growth(&self.compute, read, has);
             let (needed, start) = match found {
                 Some(found) => {
                     let own = self.compute.bytes(&found.sequence, Some(&found.base.sequence));
@@ -266,7 +268,7 @@ impl<C: Compute> Engine<C> {
                 None => self.how_to_begin(active, growth),
             };
             let priority = active.order.0;
-            let is_alone = self.running.is_empty();
+            let is_alone = self.running.is_empty() && self.parted.is_empty();
             let base = if let Start::After(found) = &start { Some(&found.base) } else { None };
             let free = self.memory.free() + self.droppable_beside(base);
             if needed + growth > free && !is_alone {
@@ -555,6 +557,10 @@ impl<C: Compute> Engine<C> {
             let logits = heard.logits.take();
             let running = &mut self.running[turn.index];
             running.read = turn.tokens.end;
+            if turn.part == Part::Step {
+                let is_newest = turn.tokens.end == running.active.tokens.len();
+                self.done.known_tokens += (turn.tokens.len() - usize::from(is_newest)) as u64;
+            }
             if turn.part != Part::Step {
                 self.done.prompt_tokens += turn.tokens.len() as u64;
             }

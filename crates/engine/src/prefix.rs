@@ -41,6 +41,11 @@ pub(crate) struct Prefix<S> {
 }
 
 impl<S> Prefix<S> {
+    /// Of it and of what it is a clone of.
+    pub(crate) fn whole_bytes(&self) -> usize {
+        self.bytes + self.base.as_ref().map_or(0, |base| base.whole_bytes())
+    }
+
     /// For somebody outside of the engine, as long as whom it stays.
     pub(crate) fn kept<C: Compute<Sequence = S>>(&self, compute: &C) -> Kept {
         let context = Context {

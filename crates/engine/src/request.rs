@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-/// By one in so many of its tokens each request is to have room to grow when another one begins: who loses its cache reads them again.
+/// When another request begins, each is to have room for this share more tokens, as a divisor: who loses its cache reads all of them again.
 const ROOM_TO_GROW: usize = 16;
 
 /// A request that has not ended.
@@ -187,15 +187,17 @@ impl Active {
         }
     }
 
-    /// Bytes for which there is to be [room](ROOM_TO_GROW), or that its answer still takes: for each token as many as those that it `has` take,
-    /// bytes of tokens. How many that is of a compressed cache, its prompt tells.
-    pub(crate) fn growth<C: Compute>(&self, compute: &C, has: Option<(usize, usize)>) -> usize {
-        let left = (self.speech.known + self.speech.most).saturating_sub(self.tokens.len());
-        let tokens = left.min(self.tokens.len() / ROOM_TO_GROW);
+    /// Bytes for which there is to be room once it has read `read` tokens: of those after its prompt that are known and not read, and of
+    /// [some more](ROOM_TO_GROW), or what its answer still takes if that is less. `has` are bytes and the tokens that take them, if that is known.
+    pub(crate) fn growth<C: Compute>(&self, compute: &C, read: usize, has: Option<(usize, usize)>) -> usize {
+        let known = self.tokens.len();
+        let left = (self.speech.known + self.speech.most).saturating_sub(known);
+        let tokens = known.saturating_sub(read.max(self.speech.prompt)) + left.min(known / ROOM_TO_GROW);
+        let least = compute.growth_bytes(self.kv, MEASURED_EVERY);
         match has {
             Some((bytes, of)) => bytes / of.max(1) * tokens,
-            None if self.kv == KvFormat::Exact => compute.exact_bytes(tokens),
-            None => 0,
+            None if self.kv == KvFormat::Exact => compute.exact_bytes(tokens).max(least),
+            None => least,
         }
     }
 
@@ -522,10 +524,9 @@ impl<S> Running<S> {
 
     /// Bytes for which there is to be room beside its reservation.
     pub(crate) fn growth<C: Compute<Sequence = S>>(&self, compute: &C) -> usize {
-        let bases = std::iter::successors(self.base.as_ref(), |base| base.base.as_ref());
-        let bytes = self.bytes + bases.map(|base| base.bytes).sum::<usize>();
+        let bytes = self.bytes + self.base.as_ref().map_or(0, |base| base.whole_bytes());
         let is_measured = self.granted > 0;
-        self.active.growth(compute, is_measured.then_some((bytes, self.read)))
+        self.active.growth(compute, self.read, is_measured.then_some((bytes, self.read)))
     }
 
     /// Whether its reservation is enough for the next step.

@@ -48,6 +48,8 @@ pub struct Figures {
     pub harder: u64,
     /// Prompt tokens read, once for each time.
     pub prompt_tokens: u64,
+    /// Tokens after prompts that were read though nothing was sampled of what follows: given ones, and those of answers that had lost their caches.
+    pub known_tokens: u64,
     /// Tokens sampled.
     pub output_tokens: u64,
     /// What answers in the first few formats that were held against their exact caches had of them.

@@ -497,7 +497,7 @@ fn who_begins_goes_on() {
     }
     let Figures { preemptions, output_tokens, .. } = world.engine.figures();
     assert_eq!(output_tokens, 40 * 200);
-    assert!(together >= 8 && preemptions <= 10, "{together} together, {preemptions} preemptions");
+    assert!(together >= 8 && preemptions <= 12, "{together} together, {preemptions} preemptions");
 }
 
 #[test]

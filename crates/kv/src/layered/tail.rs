@@ -8,7 +8,7 @@
 //! That work is a [`Closing`], handed over between two steps and due [`SWAP_AFTER`] tokens later. Until then the pages are
 //! attended to as they were. A background thread does it meanwhile; who needs a closing that is not done does it himself, even one that
 //! was begun: a thread of low priority may get no core for long, and what two make of it is the same. So what is generated depends neither on
-//! threads nor on time, and copies of a cache share the work that was in flight.
+//! threads nor on time, and copies of a cache share what was made of what was in flight.
 
 use super::asked::Asked;
 use super::encode::{channels, guard, lift, push};

@@ -22,7 +22,7 @@ const PAGE: usize = 64;
 #[derive(Args)]
 #[command(
     after_help = "Columns: TBT, the median time between tokens, and its 90th percentile; update and device, of which a step consists, and store, what the host does \
-    beside the device; swap, ms by which the steps around a swap of a segment are longer; tokens/s of all sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
+    beside the device; swap, ms that segments swapped in took where there were some: what the step that ended with them and the next were longer than two others; tokens/s of all sequences; KV GB, of their keys and values on the GPU; GPU GB, all that is taken there; upload, the first step, which brings pages to the GPU; TTFT, \
     until the prompt's first token was known, and then until it was compressed. Exact contexts that do not fit are read from pages that all layers share: as many \
     bytes a step, in less memory.\n\nExamples:\n  \
     mosaickv bench gpu --context 32768,131072 --batch 1,4\n  \
@@ -90,8 +90,8 @@ struct Row {
     update_ms: f64,
     device_ms: f64,
     store_ms: f64,
-    /// Segments of a layer that were swapped in during the steps, and what a swap took: by how much the step that ended with one and the next
-    /// were longer than two medians, mean.
+    /// Steps that ended with segments swapped in, and what that took of all sequences together: by how much such a step and the next were longer than
+    /// two medians of the others, mean.
     swaps: usize,
     swap_ms: Option<f64>,
     tokens_per_s: f64,
@@ -176,7 +176,7 @@ fn of_format(
                         continue;
                     }
                 };
-            let of_swaps: f64 = swaps.iter().map(|i| steps[*i..].iter().take(2).sum::<f64>()).sum();
+            let swap = time_of_swap(&steps, &swaps);
             let tbt = median(&mut steps);
             let row = Row {
                 kv: kv.to_string(),
@@ -195,7 +195,7 @@ fn of_format(
                 device_ms: parts[1] * 1e3,
                 store_ms: parts[2] * 1e3,
                 swaps: swaps.len(),
-                swap_ms: (!swaps.is_empty()).then(|| (of_swaps / swaps.len() as f64 - 2.0 * tbt) * 1e3),
+                swap_ms: swap.map(|seconds| seconds * 1e3),
                 tokens_per_s: batch as f64 / tbt,
             };
             told(args, |out| line(&row, out))?;
@@ -258,6 +258,15 @@ fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> R
         kv_bytes: compressed + device.bytes().exact,
         gpu_bytes: device.used(),
     })
+}
+
+/// By how much the steps at `swaps` and those after them are longer than two others, mean; nothing if there are none of either.
+fn time_of_swap(steps: &[f64], swaps: &[usize]) -> Option<f64> {
+    let is_other = |i: usize| !swaps.contains(&i) && (i == 0 || !swaps.contains(&(i - 1)));
+    let mut others: Vec<f64> = (0..steps.len()).filter(|i| is_other(*i)).map(|i| steps[i]).collect();
+    let around = swaps.iter().map(|i| steps[*i..].iter().take(2).sum::<f64>()).sum::<f64>();
+    let is_told = !swaps.is_empty() && !others.is_empty();
+    is_told.then(|| around / swaps.len() as f64 - 2.0 * median(&mut others))
 }
 
 fn head(report: &Report, out: &mut StdoutLock) -> io::Result<()> {

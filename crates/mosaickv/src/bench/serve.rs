@@ -24,8 +24,8 @@ const WATCHED_EVERY: Duration = Duration::from_millis(20);
 #[derive(Args)]
 #[command(
     after_help = "All requests come at once. Columns: contexts, the most that had a cache at a time; TBT, the time between \
-    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while no prompt was read or compressed; full tok/s, the same \
-    while requests waited for room, so that the budget was the limit.\n\nExamples:\n  \
+    two tokens of a request, prompts of others included; decode tok/s, tokens sampled a second while nothing else was done: no prompt read or compressed, no lost \
+    cache made up for; full tok/s, the same while requests waited.\n\nExamples:\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 1GiB --context 6000 --requests 64\n  \
     mosaickv bench serve --model smollm2-135m --kv-memory 300MB --context 3000 --requests 8 --kv exact,packed,layered"
 )]
@@ -83,9 +83,9 @@ struct Row {
     seconds: f64,
     requests_per_s: f64,
     output_tokens_per_s: f64,
-    /// Of the time in which no prompt was read or compressed.
+    /// Of the time in which no prompt was read or compressed, and nothing read again.
     decode_tokens_per_s: f64,
-    /// The same while requests waited for room; nothing if none did.
+    /// The same while requests waited; nothing if none did.
     full_tokens_per_s: Option<f64>,
     ttft_s: Quantiles,
     tbt_ms: Quantiles,
@@ -239,10 +239,12 @@ fn row(kv: KvFormat, (seconds, watched): (f64, &[(Instant, Figures)]), told: &[T
     let pairs = told.iter().flat_map(|told| told.sampled.windows(2));
     let tbt = pairs.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3);
     let most = |of: fn(&Figures) -> usize| watched.iter().map(|(_, figures)| of(figures)).max().unwrap_or(0);
-    // Between two looks without a prompt token read, and without a prompt being compressed, all that was done was decode.
+    // Between two looks without a token read that was known, and without a prompt being compressed, all that was done was decode.
+    let read = |figures: &Figures| figures.prompt_tokens + figures.known_tokens;
     let is_decode = |before: &Figures, after: &Figures| {
-        before.prompt_tokens == after.prompt_tokens && before.compressing + after.compressing == 0
+        read(before) == read(after) && before.compressing + after.compressing == 0
     };
+    let is_full = |before: &Figures, after: &Figures| before.waiting.min(after.waiting) > 0;
     let rate = |counts: &dyn Fn(&Figures, &Figures) -> bool| {
         let (mut tokens, mut seconds) = (0, 0.0);
         for pair in watched.windows(2).filter(|pair| counts(&pair[0].1, &pair[1].1)) {
@@ -258,7 +260,7 @@ fn row(kv: KvFormat, (seconds, watched): (f64, &[(Instant, Figures)]), told: &[T
         requests_per_s: told.len() as f64 / seconds,
         output_tokens_per_s: tokens as f64 / seconds,
         decode_tokens_per_s: rate(&is_decode).unwrap_or(0.0),
-        full_tokens_per_s: rate(&|before, after| is_decode(before, after) && after.waiting > 0),
+        full_tokens_per_s: rate(&|before, after| is_decode(before, after) && is_full(before, after)),
         ttft_s: quantiles(ttft.collect()),
         tbt_ms: quantiles(tbt.collect()),
         preemptions: watched.last().map_or(0, |(_, figures)| figures.preemptions),
