@@ -370,9 +370,10 @@ fn who_runs_is_compressed_harder_before_others_wait() {
     let all = tokens(4700);
     let kv = KvFormat::Layered(Layered::default());
     let compute = || ModelCompute::new(&model, &pool, Arc::new(Background::new(1, 64 << 20)));
-    // The second prompt while it is read, and five eighths of what the first takes at a ratio of 8.
+    // The second prompt while it is read, five eighths of what the first takes at a ratio of 8, and room for that to grow.
     let first = compute().exact_bytes(2300) / 8;
-    let kv_memory = compute().prompt_bytes(kv, 2300) + first * 5 / 8 + 2 * compute().growth_bytes(kv, 16);
+    let grows = first / 16 + 2 * compute().growth_bytes(kv, 16);
+    let kv_memory = compute().prompt_bytes(kv, 2300) + first * 5 / 8 + grows;
     let run = |floor| {
         let mut engine =
             Engine::new(compute(), Settings { kv_memory, floor, ..Settings::default() }, Arc::default());
