@@ -251,26 +251,22 @@ impl<C: Compute> Engine<C> {
             && let Some(next) = self.next_to_begin()
         {
             let active = &self.waiting[next];
-            let found = active.prefix(&mut self.prefixes).map(|base| {
-                let sequence = base.sequence.clone();
-                Found { base, sequence }
-            });
-            let growth = |running: &Running<_>| running.growth(&self.compute);
-            let growth: usize = self.running.iter().map(growth).sum();
-            let has = found.as_ref().map(|found| (found.base.whole_bytes(), found.base.tokens.len()));
-            let read = has.map_or(0, |(_, tokens)| tokens);
-            let growth = growth + active.growth(&self.compute, read, has);
-            let (needed, start) = match found {
-                Some(found) => {
-                    let own = self.compute.bytes(&found.sequence, Some(&found.base.sequence));
-                    (own + self.compute.growth_bytes(active.kv, MEASURED_EVERY), Start::After(found))
+            let base = active.prefix(&mut self.prefixes);
+            let free = self.memory.free() + self.droppable_beside(base.as_ref());
+            let has = base.as_ref().map(|base| (base.whole_bytes(), base.tokens.len()));
+            let of_others = self.running.iter().map(|running| running.growth(&self.compute));
+            let growth = of_others.sum::<usize>() + active.growth(&self.compute, has);
+            let (needed, start) = match base {
+                Some(base) => {
+                    let sequence = base.sequence.clone();
+                    let own = self.compute.bytes(&sequence, Some(&base.sequence));
+                    let needed = own + self.compute.growth_bytes(active.kv, MEASURED_EVERY);
+                    (needed, Start::After(Found { base, sequence }))
                 }
                 None => self.how_to_begin(active, growth),
             };
             let priority = active.order.0;
             let is_alone = self.running.is_empty() && self.parted.is_empty();
-            let base = if let Start::After(found) = &start { Some(&found.base) } else { None };
-            let free = self.memory.free() + self.droppable_beside(base);
             if needed + growth > free && !is_alone {
                 // What was found stays as long as this goes on: it is not to be taken for it.
                 if self.make_way(needed + growth - free, priority) {
@@ -560,8 +556,7 @@ impl<C: Compute> Engine<C> {
             if turn.part == Part::Step {
                 let is_newest = turn.tokens.end == running.active.tokens.len();
                 self.done.known_tokens += (turn.tokens.len() - usize::from(is_newest)) as u64;
-            }
-            if turn.part != Part::Step {
+            } else {
                 self.done.prompt_tokens += turn.tokens.len() as u64;
             }
             let mut end = match &failed {

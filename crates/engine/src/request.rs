@@ -187,15 +187,16 @@ impl Active {
         }
     }
 
-    /// Bytes for which there is to be room once it has read `read` tokens: of those after its prompt that are known and not read, and of
-    /// [some more](ROOM_TO_GROW), or what its answer still takes if that is less. `has` are bytes and the tokens that take them, if that is known.
-    pub(crate) fn growth<C: Compute>(&self, compute: &C, read: usize, has: Option<(usize, usize)>) -> usize {
+    /// Bytes for which there is to be room: of tokens after its prompt that are known and not read, and of [some more](ROOM_TO_GROW), or
+    /// what its answer still takes if that is less. `has` are bytes, and the tokens read that take them, if it has come past its prompt.
+    pub(crate) fn growth<C: Compute>(&self, compute: &C, has: Option<(usize, usize)>) -> usize {
         let known = self.tokens.len();
         let left = (self.speech.known + self.speech.most).saturating_sub(known);
-        let tokens = known.saturating_sub(read.max(self.speech.prompt)) + left.min(known / ROOM_TO_GROW);
+        let read = has.map_or(0, |(_, read)| read).max(self.speech.prompt);
+        let tokens = known.saturating_sub(read) + left.min(known / ROOM_TO_GROW);
         let least = compute.growth_bytes(self.kv, MEASURED_EVERY);
         match has {
-            Some((bytes, of)) => bytes / of.max(1) * tokens,
+            Some((bytes, read)) => bytes / read.max(1) * tokens,
             None if self.kv == KvFormat::Exact => compute.exact_bytes(tokens).max(least),
             None => least,
         }
@@ -525,8 +526,9 @@ impl<S> Running<S> {
     /// Bytes for which there is to be room beside its reservation.
     pub(crate) fn growth<C: Compute<Sequence = S>>(&self, compute: &C) -> usize {
         let bytes = self.bytes + self.base.as_ref().map_or(0, |base| base.whole_bytes());
-        let is_measured = self.granted > 0;
-        self.active.growth(compute, self.read, is_measured.then_some((bytes, self.read)))
+        // Until then its bytes have not been looked at.
+        let is_past_prompt = self.granted > 0;
+        self.active.growth(compute, is_past_prompt.then_some((bytes, self.read)))
     }
 
     /// Whether its reservation is enough for the next step.

@@ -260,11 +260,12 @@ fn time(args: &GpuArgs, first: &Sequence, (context, batch): (usize, usize)) -> R
     })
 }
 
-/// By how much the steps at `swaps` and those after them are longer than two others, mean; nothing if there are none of either.
+/// By how much the steps at `swaps`, none of which is the last, and those after them are longer than two others, mean; nothing unless there are
+/// both.
 fn time_of_swap(steps: &[f64], swaps: &[usize]) -> Option<f64> {
-    let is_other = |i: usize| !swaps.contains(&i) && (i == 0 || !swaps.contains(&(i - 1)));
+    let is_other = |i: usize| swaps.iter().all(|swap| i != *swap && i != swap + 1);
     let mut others: Vec<f64> = (0..steps.len()).filter(|i| is_other(*i)).map(|i| steps[i]).collect();
-    let around = swaps.iter().map(|i| steps[*i..].iter().take(2).sum::<f64>()).sum::<f64>();
+    let around: f64 = swaps.iter().map(|i| steps[*i] + steps[i + 1]).sum();
     let is_told = !swaps.is_empty() && !others.is_empty();
     is_told.then(|| around / swaps.len() as f64 - 2.0 * median(&mut others))
 }
